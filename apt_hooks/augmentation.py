@@ -1,0 +1,121 @@
+"""The paper's image augmentation: zoom-out and rotation, on images, latents and the masks that go with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import AptError
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where each sample of a batch goes: one zoom-out scale and one angle a sample.
+
+    Attributes:
+        scales: [batch]; the content shrinks to `1 / scale` of its size. Unit: none.
+        angles: [batch]; degrees, counter-clockwise.
+        chosen: [batch], bool; the samples that are moved at all.
+    """
+
+    scales: Tensor
+    angles: Tensor
+    chosen: Tensor
+
+    def apply(self, content: Tensor, fill: float | Tensor) -> Tensor:
+        """Move the chosen samples and fill what they uncover; the others stay bit for bit.
+
+        Args:
+            content: [batch, channels, height, width], or [batch, height, width] for masks; any floating dtype.
+            fill: value of the uncovered area, or one value a channel: [channels].
+
+        Returns:
+            The shape, dtype and device of `content`; the input itself where no sample is chosen.
+        """
+        if len(content) != len(self.chosen):
+            raise AptError(f"the placement is for {len(self.chosen)} samples; found a batch of {len(content)}")
+        if not bool(self.chosen.any()):
+            return content
+        result = content.clone()
+        for i in torch.nonzero(self.chosen).flatten().tolist():
+            sample = content[i] if content.ndim == 4 else content[i, None]
+            moved = _zoom_out_and_rotate(sample, float(self.scales[i]), float(self.angles[i]), fill)
+            result[i] = moved if content.ndim == 4 else moved[0]
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class ZoomOutRotate:
+    """Zoom-out and rotation of the paper's adaptive augmentation (APT, "Adaptive Training Adjustment").
+
+    `draw` decides, `Placement.apply` moves; so an image and its mask, or an image and its latents, move alike.
+
+    Args:
+        zoom_out: range of the scale; the content shrinks to `1 / scale`.
+        rotation_degrees: the angle is drawn from `[-rotation_degrees, +rotation_degrees]`.
+
+    Raises:
+        AptError: a range that is empty or zooms in.
+    """
+
+    zoom_out: tuple[float, float] = (1.0, 3.0)
+    rotation_degrees: float = 15.0
+
+    def __post_init__(self) -> None:
+        low, high = self.zoom_out
+        if not 1.0 <= low <= high:
+            raise AptError(f"zoom_out must be (low, high) with 1 <= low <= high; found {self.zoom_out}")
+        if not 0.0 <= self.rotation_degrees <= 180.0:
+            raise AptError(f"rotation_degrees must be from 0 to 180; found {self.rotation_degrees}")
+
+    def draw(self, probabilities: Tensor, generator: torch.Generator | None = None) -> Placement:
+        """Choose which samples move, and where to.
+
+        Always takes three numbers a sample from the generator, whatever the probabilities, so that one sample's fate
+        does not shift the next one's numbers.
+
+        Args:
+            probabilities: [batch], each from 0 to 1.
+            generator: a CPU generator; the same state gives the same placement. None takes torch's global one.
+        """
+        choice, scale, angle = torch.rand(len(probabilities), 3, generator=generator, dtype=torch.float64).unbind(1)
+        low, high = self.zoom_out
+        return Placement(
+            scales=low + (high - low) * scale,
+            angles=self.rotation_degrees * (2 * angle - 1),
+            chosen=choice < probabilities.detach().to("cpu", torch.float64),
+        )
+
+    def __call__(self, content: Tensor, *, fill: float | Tensor = -1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Move every sample: `content` as in `Placement.apply`; black is -1 in images scaled to [-1, 1]."""
+        return self.draw(torch.ones(len(content)), generator).apply(content, fill)
+
+
+def _zoom_out_and_rotate(sample: Tensor, scale: float, angle: float, fill: float | Tensor) -> Tensor:
+    """One sample, [channels, height, width].
+
+    Shrinking comes first and with an antialiasing filter: sampling one pixel in three, as one affine warp would, puts
+    moire into the picture that the model then learns. On CPU half precision has no such filter, hence float32.
+    """
+    height, width = sample.shape[-2:]
+    background = torch.as_tensor(fill, dtype=torch.float32, device=sample.device).reshape(-1, 1, 1)
+    # Relative to the background, so that "nothing there" is zero for the padding, the filter and the warp.
+    content = sample.float() - background
+    size = (max(1, round(height / scale)), max(1, round(width / scale)))
+    if size != (height, width):
+        content = F.interpolate(content[None], size=size, mode="bilinear", antialias=True)[0]
+        top, left = (height - size[0]) // 2, (width - size[1]) // 2
+        content = F.pad(content, (left, width - size[1] - left, top, height - size[0] - top))
+    if angle != 0.0:
+        cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        # affine_grid works in units of half a side, so a turn of a picture that is not square needs the side ratio.
+        matrix = torch.tensor(
+            [[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]], device=sample.device
+        )
+        grid = F.affine_grid(matrix[None], [1, *content.shape], align_corners=False)
+        content = F.grid_sample(content[None], grid, padding_mode="zeros", align_corners=False)[0]
+    return (content + background).to(sample.dtype)

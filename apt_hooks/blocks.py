@@ -1,0 +1,113 @@
+"""Where the up-blocks of a U-Net and their attention layers are, found by what the modules have."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from .errors import AptError
+
+
+@dataclasses.dataclass(frozen=True)
+class UpBlock:
+    """One resolution level of the decoder.
+
+    Attributes:
+        index: its place, 0 being the lowest resolution; the same number in every layout of one network.
+        cross_attention: (name, layer) of each cross-attention, in the order they run.
+        self_attention: (name, layer) of each self-attention, in the order they run.
+        output: (name, module) whose output is the level's hidden state.
+    """
+
+    index: int
+    cross_attention: tuple[tuple[str, nn.Module], ...]
+    self_attention: tuple[tuple[str, nn.Module], ...]
+    output: tuple[str, nn.Module]
+
+
+def find_up_blocks(unet: nn.Module) -> tuple[UpBlock, ...]:
+    """All up-blocks of a U-Net.
+
+    Two layouts are known: `up_blocks`, a list of modules that are called (diffusers, and sd-scripts' SD 1.x/2.x
+    U-Net), and `output_blocks`, a flat list of lists that are never called themselves (Stability's layout, as in
+    sd-scripts' SDXL U-Net), in which an upsampler ends a level.
+
+    Raises:
+        AptError: the model has neither, or its attention layers have fused projections.
+    """
+    if hasattr(unet, "up_blocks"):
+        levels = [([(f"up_blocks.{i}", block)], None) for i, block in enumerate(unet.up_blocks)]
+    elif hasattr(unet, "output_blocks"):
+        levels = _stability_levels(unet.output_blocks)
+    else:
+        children = ", ".join(name for name, _ in unet.named_children()) or "no child modules"
+        raise AptError(
+            f"looked for up_blocks or output_blocks in {type(unet).__name__}, found {children}: "
+            "pass the U-Net itself, or set lambda_dist and lambda_attn to 0, which need no hooks"
+        )
+    return tuple(_up_block(index, parts, last) for index, (parts, last) in enumerate(levels))
+
+
+def select_up_blocks(unet: nn.Module, blocks: Literal["auto"] | Sequence[int]) -> tuple[UpBlock, ...]:
+    """The up-blocks to observe.
+
+    "auto" takes the last two levels that have cross-attention: at the resolutions the models are made for these are
+    the paper's 32x32 and 64x64, in SDXL (blocks 0 and 1) and in SD 1.x/2.x (blocks 2 and 3) alike.
+
+    Raises:
+        AptError: no cross-attention, a number that is no block's, or a block without attention.
+    """
+    found = find_up_blocks(unet)
+    with_attention = [block for block in found if block.cross_attention and block.self_attention]
+    listed = ", ".join(str(block.index) for block in with_attention)
+    if not with_attention:
+        raise AptError(
+            "looked for self- and cross-attention layers (modules with to_q and to_k) in the up-blocks of "
+            f"{type(unet).__name__}, found {len(found)} up-blocks without any"
+        )
+    if blocks == "auto":
+        return tuple(with_attention[-2:])
+    chosen = []
+    for index in blocks:
+        match = [block for block in with_attention if block.index == index]
+        if not match:
+            raise AptError(f"blocks: up-block {index} has no attention layers here; those that have are {listed}")
+        chosen += match
+    return tuple(chosen)
+
+
+def _stability_levels(lists: Any) -> list[tuple[list[tuple[str, nn.Module]], tuple[str, nn.Module]]]:
+    levels: list[tuple[list[tuple[str, nn.Module]], tuple[str, nn.Module]]] = []
+    parts: list[tuple[str, nn.Module]] = []
+    for i, modules in enumerate(lists):
+        parts.append((f"output_blocks.{i}", modules))
+        last_name, last = list(modules.named_children())[-1]
+        if type(last).__name__.startswith("Upsample") or i == len(lists) - 1:
+            levels.append((parts, (f"output_blocks.{i}.{last_name}", last)))
+            parts = []
+    return levels
+
+
+def _up_block(index: int, parts: list[tuple[str, nn.Module]], last: tuple[str, nn.Module] | None) -> UpBlock:
+    cross, own = [], []
+    for prefix, part in parts:
+        for name, module in part.named_modules(prefix=prefix):
+            if not (hasattr(module, "to_q") and hasattr(module, "to_k")):
+                continue
+            if getattr(module, "fused_projections", False):
+                raise AptError(f"{name} has fused projections, which hide q and k: call unfuse_qkv_projections() first")
+            if getattr(module, "norm_q", None) is not None:
+                raise AptError(f"{name} normalises q and k after their projections, which is not supported")
+            (cross if _is_cross_attention(name, module) else own).append((name, module))
+    return UpBlock(index, tuple(cross), tuple(own), last or parts[0])
+
+
+def _is_cross_attention(name: str, module: nn.Module) -> bool:
+    if hasattr(module, "is_cross_attention"):
+        return bool(module.is_cross_attention)
+    # The width of the text differs from the layer's own, except by chance; then the layer's name decides.
+    own, other = (getattr(module, p).in_features for p in ("to_q", "to_k"))
+    return own != other or name.rsplit(".", 1)[-1] == "attn2"

@@ -1,0 +1,205 @@
+"""What a user can set: one frozen dataclass, read from the `[apt]` section of a TOML file or from a preset."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import AptError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_zoom_range(value: object) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_number(v) for v in value):
+        return False
+    return 1.0 <= value[0] <= value[1]
+
+
+def _is_blocks(value: object) -> bool:
+    if value == "auto":
+        return True
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(_is_count(v, 0) for v in value) and len(set(value)) == len(value)
+
+
+def _key(default: Any, rule: str, accepts: Callable[[Any], bool]) -> Any:
+    return dataclasses.field(default=default, metadata={"rule": rule, "accepts": accepts})
+
+
+def _flag(default: bool) -> Any:
+    return _key(default, "true or false", lambda v: isinstance(v, bool))
+
+
+def _at_least_zero(default: float) -> Any:
+    return _key(default, "a number, 0 or larger (0 switches it off)", lambda v: _is_number(v) and v >= 0)
+
+
+def _choice(default: str, *choices: str) -> Any:
+    return _key(default, "one of " + ", ".join(f'"{c}"' for c in choices), lambda v: v in choices)
+
+
+def _word() -> Any:
+    return _key(None, "text that is not empty", lambda v: v is None or (isinstance(v, str) and bool(v.strip())))
+
+
+@dataclasses.dataclass(frozen=True)
+class AptConfig:
+    """The keys of `[apt]`, each checked against its rule.
+
+    Defaults are those of the paper (arXiv 2507.02687) for SDXL; where the paper leaves a value open it is ours, and
+    `presets/*.toml` says so beside it. The key `preset` is kept in `preset_name`.
+
+    Raises:
+        AptError: a value breaks the rule of its key, or only one of `identifier` and `class_word` is given.
+    """
+
+    enabled: bool = _flag(True)
+    monitor_only: bool = _flag(False)
+    num_bins: int = _key(10, "a whole number, 1 or larger", lambda v: _is_count(v, 1))
+    ema_alpha: float = _key(0.1, "a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1)
+    indicator_scale: float = _key(1000.0, "a number above 0", lambda v: _is_number(v) and v > 0)
+    loss_weighting: bool = _flag(True)
+    augmentation: bool = _flag(True)
+    augment_max_probability: float = _key(0.8, "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
+    zoom_out: tuple[float, float] = _key((1.0, 3.0), "[low, high] with 1 <= low <= high", _is_zoom_range)
+    rotation_degrees: float = _key(15.0, "a number from 0 to 180", lambda v: _is_number(v) and 0 <= v <= 180)
+    augment_space: Literal["auto", "image", "latent"] = _choice("auto", "auto", "image", "latent")
+    lambda_dist: float = _at_least_zero(1.0)
+    lambda_attn: float = _at_least_zero(1.0)
+    representation_source: Literal["self_attention", "block"] = _choice("self_attention", "self_attention", "block")
+    blocks: Literal["auto"] | tuple[int, ...] = _key(
+        "auto", '"auto" or a list of different up-block numbers, counted from 0', _is_blocks
+    )
+    identifier: str | None = _word()
+    class_word: str | None = _word()
+    preset_name: str | None = _key(None, "the name of a preset", lambda v: v is None or isinstance(v, str))
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not field.metadata["accepts"](value):
+                raise AptError(f"[apt] {field.name} must be {field.metadata['rule']}; found {value!r}")
+            # One form per key, whatever TOML or the caller wrote: tuples for lists, floats where a float is meant.
+            if isinstance(value, list):
+                value = tuple(value)
+            if field.name == "zoom_out":
+                value = (float(value[0]), float(value[1]))
+            elif isinstance(field.default, float):
+                value = float(value)
+            object.__setattr__(self, field.name, value)
+        if (self.identifier is None) != (self.class_word is None):
+            given, missing = ("identifier", "class_word") if self.identifier else ("class_word", "identifier")
+            raise AptError(f"[apt] {given} = {getattr(self, given)!r} needs {missing} too: give both or neither")
+
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """The keys that an `[apt]` section may hold."""
+        fields = (field.name for field in dataclasses.fields(cls))
+        return ("preset", *(name for name in fields if name != "preset_name"))
+
+    @classmethod
+    def preset(cls, name: str) -> AptConfig:
+        """The configuration of a preset.
+
+        Raises:
+            AptError: there is no preset of that name.
+        """
+        return cls.from_mapping({"preset": name})
+
+    @classmethod
+    def from_toml(cls, path: str | Path, section: str = "apt") -> AptConfig:
+        """Read one section of a TOML file; its other sections may hold anything.
+
+        Raises:
+            AptError: no such file, not TOML, no such section, or a key or value that is not allowed.
+        """
+        values = read_toml(path).get(section)
+        if not isinstance(values, dict):
+            found = "no section of that name" if values is None else f"{section} = {values!r}"
+            raise AptError(f"{path}: looked for a section [{section}], found {found}")
+        return cls.from_mapping(values)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> AptConfig:
+        """Build from keys and values as `[apt]` holds them; a key given beside `preset` overrides the preset's.
+
+        Raises:
+            AptError: an unknown key, an unknown preset, or a value that breaks the rule of its key.
+        """
+        for key, value in values.items():
+            if key not in cls.keys():
+                raise AptError(
+                    f"[apt] {key} = {value!r}: there is no such key{_nearest(key, cls.keys())} "
+                    f"The keys are {', '.join(cls.keys())}."
+                )
+        own = {key: value for key, value in values.items() if key != "preset"}
+        if "preset" not in values:
+            return cls(**own)
+        base = tomllib.loads(preset_text(values["preset"]))["apt"]
+        return cls(**{**base, **own}, preset_name=values["preset"])
+
+    def overrides(self) -> dict[str, Any]:
+        """The keys whose value differs from the preset's, or from the defaults where no preset is named."""
+        base = AptConfig.preset(self.preset_name) if self.preset_name else AptConfig()
+        names = [field.name for field in dataclasses.fields(self) if field.name != "preset_name"]
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(base, name)}
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names that the key `preset` accepts, sorted."""
+    return tuple(sorted(p.name[:-5] for p in _preset_folder().iterdir() if p.name.endswith(".toml")))
+
+
+def preset_text(name: Any) -> str:
+    """The TOML text of a preset, with its comments and sources.
+
+    Raises:
+        AptError: there is no preset of that name.
+    """
+    names = preset_names()
+    if name not in names:
+        listed = ", ".join(f'"{n}"' for n in names)
+        raise AptError(f"[apt] preset must be one of {listed}; found {name!r}{_nearest(str(name), names)}")
+    return _preset_folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        AptError: the file cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise AptError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise AptError(f"{path}: is not valid TOML: {error}") from error
+
+
+def _preset_folder() -> Any:
+    return resources.files("apt_hooks").joinpath("presets")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else "."

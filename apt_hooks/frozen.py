@@ -1,0 +1,45 @@
+"""The frozen pass: the base model's own output, with nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+AdaptersOff = Callable[[], AbstractContextManager[object]]
+"""Makes a context in which the adapters (LoRA) take no part, e.g. peft's `model.disable_adapter`."""
+
+
+@contextlib.contextmanager
+def frozen_base(modules: Iterable[nn.Module], adapters_off: AdaptersOff) -> Iterator[None]:
+    """Inside, `modules` compute as the base model does: adapters off, evaluation mode, no gradients.
+
+    Afterwards everything is as it was: the random streams of the CPU and of the modules' devices, each module's train or
+    evaluation mode, and each parameter's `requires_grad` (peft sets it anew when its adapters come back on).
+    """
+    modules = list(modules)
+    training = [m for module in modules for m in module.modules() if m.training]
+    parameters = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    devices = sorted({p.device for p, _ in parameters if p.device.type not in ("cpu", "meta", "mps")}, key=str)
+    try:
+        for module in training:
+            module.training = False
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            for kind in {d.type for d in devices}:
+                indices = [d.index or 0 for d in devices if d.type == kind]
+                stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(adapters_off())
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter, requires_grad in parameters:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+        # Autocast keeps cast copies of weights; one made here, without a graph, would starve the tuned pass's LoRA.
+        torch.clear_autocast_cache()

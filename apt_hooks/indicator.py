@@ -1,0 +1,139 @@
+"""The overfitting indicator: how much better than the frozen model the tuned one has become, per timestep bin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import AptError
+
+
+class OverfittingIndicator:
+    """Gamma per timestep bin, from exponential moving averages of both models' losses (APT, "Adaptive Training Adjustment").
+
+        gamma_b = clamp(1 - exp(-scale * (EMA_b[L_frozen] - EMA_b[L_tuned])), 0, 1)
+
+    A bin never seen has gamma 0. The paper prints no clamp; it is ours: a tuned model that is worse than the frozen one
+    by 0.002 would give -6.4, a weight of 7.4.
+
+    Args:
+        num_bins: bins of equal width over `0 .. num_train_timesteps - 1`.
+        num_train_timesteps: T of the noise schedule.
+        ema_alpha: smoothing factor; `ema <- (1 - alpha) * ema + alpha * value`, and a bin's first value initialises it.
+        scale: S of the equation; T for SDXL, T / 10 for SD 2.1.
+
+    Raises:
+        AptError: an argument out of range.
+    """
+
+    def __init__(
+        self, num_bins: int = 10, num_train_timesteps: int = 1000, ema_alpha: float = 0.1, scale: float = 1000.0
+    ) -> None:
+        if not 1 <= num_bins <= num_train_timesteps:
+            raise AptError(f"num_bins must be from 1 to num_train_timesteps ({num_train_timesteps}); found {num_bins}")
+        if not 0 < ema_alpha <= 1:
+            raise AptError(f"ema_alpha must be above 0 and at most 1; found {ema_alpha}")
+        if not scale > 0:
+            raise AptError(f"scale must be above 0; found {scale}")
+        self.num_bins = num_bins
+        self.num_train_timesteps = num_train_timesteps
+        self.ema_alpha = ema_alpha
+        self.scale = scale
+        # One row per model (tuned, frozen), one column per bin; NaN marks a bin never seen.
+        self._ema = torch.full((2, num_bins), float("nan"), dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, timesteps: Tensor, loss_tuned: Tensor, loss_frozen: Tensor) -> None:
+        """Take in one batch; several samples of one bin count as one update with their mean.
+
+        Where a process group is up, the mean is over the samples of all its ranks, and every rank has to call this,
+        if need be with empty tensors. A sample with a loss that is not finite is left out: it would never leave the
+        average again.
+
+        Args:
+            timesteps: [batch], whole numbers in `0 .. num_train_timesteps - 1`.
+            loss_tuned: [batch], mean squared error of the tuned model per sample, before any weighting.
+            loss_frozen: [batch], the same of the frozen model with the same noisy input.
+
+        Raises:
+            AptError: shapes that differ, or timesteps that are no whole numbers in range.
+        """
+        if not timesteps.shape == loss_tuned.shape == loss_frozen.shape:
+            shapes = [tuple(x.shape) for x in (timesteps, loss_tuned, loss_frozen)]
+            raise AptError(f"timesteps, loss_tuned and loss_frozen must have one shape [batch]; found {shapes}")
+        bins = self._bins(timesteps)
+        self._move_to(loss_tuned.device)
+        losses = torch.stack([loss_tuned, loss_frozen]).detach().to(self._ema.dtype)
+        finite = losses.isfinite().all(dim=0)
+        # A product with the membership matrix, not index_add: its sum does not depend on the order of atomics.
+        members = F.one_hot(bins.to(losses.device), self.num_bins).to(losses.dtype) * finite[:, None]
+        totals = torch.cat([torch.where(finite, losses, 0.0) @ members, members.sum(dim=0, keepdim=True)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(totals)
+        mean, count = totals[:2] / totals[2], totals[2]
+        moved = torch.where(self._ema.isnan(), mean, torch.lerp(self._ema, mean, self.ema_alpha))
+        self._ema = torch.where(count > 0, moved, self._ema)
+
+    @property
+    def gammas(self) -> Tensor:
+        """Gamma of each bin: [num_bins], from 0 to 1."""
+        tuned, frozen = self._ema
+        gamma = -torch.expm1(-self.scale * (frozen - tuned))
+        return gamma.nan_to_num(nan=0.0).clamp(0.0, 1.0)
+
+    def gamma(self, timesteps: Tensor) -> Tensor:
+        """Gamma of each sample's bin: [batch], float32, on the device of `timesteps` ([batch], whole numbers).
+
+        Raises:
+            AptError: timesteps that are no whole numbers in range.
+        """
+        bins = self._bins(timesteps)
+        return self.gammas.to(timesteps.device, torch.float32)[bins]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages as plain numbers (None for a bin never seen), fit for JSON and for `torch.save`."""
+        tuned, frozen = ([None if v != v else v for v in row] for row in self._ema.tolist())
+        return {
+            "num_bins": self.num_bins,
+            "num_train_timesteps": self.num_train_timesteps,
+            "loss_tuned": tuned,
+            "loss_frozen": frozen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the averages of `state_dict()`; `ema_alpha` and `scale` stay this indicator's own.
+
+        Raises:
+            AptError: the state has other bins or another schedule length.
+        """
+        for name in ("num_bins", "num_train_timesteps"):
+            if state.get(name) != getattr(self, name):
+                raise AptError(
+                    f"the saved indicator has {name} = {state.get(name)}, this run {getattr(self, name)}: "
+                    "resume with the same value, or start without the saved state"
+                )
+        rows = [[float("nan") if v is None else float(v) for v in state[name]] for name in ("loss_tuned", "loss_frozen")]
+        self._ema = torch.tensor(rows, dtype=self._ema.dtype, device=self._ema.device)
+
+    def _bins(self, timesteps: Tensor) -> Tensor:
+        if timesteps.ndim != 1 or timesteps.is_floating_point() or timesteps.is_complex():
+            raise AptError(
+                f"timesteps must be whole numbers of shape [batch]; found {timesteps.dtype} {tuple(timesteps.shape)}"
+            )
+        # On an accelerator the comparison would wait for the device at every step; an index out of range fails there.
+        if timesteps.device.type == "cpu" and timesteps.numel():
+            low, high = timesteps.aminmax()
+            if low < 0 or high >= self.num_train_timesteps:
+                raise AptError(
+                    f"timesteps must lie in 0 .. {self.num_train_timesteps - 1}; found {int(low)} to {int(high)}"
+                )
+        return timesteps.long() * self.num_bins // self.num_train_timesteps
+
+    def _move_to(self, device: torch.device) -> None:
+        if self._ema.device != device:
+            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+            self._ema = self._ema.to(dtype).to(device)

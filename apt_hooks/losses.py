@@ -1,0 +1,116 @@
+"""The two regularizers, plain: the specification that faster ways have to match."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import AptError
+
+
+def attention_alignment_loss(
+    q: Tensor,
+    k: Tensor,
+    q_frozen: Tensor,
+    k_frozen: Tensor,
+    *,
+    heads: int,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Squared distance between the tuned and the frozen model's cross-attention maps (APT, "Attention Alignment").
+
+        mean over batch, heads, queries of  sum over tokens of (softmax(q k^T * scale) - softmax(q_f k_f^T * scale))^2
+
+    The paper leaves the norm open; this one's size does not depend on resolution, batch or number of heads.
+    Computed in float32 (float64 if given that) whatever the inputs' dtype and autocast.
+
+    Args:
+        q, q_frozen: [batch, queries, heads * channels].
+        k, k_frozen: [batch, tokens, heads * channels].
+        heads: number of attention heads.
+        scale: factor of the scores; None takes `channels ** -0.5`.
+        mask: [batch, tokens], bool, True where a token takes part; None lets all take part.
+
+    Returns:
+        Scalar, from 0 to 2; gradients reach `q` and `k`, and not the frozen model's.
+
+    Raises:
+        AptError: shapes that do not fit each other or `heads`.
+    """
+    if q.shape != q_frozen.shape or k.shape != k_frozen.shape or q.ndim != 3 or k.ndim != 3:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, q_frozen, k_frozen))
+        raise AptError(f"q and k must be 3-D and have the shapes of q_frozen and k_frozen; found {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[2] % heads:
+        raise AptError(
+            f"q and k must share batch and width, and {heads} heads must divide the width; "
+            f"found {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:2]):
+        raise AptError(f"mask must be bool of shape {tuple(k.shape[:2])}; found {mask.dtype} {tuple(mask.shape)}")
+    if scale is None:
+        scale = (q.shape[2] // heads) ** -0.5
+    with torch.autocast(q.device.type, enabled=False):
+        tuned = _attention_map(q, k, heads, scale, mask)
+        with torch.no_grad():
+            frozen = _attention_map(q_frozen, k_frozen, heads, scale, mask)
+        return (tuned - frozen).square().sum(dim=-1).mean()
+
+
+def representation_loss(h: Tensor, h_frozen: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance between the channel statistics of the tuned and the frozen model's hidden states (APT, "Representation Stabilization").
+
+        l_mu = mean over batch, channels of (mean(h) - mean(h_frozen))^2,  l_sigma the same of the standard deviations
+
+    Mean and (population) standard deviation are over the spatial positions. The paper sums over channels; the mean is
+    ours, so that the size does not depend on width. Computed in float32 (float64 if given that) under any autocast.
+
+    Args:
+        h, h_frozen: [batch, positions, channels] or [batch, channels, height, width].
+
+    Returns:
+        `(l_mu, l_sigma)`, scalars; gradients reach `h` only.
+
+    Raises:
+        AptError: shapes that differ, or neither 3-D nor 4-D.
+    """
+    with torch.no_grad():
+        frozen = representation_statistics(h_frozen)
+    return statistics_loss(representation_statistics(h), frozen)
+
+
+def representation_statistics(h: Tensor) -> Tensor:
+    """Channel-wise mean and standard deviation over positions: [2, batch, channels] from either shape of `h`.
+
+    All that the frozen pass has to keep of a hidden state: 2 numbers a channel.
+    """
+    if h.ndim not in (3, 4):
+        raise AptError(f"h must be [batch, positions, channels] or [batch, channels, height, width]; found {tuple(h.shape)}")
+    with torch.autocast(h.device.type, enabled=False):
+        variance, mean = torch.var_mean(_full_precision(h), dim=1 if h.ndim == 3 else (2, 3), correction=0)
+        # The square root has no gradient at 0; a constant channel gets none, not NaN.
+        return torch.stack([mean, variance.clamp_min(1e-12).sqrt()])
+
+
+def statistics_loss(statistics: Tensor, statistics_frozen: Tensor) -> tuple[Tensor, Tensor]:
+    """`representation_loss` from `representation_statistics` of both models, [2, batch, channels] each."""
+    if statistics.shape != statistics_frozen.shape:
+        raise AptError(
+            "the hidden states of both models must have one shape; found statistics of shape "
+            f"{tuple(statistics.shape)} and {tuple(statistics_frozen.shape)}"
+        )
+    l_mu, l_sigma = (statistics - statistics_frozen.detach()).square().mean(dim=(1, 2))
+    return l_mu, l_sigma
+
+
+def _attention_map(q: Tensor, k: Tensor, heads: int, scale: float, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T * scale): [batch, heads, queries, tokens]."""
+    q, k = (_full_precision(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1)
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
