@@ -1,1 +1,127 @@
-def main(): ...
+"""The command `apt-hooks`: parses, calls the library, prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .config import AptConfig, preset_names, preset_text
+from .errors import AptError
+from .integrations.sd_scripts import patch as sd_scripts
+
+app = typer.Typer(
+    name="apt-hooks",
+    help="Adaptive Personalized Training (APT) for LoRAs: patch a trainer, choose a preset, check a config.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+presets = typer.Typer(help="The presets that come with apt-hooks.", no_args_is_help=True)
+app.add_typer(presets, name="presets")
+
+
+
+SD_SCRIPTS = "sd-scripts"
+Trainer = Annotated[str, typer.Argument(metavar="TRAINER", help=f"The trainer: {SD_SCRIPTS}.")]
+Folder = Annotated[Path, typer.Argument(metavar="[PATH]", help="The trainer's folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the diff and change nothing.")]
+
+
+@app.command(epilog="Example: `apt-hooks patch sd-scripts ~/sd-scripts --dry-run`")
+def patch(trainer: Trainer, path: Folder = Path(), dry_run: DryRun = False) -> None:
+    """Insert the lines that let a trainer read `[apt]`. Undone by `unpatch`; twice is once."""
+    _apply(sd_scripts.patch, trainer, path, dry_run, "patched", "already patched")
+
+
+@app.command(epilog="Example: `apt-hooks unpatch sd-scripts ~/sd-scripts`")
+def unpatch(trainer: Trainer, path: Folder = Path(), dry_run: DryRun = False) -> None:
+    """Take the inserted lines out again; the files are then what they were, to the byte."""
+    _apply(sd_scripts.unpatch, trainer, path, dry_run, "unpatched", "not patched, nothing to do")
+
+
+@app.command(epilog="Example: `apt-hooks status sd-scripts && echo patched`")
+def status(trainer: Trainer, path: Folder = Path()) -> None:
+    """Say the trainer's version and which of its files are patched. Exit code 0 if all are, 1 if not."""
+    _known(trainer)
+    found = sd_scripts.status(path)
+    untested = "" if found.version in sd_scripts.TESTED else f" (tested: {', '.join(sd_scripts.TESTED)})"
+    typer.echo(f"sd-scripts {found.version}{untested} in {path.resolve()}")
+    for name, state in found.state.items():
+        typer.echo(f"  {name}: {state}")
+    if not found.patched:
+        raise typer.Exit(1)
+
+
+@presets.command("list", epilog="Example: `apt-hooks presets list`")
+def presets_list() -> None:
+    """Name the presets, with the first line of each."""
+    for name in preset_names():
+        typer.echo(f"{name}  {preset_text(name).splitlines()[0].lstrip('# ')}")
+
+
+@presets.command("show", epilog="Example: `apt-hooks presets show sdxl > apt.toml`")
+def presets_show(name: str) -> None:
+    """Print a preset, each value with its source."""
+    typer.echo(preset_text(name), nl=False)
+
+
+@presets.command("apply", epilog="Example: `apt-hooks presets apply sdxl train.toml`")
+def presets_apply(
+    name: str, config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The training TOML.")]
+) -> None:
+    """Add `[apt]` with this preset to a training TOML, or change the preset there; all else stays as it is."""
+    from .tomledit import apply_preset
+
+    typer.echo(f"{config}: {apply_preset(config, name)}")
+
+
+@app.command(epilog="Example: `apt-hooks check train.toml`")
+def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The training TOML.")]) -> None:
+    """Check the `[apt]` section of a training TOML and print what it comes to."""
+    found = AptConfig.from_toml(config)
+    overrides = found.overrides()
+    typer.echo(f"{config}: [apt] is valid, preset {found.preset_name or 'none'}, {len(overrides)} overrides")
+    for key in AptConfig.keys():
+        if key != "preset":
+            typer.echo(f"  {key} = {getattr(found, key)!r}{'  (override)' if key in overrides else ''}")
+
+
+@app.command(epilog="Example: `apt-hooks demo --steps 200 --out apt-demo`")
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to write the picture and the log.")] = Path("apt-demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 150,
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same run.")] = 0,
+) -> None:
+    """Train a tiny random U-Net with LoRA and APT on generated images, and draw gamma per bin over steps."""
+    from .demo import run_demo
+
+    run_demo(out, steps=steps, seed=seed, say=typer.echo)
+
+
+def _known(trainer: str) -> None:
+    if trainer != SD_SCRIPTS:
+        raise AptError(f"{trainer}: no such trainer; the one supported is {SD_SCRIPTS}")
+
+
+def _apply(
+    change: Callable[..., str], trainer: str, path: Path, dry_run: bool, done: str, nothing: str
+) -> None:
+    _known(trainer)
+    diff = change(path, dry_run=dry_run)
+    if dry_run:
+        typer.echo(diff or f"{path.resolve()}: {nothing}")
+    else:
+        typer.echo(f"{path.resolve()}: {done if diff else nothing}")
+
+
+def main() -> None:
+    """Run the command; what a user can put right is one line and exit code 1."""
+    try:
+        app()
+    except AptError as error:
+        sys.exit(f"apt-hooks: error: {error}")

@@ -204,6 +204,11 @@ class AptObjective:
         values.update({name: term.detach() for name, term in terms.items()})
         return AptStep(passes.tuned, weight, regularizer, gammas, len(rows), values)
 
+    def verify(self) -> None:
+        """Check that the last backward pass carried the regularizers' gradient (`FeatureCapture.verify`)."""
+        if self.capture is not None:
+            self.capture.verify()
+
     def close(self) -> None:
         """Take the hooks off; may be called again."""
         if self.capture is not None:

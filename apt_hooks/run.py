@@ -1,0 +1,141 @@
+"""A training run's side of APT, the same for every trainer: start-up line, log, trackers, metadata, saved state."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from .augmentation import Placement
+from .errors import AptError
+from .files import write_atomically
+from .objective import AptObjective, AptStep
+from .steplog import VALUES, StepLog
+
+logger = logging.getLogger("apt_hooks")
+
+STATE_FILE = "apt-hooks.json"
+
+
+class AptRun:
+    """What a trainer's adapter needs around an `AptObjective`.
+
+    Args:
+        objective: the run's objective.
+        log_path: the jsonl file, one line an optimizer step; None writes none (ranks other than the first).
+        augment_space: "image" or "latent", decided.
+        seed, rank: where the augmentation's own random stream starts; the trainer's stream is not touched.
+    """
+
+    def __init__(
+        self, objective: AptObjective, *, log_path: Path | None, augment_space: str, seed: int = 0, rank: int = 0
+    ) -> None:
+        self.objective = objective
+        self.augment_space = augment_space
+        self.step = 0
+        self.log = StepLog(log_path)
+        self._batches = 0
+        self._seed = (seed * 1_000_003 + rank) % 2**31
+
+    def start_line(self) -> str:
+        """One line that says what is on."""
+        config, capture = self.objective.config, self.objective.capture
+        overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.overrides().items())
+        regularizers = "no regularizers"
+        if capture is not None:
+            regularizers = (
+                f"up-blocks {', '.join(map(str, capture.blocks))}: {len(capture.layers)} cross-attention layers, "
+                f"{len(capture.representation_places)} hidden states"
+            )
+        parts = [
+            f"apt-hooks {version()} {'monitors only' if config.monitor_only else 'is on'}",
+            f"preset {config.preset_name}" if config.preset_name else "no preset",
+            f"overrides {overrides}" if overrides else "no overrides",
+            regularizers,
+            f"augmentation of {self.augment_space}s" if self.objective.augments else "no augmentation",
+            f"log {self.log.path}" if self.log.path else "no log",
+        ]
+        return " | ".join(parts)
+
+    def generator(self) -> torch.Generator:
+        """The random stream of the batch to come: the same for a resumed run, and independent of the trainer's."""
+        return torch.Generator().manual_seed(self._seed * 2**32 + self._batches)
+
+    def record(self, step: AptStep, placement: Placement | None = None, *, ends_step: bool = True) -> None:
+        """Take in one batch; under gradient accumulation the batches up to `ends_step` make one step."""
+        self._batches += 1
+        self.log.add(step, 0 if placement is None else int(placement.chosen.sum()))
+        if ends_step:
+            self.step += 1
+            self.log.end_step(self.step)
+
+    def tracker_values(self) -> dict[str, float]:
+        """The last step's values as `apt/...` scalars; bins are `apt/gamma/0` and so on."""
+        line = self.log.latest()
+        if line is None:
+            return {}
+        scalars = {f"apt/{name}": line[name] for name in VALUES if line[name] is not None}
+        return scalars | {f"apt/gamma/{b}": gamma for b, gamma in enumerate(line["gamma"])}
+
+    def metadata(self) -> dict[str, str]:
+        """What a saved LoRA should carry, as text: `ss_apt_version`, `ss_apt_config` and so on."""
+        config = dataclasses.asdict(self.objective.config)
+        preset = config.pop("preset_name")
+        return {
+            "ss_apt_version": version(),
+            "ss_apt_preset": preset or "",
+            "ss_apt_config": json.dumps({key: value for key, value in config.items() if value is not None}),
+            "ss_apt_augment_space": self.augment_space,
+            "ss_apt_steps": str(self.step),
+            "ss_apt_gamma": json.dumps([round(g, 6) for g in self.objective.indicator.gammas.tolist()]),
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write the state into a trainer's state folder, as `apt-hooks.json`."""
+        self.log.flush()
+        state = {
+            "format": 1,
+            "step": self.step,
+            "batches": self._batches,
+            "indicator": self.objective.indicator.state_dict(),
+        }
+        write_atomically(Path(folder) / STATE_FILE, json.dumps(state, indent=1).encode())
+
+    def load(self, folder: str | Path) -> bool:
+        """Take over the state of `save`; a folder without one is warned about and changes nothing.
+
+        Raises:
+            AptError: the file is broken, or of other bins.
+        """
+        path = Path(folder) / STATE_FILE
+        if not path.exists():
+            logger.warning(
+                "apt-hooks: %s has no %s, it was saved without apt-hooks; the overfitting indicator starts anew",
+                folder,
+                STATE_FILE,
+            )
+            return False
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            step, batches, indicator = int(state["step"]), int(state["batches"]), dict(state["indicator"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise AptError(f"{path}: no state of apt-hooks ({error}); delete it to start the indicator anew") from error
+        self.objective.indicator.load_state_dict(indicator)
+        self.step, self._batches = step, batches
+        return True
+
+    def close(self) -> None:
+        """Write what is left of the log and take the hooks off."""
+        try:
+            self.log.flush()
+        finally:
+            self.objective.close()
+
+
+def version() -> str:
+    """The installed version of apt-hooks."""
+    return importlib.metadata.version("apt-hooks")

@@ -1,0 +1,78 @@
+"""Inserting marked lines into other people's files, and taking them out again to the byte.
+
+Works on bytes: encodings, line endings and comments in any language stay as they are. Only whole lines are inserted and
+each ends with `MARK`, so that undoing is dropping them, whatever else was edited in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+
+from apt_hooks.errors import AptError
+
+MARK = "# [apt-hooks]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Insertion:
+    """Lines to put before or after the one line that is `anchor`.
+
+    Args:
+        anchor: the whole line, indentation included, without its line ending; it must stand exactly once.
+        lines: the lines to insert, ASCII, without mark and line ending.
+        after: behind the anchor rather than before it.
+        within: the anchor has to come after this line (also whole, and standing once); None looks in the whole file.
+    """
+
+    anchor: str
+    lines: tuple[str, ...]
+    after: bool = False
+    within: str | None = None
+
+
+def insert(content: bytes, insertions: Iterable[Insertion], name: str) -> bytes:
+    """`content` with the lines of all insertions; those of an earlier version of them go first.
+
+    Raises:
+        AptError: an anchor does not stand exactly once; the message names file, anchor and what was found.
+    """
+    lines = strip(content).splitlines(keepends=True)
+    for insertion in insertions:
+        start = 0 if insertion.within is None else _only(lines, insertion.within, 0, name) + 1
+        at = _only(lines, insertion.anchor, start, name, first=insertion.within is not None)
+        ending = re.search(rb"\r?\n?$", lines[at]).group() or b"\n"  # type: ignore[union-attr]
+        new = [f"{line}  {MARK}".encode("ascii") + ending for line in insertion.lines]
+        lines[at + insertion.after : at + insertion.after] = new
+    return b"".join(lines)
+
+
+def strip(content: bytes) -> bytes:
+    """`content` without the marked lines."""
+    return b"".join(line for line in content.splitlines(keepends=True) if not _is_marked(line))
+
+
+def is_patched(content: bytes) -> bool:
+    """Whether any line is marked."""
+    return any(map(_is_marked, content.splitlines()))
+
+
+def diff(before: bytes, after: bytes, name: str) -> str:
+    """A unified diff to read; bytes that are no UTF-8 are shown as question marks."""
+    old, new = (content.decode("utf-8", "replace").splitlines() for content in (before, after))
+    return "\n".join(difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", lineterm=""))
+
+
+def _is_marked(line: bytes) -> bool:
+    return line.rstrip(b"\r\n").endswith(MARK.encode("ascii"))
+
+
+def _only(lines: list[bytes], anchor: str, start: int, name: str, first: bool = False) -> int:
+    wanted = anchor.encode("utf-8")
+    found = [i for i in range(start, len(lines)) if lines[i].rstrip(b"\r\n") == wanted]
+    if not found or (len(found) > 1 and not first):
+        times = f"it stands {len(found)} times" if found else "it is not there"
+        raise AptError(f"{name}: looked for the line `{anchor.strip()}` to patch at, {times}; the file was left as it is")
+    return found[0]

@@ -1,0 +1,333 @@
+"""APT as a subclass of sd-scripts' trainer.
+
+Everything the trainer does goes on as it is; the subclass overrides the few methods through which a batch passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt_hooks.augmentation import Placement
+from apt_hooks.config import AptConfig
+from apt_hooks.errors import AptError
+from apt_hooks.objective import AptObjective
+from apt_hooks.run import AptRun
+
+from .conditioning import ClassCaptions, FrozenConditioning, TextEncoders
+from .lora import LoraSwitch
+
+logger = logging.getLogger("apt_hooks")
+
+UNCOUNTED = "apt_hooks_uncounted"
+"""Custom attribute of a dataset subset whose samples APT leaves alone: regularization images and their like."""
+
+_LATENTS_AUGMENTED = "the data set gives latents, which are augmented in place of the images; that is an approximation"
+
+
+class AptTrainer:
+    """Mixed in before a `NetworkTrainer`; `apt_config` is set before `train`, `apt` when the models are loaded."""
+
+    apt_config: AptConfig
+    apt: AptRun
+    _batch: _Batch | None = None
+
+    # -- before the first step ---------------------------------------------------------------------------------------
+
+    def train(self, args: argparse.Namespace) -> None:
+        with errors_in_one_line():
+            try:
+                super().train(args)  # type: ignore[misc]
+                if hasattr(self, "apt"):
+                    self.apt.objective.verify()
+            finally:
+                if hasattr(self, "apt"):
+                    self.apt.close()
+
+    def get_tokenizers(self, tokenize_strategy: Any) -> Any:
+        tokenizers = super().get_tokenizers(tokenize_strategy)  # type: ignore[misc]
+        self._captions = None
+        if self.apt_config.identifier and self.apt_config.class_word:
+            self._captions = ClassCaptions(self.apt_config.identifier, self.apt_config.class_word)
+            self._captions.check_lengths(tokenizers)
+        return tokenizers
+
+    def assert_extra_args(self, args: argparse.Namespace, train_dataset_group: Any, val_dataset_group: Any) -> None:
+        super().assert_extra_args(args, train_dataset_group, val_dataset_group)  # type: ignore[misc]
+        captions: list[str] = []
+        for dataset in getattr(train_dataset_group, "datasets", []):
+            for subset in getattr(dataset, "subsets", []):
+                attributes = dict(getattr(subset, "custom_attributes", None) or {})
+                # A batch carries its subsets' attributes, and nothing else that tells a regularization image.
+                kept_as_prior = attributes.get("diff_output_preservation", False)
+                attributes[UNCOUNTED] = bool(getattr(subset, "is_reg", False) or kept_as_prior)
+                subset.custom_attributes = attributes
+                captions += [str(getattr(subset, k, None) or "") for k in ("caption_prefix", "class_tokens")]
+            captions += [info.caption for info in getattr(dataset, "image_data", {}).values()]
+        if self._captions is not None and not self._captions.occurs_in(captions):
+            logger.warning("apt-hooks: identifier %r is in none of the captions", self._captions.identifier)
+
+    def load_target_model(self, args: argparse.Namespace, weight_dtype: torch.dtype, accelerator: Any) -> Any:
+        loaded = super().load_target_model(args, weight_dtype, accelerator)  # type: ignore[misc]
+        _, text_encoder, vae, unet = loaded
+        text_encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
+        trained = text_encoders if self.is_train_text_encoder(args) else []  # type: ignore[attr-defined]
+        config = self.apt_config
+        space = config.augment_space
+        if space == "auto":
+            space = "latent" if args.cache_latents else "image"
+        # A switch is made at the first step: the network is applied to the models after they were loaded.
+        self._switch: LoraSwitch | None = None
+        self._switched = (unet, *trained)
+        self._network = args.network_module
+        objective = AptObjective(config, unet, self._lora_off, also_frozen=trained)
+        log_path = Path(args.output_dir or ".") / f"{args.output_name or 'last'}-apt.jsonl"
+        self.apt = AptRun(
+            objective,
+            log_path=log_path if accelerator.is_main_process else None,
+            augment_space=space,
+            seed=args.seed,
+            rank=accelerator.process_index,
+        )
+        self._conditioning: FrozenConditioning | None = None
+        if trained or self._captions is not None:
+            self._conditioning = FrozenConditioning(self._captions, weighted=args.weighted_captions)
+        self._vae = vae
+        self._black = _black_latent(vae) if space == "latent" and objective.augments else None
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: self._save_state(accelerator, folder))
+        accelerator.register_load_state_pre_hook(lambda models, folder: self._load_state(folder))
+        accelerator.print(self.apt.start_line())
+        if objective.augments and config.augment_space == "auto" and space == "latent":
+            accelerator.print(f"apt-hooks: {_LATENTS_AUGMENTED}")
+        return loaded
+
+    def update_metadata(self, metadata: dict[str, Any], args: argparse.Namespace) -> None:
+        super().update_metadata(metadata, args)  # type: ignore[misc]
+        metadata.update(self.apt.metadata())
+
+    def get_sai_model_spec(self, args: argparse.Namespace) -> dict[str, Any]:
+        # Asked for at every save, so what it adds to the metadata is of that moment.
+        spec = super().get_sai_model_spec(args)  # type: ignore[misc]
+        return spec if args.no_metadata else {**spec, **self.apt.metadata()}
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def process_batch(
+        self,
+        batch: dict[str, Any],
+        text_encoders: list[Any],
+        unet: Any,
+        network: Any,
+        vae: Any,
+        noise_scheduler: Any,
+        vae_dtype: Any,
+        weight_dtype: Any,
+        accelerator: Any,
+        args: argparse.Namespace,
+        text_encoding_strategy: Any,
+        tokenize_strategy: Any,
+        is_train: bool = True,
+        train_text_encoder: bool = True,
+        train_unet: bool = True,
+    ) -> Tensor:
+        def process(batch: dict[str, Any]) -> Tensor:
+            return super(AptTrainer, self).process_batch(  # type: ignore[misc]
+                batch,
+                text_encoders,
+                unet,
+                network,
+                vae,
+                noise_scheduler,
+                vae_dtype,
+                weight_dtype,
+                accelerator,
+                args,
+                text_encoding_strategy,
+                tokenize_strategy,
+                is_train=is_train,
+                train_text_encoder=train_text_encoder,
+                train_unet=train_unet,
+            )
+
+        if not is_train:
+            return process(batch)
+        current = _Batch(_counted(batch))
+        if self._conditioning is not None:
+            models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
+            encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
+            current.frozen_conds = functools.partial(self._conditioning, encoders, batch, current.counted)
+        with contextlib.ExitStack() as stack:
+            if self.apt.objective.augments:
+                batch = self._augment(batch, current, args, noise_scheduler, accelerator.device)
+                stack.enter_context(_timesteps_drawn(current.timesteps))
+            self._batch = current
+            try:
+                loss = process(batch)
+            finally:
+                self._batch = None
+        self.apt.record(current.step, current.placement, ends_step=accelerator.sync_gradients)
+        return loss
+
+    def shift_scale_latents(self, args: argparse.Namespace, latents: Tensor) -> Tensor:
+        current = self._batch
+        if current is not None and current.placement is not None and self._black is not None:
+            latents = current.placement.apply(latents, self._black)
+        return super().shift_scale_latents(args, latents)  # type: ignore[misc]
+
+    def call_unet(
+        self,
+        args: argparse.Namespace,
+        accelerator: Any,
+        unet: Any,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        text_conds: list[Tensor],
+        batch: dict[str, Any],
+        weight_dtype: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        def predict(conds: list[Tensor]) -> Tensor:
+            return super(AptTrainer, self).call_unet(  # type: ignore[misc]
+                args, accelerator, unet, noisy_latents, timesteps, conds, batch, weight_dtype, **kwargs
+            )
+
+        current = self._batch
+        # Outside of a training step, and for the trainer's own second call (differential output preservation).
+        if current is None or current.passes is not None:
+            return predict(text_conds)
+        current.passes = self.apt.objective.passes(
+            lambda: predict(text_conds), lambda: predict(current.frozen_conds(text_conds)), current.counted
+        )
+        return current.passes.tuned
+
+    def get_noise_pred_and_target(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().get_noise_pred_and_target(*args, **kwargs)  # type: ignore[misc]
+        current = self._batch
+        if current is not None:
+            _, target, timesteps, _ = result
+            current.step = self.apt.objective.assess(current.passes, target, timesteps, current.counted)
+        return result
+
+    def post_process_loss(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().post_process_loss(loss, *args, **kwargs)  # type: ignore[misc]
+        step = self._batch.step if self._batch is not None else None
+        if step is None or self.apt_config.monitor_only:
+            return loss
+        # The trainer takes the mean over the batch next, which leaves the regularizer as it is.
+        return loss * step.weight.to(loss.dtype) + step.regularizer
+
+    def generate_step_logs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**super().generate_step_logs(*args, **kwargs), **self.apt.tracker_values()}  # type: ignore[misc]
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _lora_off(self) -> Iterator[None]:
+        if self._switch is None:
+            self._switch = LoraSwitch(self._switched, self._network)
+        with self._switch.off():
+            yield
+
+    def _augment(
+        self, batch: dict[str, Any], current: _Batch, args: argparse.Namespace, noise_scheduler: Any, device: Any
+    ) -> dict[str, Any]:
+        """The batch with some images and all their masks moved; timesteps are drawn first, by the trainer's sampler."""
+        from library import train_util
+
+        low = 0 if args.min_timestep is None else args.min_timestep
+        high = noise_scheduler.config.num_train_timesteps if args.max_timestep is None else args.max_timestep
+        current.timesteps = train_util.get_timesteps(low, high, len(batch["loss_weights"]), device)
+        run = self.apt
+        placement = run.objective.draw_augmentation(current.timesteps, current.counted, run.generator())
+        current.placement = placement
+        moved = dict(batch)
+        if run.augment_space == "image" and batch.get("images") is None:
+            self._go_on_in_latent_space()
+        if run.augment_space == "image":
+            moved["images"] = placement.apply(batch["images"], -1.0)
+        # What a zoom-out uncovers belongs to no subject: 0 in a mask, which a mask image stores as -1.
+        for name, nothing in (("alpha_masks", 0.0), ("conditioning_images", -1.0)):
+            if batch.get(name) is not None:
+                moved[name] = placement.apply(batch[name], nothing)
+        return moved
+
+    def _go_on_in_latent_space(self) -> None:
+        """The data set came with latents of its own, which no argument tells beforehand."""
+        if self.apt_config.augment_space == "image":
+            raise AptError('[apt] augment_space = "image", but the data set has latents only; set it to "latent" or "auto"')
+        self.apt.augment_space = "latent"
+        self._black = _black_latent(self._vae)
+        logger.info("apt-hooks: %s", _LATENTS_AUGMENTED)
+
+    def _save_state(self, accelerator: Any, folder: str) -> None:
+        if accelerator.is_main_process:
+            self.apt.save(folder)
+
+    def _load_state(self, folder: str) -> None:
+        if self.apt.load(folder):
+            logger.info("apt-hooks: the indicator goes on from step %d", self.apt.step)
+
+
+@dataclasses.dataclass
+class _Batch:
+    """What is known of the training batch on its way through the trainer."""
+
+    counted: Tensor
+    frozen_conds: Callable[[list[Tensor]], list[Tensor]] = lambda conds: conds
+    timesteps: Tensor | None = None
+    placement: Placement | None = None
+    passes: Any = None  # Passes, from the call of the U-Net on
+    step: Any = None  # AptStep, from the target on
+
+
+def _counted(batch: dict[str, Any]) -> Tensor:
+    attributes = batch.get("custom_attributes")
+    if not attributes:  # a dataset class of the user's own
+        return torch.ones(len(batch["loss_weights"]), dtype=torch.bool)
+    return torch.tensor([not (a or {}).get(UNCOUNTED, False) for a in attributes])
+
+
+@contextlib.contextmanager
+def _timesteps_drawn(timesteps: Tensor | None) -> Iterator[None]:
+    """Inside, the trainer's sampler returns the timesteps that it was already asked for."""
+    from library import train_util
+
+    sampler = train_util.get_timesteps
+    train_util.get_timesteps = lambda *args, **kwargs: timesteps
+    try:
+        yield
+    finally:
+        train_util.get_timesteps = sampler
+
+
+@torch.no_grad()
+def _black_latent(vae: Any) -> Tensor:
+    """What the VAE encodes black to, [channels], before the trainer's scaling: the mean away from the border."""
+    parameter = next(vae.parameters())
+    dtype, black = parameter.dtype, torch.full((1, 3, 256, 256), -1.0, device=parameter.device)
+    vae.float()  # half precision overflows in SDXL's VAE; back and forth loses nothing
+    try:
+        latent = vae.encode(black).latent_dist.mode()
+    finally:
+        vae.to(dtype)
+    height, width = latent.shape[-2:]
+    return latent[0, :, height // 4 : -(height // 4), width // 4 : -(width // 4)].mean(dim=(1, 2))
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """An `AptError` inside ends the program with its message, not with a traceback."""
+    try:
+        yield
+    except AptError as error:
+        sys.exit(f"apt-hooks: error: {error}")
