@@ -25,7 +25,6 @@ presets = typer.Typer(help="The presets that come with apt-hooks.", no_args_is_h
 app.add_typer(presets, name="presets")
 
 
-
 SD_SCRIPTS = "sd-scripts"
 Trainer = Annotated[str, typer.Argument(metavar="TRAINER", help=f"The trainer: {SD_SCRIPTS}.")]
 Folder = Annotated[Path, typer.Argument(metavar="[PATH]", help="The trainer's folder.")]
@@ -86,7 +85,7 @@ def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Th
     found = AptConfig.from_toml(config)
     overrides = found.overrides()
     typer.echo(f"{config}: [apt] is valid, preset {found.preset_name or 'none'}, {len(overrides)} overrides")
-    for key in AptConfig.keys():
+    for key in AptConfig.key_names():
         if key != "preset":
             typer.echo(f"  {key} = {getattr(found, key)!r}{'  (override)' if key in overrides else ''}")
 
@@ -94,7 +93,7 @@ def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Th
 @app.command(epilog="Example: `apt-hooks demo --steps 200 --out apt-demo`")
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write the picture and the log.")] = Path("apt-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 150,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 120,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same run.")] = 0,
 ) -> None:
     """Train a tiny random U-Net with LoRA and APT on generated images, and draw gamma per bin over steps."""
@@ -108,9 +107,7 @@ def _known(trainer: str) -> None:
         raise AptError(f"{trainer}: no such trainer; the one supported is {SD_SCRIPTS}")
 
 
-def _apply(
-    change: Callable[..., str], trainer: str, path: Path, dry_run: bool, done: str, nothing: str
-) -> None:
+def _apply(change: Callable[..., str], trainer: str, path: Path, dry_run: bool, done: str, nothing: str) -> None:
     _known(trainer)
     diff = change(path, dry_run=dry_run)
     if dry_run:

@@ -1,13 +1,13 @@
 """Adaptive Personalized Training for diffusion LoRAs, as hooks around a training loop.
 
-    AptConfig                   what to do: the keys of `[apt]`            config.py
-    OverfittingIndicator        gamma per timestep bin                     indicator.py
-    ZoomOutRotate               the augmentation                           augmentation.py
-    FeatureCapture              queries, keys, hidden states of a U-Net    capture.py
-    attention_alignment_loss    the regularizers                           losses.py
-    representation_loss
-    AptObjective, AptStep       one step of it all                         objective.py
-    AptError                    what a user can put right                  errors.py
+AptConfig                   what to do: the keys of `[apt]`            config.py
+OverfittingIndicator        gamma per timestep bin                     indicator.py
+ZoomOutRotate               the augmentation                           augmentation.py
+FeatureCapture              queries, keys, hidden states of a U-Net    capture.py
+attention_alignment_loss    the regularizers                           losses.py
+representation_loss
+AptObjective, AptStep       one step of it all                         objective.py
+AptError                    what a user can put right                  errors.py
 """
 
 from .augmentation import ZoomOutRotate

@@ -90,7 +90,9 @@ class ZoomOutRotate:
             chosen=choice < probabilities.detach().to("cpu", torch.float64),
         )
 
-    def __call__(self, content: Tensor, *, fill: float | Tensor = -1.0, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self, content: Tensor, *, fill: float | Tensor = -1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Move every sample: `content` as in `Placement.apply`; black is -1 in images scaled to [-1, 1]."""
         return self.draw(torch.ones(len(content)), generator).apply(content, fill)
 

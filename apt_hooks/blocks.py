@@ -10,6 +10,9 @@ from torch import nn
 
 from .errors import AptError
 
+_Place = tuple[str, nn.Module]
+_Level = tuple[list[_Place], _Place | None]  # its parts, and the module that ends it where the parts are never called
+
 
 @dataclasses.dataclass(frozen=True)
 class UpBlock:
@@ -23,9 +26,9 @@ class UpBlock:
     """
 
     index: int
-    cross_attention: tuple[tuple[str, nn.Module], ...]
-    self_attention: tuple[tuple[str, nn.Module], ...]
-    output: tuple[str, nn.Module]
+    cross_attention: tuple[_Place, ...]
+    self_attention: tuple[_Place, ...]
+    output: _Place
 
 
 def find_up_blocks(unet: nn.Module) -> tuple[UpBlock, ...]:
@@ -39,7 +42,8 @@ def find_up_blocks(unet: nn.Module) -> tuple[UpBlock, ...]:
         AptError: the model has neither, or its attention layers have fused projections.
     """
     if hasattr(unet, "up_blocks"):
-        levels = [([(f"up_blocks.{i}", block)], None) for i, block in enumerate(unet.up_blocks)]
+        blocks: Any = unet.up_blocks
+        levels: list[_Level] = [([(f"up_blocks.{i}", block)], None) for i, block in enumerate(blocks)]
     elif hasattr(unet, "output_blocks"):
         levels = _stability_levels(unet.output_blocks)
     else:
@@ -79,9 +83,9 @@ def select_up_blocks(unet: nn.Module, blocks: Literal["auto"] | Sequence[int]) -
     return tuple(chosen)
 
 
-def _stability_levels(lists: Any) -> list[tuple[list[tuple[str, nn.Module]], tuple[str, nn.Module]]]:
-    levels: list[tuple[list[tuple[str, nn.Module]], tuple[str, nn.Module]]] = []
-    parts: list[tuple[str, nn.Module]] = []
+def _stability_levels(lists: Any) -> list[_Level]:
+    levels: list[_Level] = []
+    parts: list[_Place] = []
     for i, modules in enumerate(lists):
         parts.append((f"output_blocks.{i}", modules))
         last_name, last = list(modules.named_children())[-1]
@@ -91,8 +95,9 @@ def _stability_levels(lists: Any) -> list[tuple[list[tuple[str, nn.Module]], tup
     return levels
 
 
-def _up_block(index: int, parts: list[tuple[str, nn.Module]], last: tuple[str, nn.Module] | None) -> UpBlock:
-    cross, own = [], []
+def _up_block(index: int, parts: list[_Place], last: _Place | None) -> UpBlock:
+    cross: list[_Place] = []
+    own: list[_Place] = []
     for prefix, part in parts:
         for name, module in part.named_modules(prefix=prefix):
             if not (hasattr(module, "to_q") and hasattr(module, "to_k")):

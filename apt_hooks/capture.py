@@ -47,8 +47,8 @@ class FeatureCapture:
     """Hooks on the up-blocks of a U-Net that read, and change nothing.
 
     A pass is read inside `with capture.record() as features:`; outside of it the hooks return at once, so sampling,
-    validation and the recomputation of gradient checkpointing go unread. The attention backend stays the user's: queries
-    and keys are the outputs of `to_q` and `to_k`.
+    validation and the recomputation of gradient checkpointing go unread. The attention backend stays the user's:
+    queries and keys are the outputs of `to_q` and `to_k`.
 
     Gradient checkpointing: what non-reentrant checkpointing reads is part of the graph. Reentrant checkpointing runs
     its first pass without a graph; `connect` then makes the gradient of what was read wait for the recomputation and
@@ -143,8 +143,8 @@ class FeatureCapture:
         count = len(self._awaited)
         self._awaited.clear()
         raise AptError(
-            f"the regularizers' gradient got lost at {count} places ({lost}, ...): they ran without a graph and were not "
-            "recomputed in the backward pass; switch gradient checkpointing to non-reentrant, or off"
+            f"the regularizers' gradient got lost at {count} places ({lost}, ...): they ran without a graph and were "
+            "not recomputed in the backward pass; switch gradient checkpointing to non-reentrant, or off"
         )
 
     def close(self) -> None:
@@ -193,8 +193,9 @@ class FeatureCapture:
         missing = [self._name(k, i) for k, n in wanted.items() for i in range(n) if i not in getattr(features, k)]
         if missing:
             raise AptError(
-                f"the pass did not come through {len(missing)} of {sum(wanted.values())} places ({', '.join(missing[:3])}): "
-                "the model was compiled, or its projections were fused or replaced, after the capture was attached"
+                f"the pass did not come through {len(missing)} of {sum(wanted.values())} places "
+                f"({', '.join(missing[:3])}): the model was compiled, or its projections were fused or replaced, "
+                "after the capture was attached"
             )
 
     def _name(self, kind: str, i: int) -> str:

@@ -111,7 +111,7 @@ class AptConfig:
             raise AptError(f"[apt] {given} = {getattr(self, given)!r} needs {missing} too: give both or neither")
 
     @classmethod
-    def keys(cls) -> tuple[str, ...]:
+    def key_names(cls) -> tuple[str, ...]:
         """The keys that an `[apt]` section may hold."""
         fields = (field.name for field in dataclasses.fields(cls))
         return ("preset", *(name for name in fields if name != "preset_name"))
@@ -146,10 +146,10 @@ class AptConfig:
             AptError: an unknown key, an unknown preset, or a value that breaks the rule of its key.
         """
         for key, value in values.items():
-            if key not in cls.keys():
+            if key not in cls.key_names():
                 raise AptError(
-                    f"[apt] {key} = {value!r}: there is no such key{_nearest(key, cls.keys())} "
-                    f"The keys are {', '.join(cls.keys())}."
+                    f"[apt] {key} = {value!r}: there is no such key{_nearest(key, cls.key_names())} "
+                    f"The keys are {', '.join(cls.key_names())}."
                 )
         own = {key: value for key, value in values.items() if key != "preset"}
         if "preset" not in values:

@@ -13,12 +13,12 @@ from .errors import AptError
 
 
 class OverfittingIndicator:
-    """Gamma per timestep bin, from exponential moving averages of both models' losses (APT, "Adaptive Training Adjustment").
+    """Gamma per timestep bin, from moving averages of both models' losses (APT, "Adaptive Training Adjustment").
 
         gamma_b = clamp(1 - exp(-scale * (EMA_b[L_frozen] - EMA_b[L_tuned])), 0, 1)
 
-    A bin never seen has gamma 0. The paper prints no clamp; it is ours: a tuned model that is worse than the frozen one
-    by 0.002 would give -6.4, a weight of 7.4.
+    A bin never seen has gamma 0. The paper prints no clamp; it is ours: a tuned model that is worse than the
+    frozen one by 0.002 would give -6.4, a weight of 7.4.
 
     Args:
         num_bins: bins of equal width over `0 .. num_train_timesteps - 1`.
@@ -116,7 +116,9 @@ class OverfittingIndicator:
                     f"the saved indicator has {name} = {state.get(name)}, this run {getattr(self, name)}: "
                     "resume with the same value, or start without the saved state"
                 )
-        rows = [[float("nan") if v is None else float(v) for v in state[name]] for name in ("loss_tuned", "loss_frozen")]
+        rows = [
+            [float("nan") if v is None else float(v) for v in state[name]] for name in ("loss_tuned", "loss_frozen")
+        ]
         self._ema = torch.tensor(rows, dtype=self._ema.dtype, device=self._ema.device)
 
     def _bins(self, timesteps: Tensor) -> Tensor:

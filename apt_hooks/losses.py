@@ -58,7 +58,7 @@ def attention_alignment_loss(
 
 
 def representation_loss(h: Tensor, h_frozen: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance between the channel statistics of the tuned and the frozen model's hidden states (APT, "Representation Stabilization").
+    """Distance between the channel statistics of both models' hidden states (APT, "Representation Stabilization").
 
         l_mu = mean over batch, channels of (mean(h) - mean(h_frozen))^2,  l_sigma the same of the standard deviations
 
@@ -85,7 +85,9 @@ def representation_statistics(h: Tensor) -> Tensor:
     All that the frozen pass has to keep of a hidden state: 2 numbers a channel.
     """
     if h.ndim not in (3, 4):
-        raise AptError(f"h must be [batch, positions, channels] or [batch, channels, height, width]; found {tuple(h.shape)}")
+        raise AptError(
+            f"h must be [batch, positions, channels] or [batch, channels, height, width]; found {tuple(h.shape)}"
+        )
     with torch.autocast(h.device.type, enabled=False):
         variance, mean = torch.var_mean(_full_precision(h), dim=1 if h.ndim == 3 else (2, 3), correction=0)
         # The square root has no gradient at 0; a constant channel gets none, not NaN.

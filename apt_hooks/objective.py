@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -118,7 +119,12 @@ class AptObjective:
         return self.augmentation.draw(probability if self.augments else torch.zeros_like(probability), generator)
 
     def augment(
-        self, images: Tensor, timesteps: Tensor, *, fill: float | Tensor = -1.0, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        timesteps: Tensor,
+        *,
+        fill: float | Tensor = -1.0,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """`images` ([batch, channels, height, width], black = `fill`), some of them zoomed out and rotated."""
         if not self.augments:
@@ -154,20 +160,13 @@ class AptObjective:
         """The frozen pass and the tuned pass; for loops that know the target only later. Arguments as in `step`."""
         if counted is not None and not bool(counted.any()):
             return Passes(predict(), None, None, None)
-        frozen_features = tuned_features = None
-        with frozen_base(self.frozen_modules, self.adapters_off):
-            if self.capture is None:
-                frozen = (predict_frozen or predict)()
-            else:
-                with self.capture.record(reduce=representation_statistics) as frozen_features:
-                    frozen = (predict_frozen or predict)()
-        if self.capture is None:
-            return Passes(predict(), frozen, None, None)
-        with self.capture.record() as tuned_features:
+        with frozen_base(self.frozen_modules, self.adapters_off), self._record(representation_statistics) as before:
+            frozen = (predict_frozen or predict)()
+        with self._record() as now:
             tuned = predict()
-        if not self.config.monitor_only:
-            tuned = self.capture.connect(tuned, tuned_features)
-        return Passes(tuned, frozen, tuned_features, frozen_features)
+        if self.capture is not None and now is not None and not self.config.monitor_only:
+            tuned = self.capture.connect(tuned, now)
+        return Passes(tuned, frozen, now, before)
 
     def assess(self, passes: Passes, target: Tensor, timesteps: Tensor, counted: Tensor | None = None) -> AptStep:
         """Losses, indicator and terms from both passes; updates the indicator. Arguments as in `step`."""
@@ -221,6 +220,11 @@ class AptObjective:
         if self.capture is not None:
             self.capture.__exit__(kind, error, tb)
 
+    def _record(
+        self, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> contextlib.AbstractContextManager[Features | None]:
+        return contextlib.nullcontext() if self.capture is None else self.capture.record(reduce)
+
     def _terms(self, passes: Passes, rows: Tensor | None) -> dict[str, Tensor]:
         tuned, frozen, capture = passes.tuned_features, passes.frozen_features, self.capture
         if capture is None or tuned is None or frozen is None:
@@ -247,12 +251,10 @@ class AptObjective:
                 q_frozen, k_frozen = counted(frozen.queries.pop(i)), counted(frozen.keys.pop(i))
                 if k.shape[1] != k_frozen.shape[1]:
                     raise AptError(
-                        f"attention alignment needs captions of one token length; the tuned model saw {k.shape[1]} tokens, "
-                        f"the frozen one {k_frozen.shape[1]}: choose a class_word as long as the identifier"
+                        f"attention alignment needs captions of one token length; the tuned model saw {k.shape[1]} "
+                        f"tokens, the frozen one {k_frozen.shape[1]}: choose a class_word as long as the identifier"
                     )
-                losses.append(
-                    attention_alignment_loss(q, k, q_frozen, k_frozen, heads=layer.heads, scale=layer.scale)
-                )
+                losses.append(attention_alignment_loss(q, k, q_frozen, k_frozen, heads=layer.heads, scale=layer.scale))
             terms["l_attn"] = torch.stack(losses).mean()
         return terms
 

@@ -74,5 +74,7 @@ def _only(lines: list[bytes], anchor: str, start: int, name: str, first: bool = 
     found = [i for i in range(start, len(lines)) if lines[i].rstrip(b"\r\n") == wanted]
     if not found or (len(found) > 1 and not first):
         times = f"it stands {len(found)} times" if found else "it is not there"
-        raise AptError(f"{name}: looked for the line `{anchor.strip()}` to patch at, {times}; the file was left as it is")
+        raise AptError(
+            f"{name}: looked for the line `{anchor.strip()}` to patch at, {times}; the file was left as it is"
+        )
     return found[0]

@@ -23,8 +23,8 @@ def take_section(config: dict[str, Any], parser: argparse.ArgumentParser) -> Non
     section = config.pop("apt")
     if not any(action.dest == "apt_config" for action in parser._actions):
         sys.exit(
-            f"apt-hooks: error: {parser.prog} has an [apt] section in its --config_file, but apt-hooks is for train_network.py "
-            "and sdxl_train_network.py; take the section out"
+            f"apt-hooks: error: {parser.prog} has an [apt] section in its --config_file, but apt-hooks is for "
+            "train_network.py and sdxl_train_network.py; take the section out"
         )
     parser.set_defaults(apt_section=section)
 
@@ -37,7 +37,9 @@ def apt_trainer(trainer: Any, args: argparse.Namespace) -> Any:
     with errors_in_one_line():
         section = args.__dict__.pop("apt_section", None)
         if section is not None and args.apt_config:
-            raise AptError(f"both an [apt] section in --config_file and --apt_config {args.apt_config} are given; keep one")
+            raise AptError(
+                f"both an [apt] section in --config_file and --apt_config {args.apt_config} are given; keep one"
+            )
         if args.apt_config:
             config = AptConfig.from_toml(args.apt_config)
         elif isinstance(section, dict):

@@ -14,9 +14,9 @@ from apt_hooks.errors import AptError
 class LoraSwitch:
     """Puts the base layers' own `forward` back for a while.
 
-    sd-scripts' networks (and LyCORIS) replace `forward` on each base layer by that of a LoRA module, which keeps the old
-    one as `org_forward`. With the old one in place no LoRA is computed and no dropout number drawn; a multiplier of 0
-    would do both.
+    sd-scripts' networks (and LyCORIS) replace `forward` on each base layer by that of a LoRA module, which keeps the
+    old one as `org_forward`. With the old one in place no LoRA is computed and no dropout number drawn; a multiplier of
+    0 would do both.
 
     Args:
         modules: the U-Net and the text encoders that may carry LoRA, network applied.
@@ -36,8 +36,8 @@ class LoraSwitch:
                     self._layers.append((layer, replaced, original))
         if not self._layers:
             raise AptError(
-                f"network_module {network}: looked for layers whose forward was replaced by a LoRA that keeps org_forward, "
-                "found none, so the base model cannot be had; use networks.lora or a LyCORIS network"
+                f"network_module {network}: looked for layers whose forward was replaced by a LoRA that keeps "
+                "org_forward, found none, so the base model cannot be had; use networks.lora or a LyCORIS network"
             )
 
     @contextlib.contextmanager

@@ -21,12 +21,12 @@ _ADAPTER = (
     "    try:",
     "        from apt_hooks.integrations.sd_scripts import adapter",
     "    except ModuleNotFoundError as e:",
-    '        raise SystemExit(f"[apt] and --apt_config need apt-hooks in this environment ({e}): pip install apt-hooks")',
+    '        raise SystemExit(f"[apt] and --apt_config need apt-hooks, not found here ({e}): pip install apt-hooks")',
     "    return adapter",
 )
 _TAKE_SECTION = ('    if "apt" in config_dict:', "        apt_hooks_adapter().take_section(config_dict, parser)")
 _ARGUMENT = (
-    '    parser.add_argument("--apt_config", default=None, help="TOML file with an [apt] section: train with apt-hooks")',
+    '    parser.add_argument("--apt_config", default=None, help="TOML file with an [apt] section (apt-hooks)")',
 )
 _TRAINER = (
     '    if args.apt_config or hasattr(args, "apt_section"):',
@@ -143,7 +143,9 @@ def patch(folder: Path, *, dry_run: bool = False) -> str:
 
 
 def unpatch(folder: Path, *, dry_run: bool = False) -> str:
-    """Take the lines out again, in the opposite order; returns the diff. The files are then what they were, to the byte.
+    """Take the lines out again, in the opposite order; returns the diff.
+
+    The files are then what they were, to the byte.
 
     Raises:
         AptError: the folder holds no sd-scripts.
@@ -172,12 +174,16 @@ def _check(folder: Path, contents: dict[str, bytes]) -> str:
     version = tuple(int(part) for part in named.groups()) if named else None
     text = ".".join(map(str, version)) if version else "unknown"
     if version is not None and version < OLDEST:
-        raise AptError(f"{folder}: sd-scripts {text} is not supported, only {' and '.join(TESTED)} are; update sd-scripts")
+        raise AptError(
+            f"{folder}: sd-scripts {text} is not supported, only {' and '.join(TESTED)} are; update sd-scripts"
+        )
     for name, required in REQUIRED.items():
         found = _signatures(contents[name], name)
         for function, parameters in required.items():
             if function not in found:
-                raise AptError(f"{folder / name}: looked for {function}(), it is not there; sd-scripts {text} is not supported")
+                raise AptError(
+                    f"{folder / name}: looked for {function}(), it is not there; sd-scripts {text} is not supported"
+                )
             if found[function][: len(parameters)] != parameters:
                 raise AptError(
                     f"{folder / name}: looked for {function}({', '.join(parameters)}), found "

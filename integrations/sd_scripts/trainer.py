@@ -264,7 +264,9 @@ class AptTrainer:
     def _go_on_in_latent_space(self) -> None:
         """The data set came with latents of its own, which no argument tells beforehand."""
         if self.apt_config.augment_space == "image":
-            raise AptError('[apt] augment_space = "image", but the data set has latents only; set it to "latent" or "auto"')
+            raise AptError(
+                '[apt] augment_space = "image", but the data set has latents only; set it to "latent" or "auto"'
+            )
         self.apt.augment_space = "latent"
         self._black = _black_latent(self._vae)
         logger.info("apt-hooks: %s", _LATENTS_AUGMENTED)
