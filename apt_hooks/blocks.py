@@ -74,6 +74,8 @@ def select_up_blocks(unet: nn.Module, blocks: Literal["auto"] | Sequence[int]) -
         )
     if blocks == "auto":
         return tuple(with_attention[-2:])
+    if not blocks:
+        raise AptError(f"blocks: none given; those that have attention layers are {listed}")
     chosen = []
     for index in blocks:
         match = [block for block in with_attention if block.index == index]
@@ -102,7 +104,8 @@ def _up_block(index: int, parts: list[_Place], last: _Place | None) -> UpBlock:
         for name, module in part.named_modules(prefix=prefix):
             if not (hasattr(module, "to_q") and hasattr(module, "to_k")):
                 continue
-            if getattr(module, "fused_projections", False):
+            # diffusers leaves `fused_projections` set after unfusing; what runs is decided by the processor.
+            if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
                 raise AptError(f"{name} has fused projections, which hide q and k: call unfuse_qkv_projections() first")
             if getattr(module, "norm_q", None) is not None:
                 raise AptError(f"{name} normalises q and k after their projections, which is not supported")

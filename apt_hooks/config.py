@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
@@ -20,7 +19,8 @@ else:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared rather than math.isfinite, which cannot take a whole number too large for a float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_count(value: object, least: int) -> bool:
@@ -91,7 +91,7 @@ class AptConfig:
     )
     identifier: str | None = _word()
     class_word: str | None = _word()
-    preset_name: str | None = _key(None, "the name of a preset", lambda v: v is None or isinstance(v, str))
+    preset_name: str | None = _key(None, "the name of a preset", lambda v: v is None or v in preset_names())
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

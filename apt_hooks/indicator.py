@@ -109,6 +109,7 @@ class OverfittingIndicator:
 
         Raises:
             AptError: the state has other bins or another schedule length.
+            KeyError, TypeError, ValueError: it is no state of `state_dict`; the indicator is left as it was.
         """
         for name in ("num_bins", "num_train_timesteps"):
             if state.get(name) != getattr(self, name):
@@ -119,6 +120,8 @@ class OverfittingIndicator:
         rows = [
             [float("nan") if v is None else float(v) for v in state[name]] for name in ("loss_tuned", "loss_frozen")
         ]
+        if any(len(row) != self.num_bins for row in rows):
+            raise ValueError(f"{[len(row) for row in rows]} averages for {self.num_bins} bins")
         self._ema = torch.tensor(rows, dtype=self._ema.dtype, device=self._ema.device)
 
     def _bins(self, timesteps: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def attention_alignment_loss(
     if q.shape != q_frozen.shape or k.shape != k_frozen.shape or q.ndim != 3 or k.ndim != 3:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, q_frozen, k_frozen))
         raise AptError(f"q and k must be 3-D and have the shapes of q_frozen and k_frozen; found {shapes}")
-    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[2] % heads:
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or heads < 1 or q.shape[2] % heads:
         raise AptError(
             f"q and k must share batch and width, and {heads} heads must divide the width; "
             f"found {tuple(q.shape)} and {tuple(k.shape)}"
@@ -74,6 +74,8 @@ def representation_loss(h: Tensor, h_frozen: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         AptError: shapes that differ, or neither 3-D nor 4-D.
     """
+    if h.shape != h_frozen.shape:
+        raise AptError(f"h and h_frozen must have one shape; found {tuple(h.shape)} and {tuple(h_frozen.shape)}")
     with torch.no_grad():
         frozen = representation_statistics(h_frozen)
     return statistics_loss(representation_statistics(h), frozen)

@@ -113,10 +113,13 @@ class AptObjective:
             counted: [batch], bool; None counts all. Others (regularization images) are never augmented.
             generator: a CPU generator; None takes torch's global one.
         """
+        if not self.augments:
+            nowhere = torch.zeros(len(timesteps))
+            return Placement(scales=nowhere + 1, angles=nowhere, chosen=nowhere.bool())
         probability = self.indicator.gamma(timesteps).cpu().clamp(max=self.config.augment_max_probability)
         if counted is not None:
             probability = probability * counted.cpu()
-        return self.augmentation.draw(probability if self.augments else torch.zeros_like(probability), generator)
+        return self.augmentation.draw(probability, generator)
 
     def augment(
         self,
@@ -127,8 +130,6 @@ class AptObjective:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """`images` ([batch, channels, height, width], black = `fill`), some of them zoomed out and rotated."""
-        if not self.augments:
-            return images
         return self.draw_augmentation(timesteps, generator=generator).apply(images, fill)
 
     def step(

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import zlib
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from .steplog import VALUES, StepLog
 logger = logging.getLogger("apt_hooks")
 
 STATE_FILE = "apt-hooks.json"
+FORMAT = 1
 
 
 class AptRun:
@@ -39,7 +41,7 @@ class AptRun:
         self.step = 0
         self.log = StepLog(log_path)
         self._batches = 0
-        self._seed = (seed * 1_000_003 + rank) % 2**31
+        self._stream = f"{seed}/{rank}"
 
     def start_line(self) -> str:
         """One line that says what is on."""
@@ -63,7 +65,8 @@ class AptRun:
 
     def generator(self) -> torch.Generator:
         """The random stream of the batch to come: the same for a resumed run, and independent of the trainer's."""
-        return torch.Generator().manual_seed(self._seed * 2**32 + self._batches)
+        # Hashed: of a longer seed, torch's CPU generator would take the low 32 bits only.
+        return torch.Generator().manual_seed(zlib.crc32(f"{self._stream}/{self._batches}".encode()))
 
     def record(self, step: AptStep, placement: Placement | None = None, *, ends_step: bool = True) -> None:
         """Take in one batch; under gradient accumulation the batches up to `ends_step` make one step."""
@@ -98,7 +101,7 @@ class AptRun:
         """Write the state into a trainer's state folder, as `apt-hooks.json`."""
         self.log.flush()
         state = {
-            "format": 1,
+            "format": FORMAT,
             "step": self.step,
             "batches": self._batches,
             "indicator": self.objective.indicator.state_dict(),
@@ -121,10 +124,16 @@ class AptRun:
             return False
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            step, batches, indicator = int(state["step"]), int(state["batches"]), dict(state["indicator"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise AptError(f"{path}: no state of apt-hooks ({error}); delete it to start the indicator anew") from error
-        self.objective.indicator.load_state_dict(indicator)
+            if state["format"] != FORMAT:
+                raise AptError(
+                    f"{path}: has format {state['format']!r}, this apt-hooks reads {FORMAT}; update apt-hooks"
+                )
+            step, batches = int(state["step"]), int(state["batches"])
+            self.objective.indicator.load_state_dict(state["indicator"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AptError(
+                f"{path}: no state of apt-hooks ({error!r}); delete it to start the indicator anew"
+            ) from error
         self.step, self._batches = step, batches
         return True
 

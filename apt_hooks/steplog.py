@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,14 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import AptError
 from .files import write_atomically
 from .objective import AptStep
 
 VALUES = ("loss_tuned", "loss_frozen", "loss_weight", "augmented", "l_mu", "l_sigma", "l_attn", "delta_noise")
 
 
+@dataclasses.dataclass
+class _Batch:
+    gammas: Tensor
+    counted: int
+    values: dict[str, Tensor]
+    augmented: int
+
+
 class StepLog:
-    """Writes `step`, `gamma` (list, as the step used it) and `VALUES` (null where a step had none) to a jsonl file.
+    """Writes `step`, `gamma` (list, as the step's last batch used it) and `VALUES` (null where there was none) as jsonl.
 
     A step's line is written when the next one begins, or at `flush`, so that the device is not waited for in the middle
     of a step.
@@ -28,27 +38,28 @@ class StepLog:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._batches: list[tuple[AptStep, int]] = []
+        self._batches: list[_Batch] = []
         self._ended: tuple[int, int, list[str], Tensor] | None = None
         self._latest: dict[str, Any] | None = None
         self._started = False
 
     def add(self, step: AptStep, augmented: int) -> None:
         """One batch, `augmented` of its samples moved; several batches make a step under gradient accumulation."""
-        self._batches.append((step, augmented))
+        # Not the step itself: it holds on to the graph.
+        self._batches.append(_Batch(step.gammas, step.counted, step.values, augmented))
 
     def end_step(self, number: int) -> None:
         """The batches added since the last call are optimizer step `number`, counted from 1."""
         self.flush()
         batches, self._batches = self._batches, []
-        gammas = batches[-1][0].gammas
-        total = max(1, sum(step.counted for step, _ in batches))
+        gammas = batches[-1].gammas
+        total = sum(batch.counted for batch in batches)
         sums: dict[str, Tensor] = {}
-        for step, augmented in batches:
-            if step.counted:
-                share = gammas.new_tensor(augmented / step.counted)
-                for name, value in {**step.values, "augmented": share}.items():
-                    sums[name] = sums.get(name, 0.0) + value.to(gammas) * (step.counted / total)
+        for batch in batches:
+            if batch.counted:
+                share = gammas.new_tensor(batch.augmented / batch.counted)
+                for name, value in {**batch.values, "augmented": share}.items():
+                    sums[name] = sums.get(name, 0.0) + value.to(gammas) * (batch.counted / total)
         self._ended = (number, len(gammas), list(sums), torch.cat([gammas, *(value[None] for value in sums.values())]))
 
     def latest(self) -> dict[str, Any] | None:
@@ -71,18 +82,24 @@ class StepLog:
             return
         if not self._started:
             self._start(self.path, line["step"])
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise AptError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def _start(self, path: Path, first_step: int) -> None:
         """A new run begins a new file; a resumed one goes on behind the step it was resumed from."""
-        kept = []
+        kept: list[str] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AptError(f"{path.parent}: cannot be made: {error.strerror}") from error
         if first_step > 1 and path.exists():
             for text in path.read_text(encoding="utf-8").splitlines():
                 number = _step_number(text)
                 if number is not None and number < first_step:
                     kept.append(text + "\n")
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(kept).encode())
         self._started = True
 

@@ -1,8 +1,8 @@
-"""Run by the trainer's own interpreter: LoRA gradients of APT in sd-scripts' SDXL U-Net, with and without checkpointing.
+"""Run by the trainer's own interpreter: LoRA gradients of APT in sd-scripts' SDXL U-Net, checkpointed or not.
 
     python sdxl_unet_gradients.py SD_SCRIPTS_DIR
 
-Prints the greatest relative difference per LoRA matrix as JSON. The U-Net has its real topology at a fifth of its width.
+Prints the greatest relative difference of a LoRA matrix as JSON. The U-Net is the real one at a fifth of its width.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 sys.path.insert(0, sys.argv[1])
 
 import library.sdxl_original_unet as original
-from apt_hooks.integrations.sd_scripts.lora import LoraSwitch
 from networks import lora
 
 from apt_hooks import AptConfig, AptObjective
+from apt_hooks.integrations.sd_scripts.lora import LoraSwitch
 
 original.MODEL_CHANNELS, original.TIME_EMBED_DIM = 64, 256
 

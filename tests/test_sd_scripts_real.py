@@ -47,7 +47,8 @@ logging_dir = "logs"
 """
 KINDS = {
     "sd15": "network_train_unet_only = true\nmixed_precision = 'no'\n",
-    "sdxl": "network_train_unet_only = true\nmixed_precision = 'bf16'\nfull_bf16 = true\ncache_text_encoder_outputs = true\n",
+    "sdxl": "network_train_unet_only = true\nmixed_precision = 'bf16'\nfull_bf16 = true\n"
+    "cache_text_encoder_outputs = true\n",
 }
 SCRIPTS = {"sd15": "train_network.py", "sdxl": "sdxl_train_network.py"}
 DATASET = """
@@ -118,10 +119,14 @@ class Workshop:
         (run / "train.toml").write_text(text)
         (run / "dataset.toml").write_text(DATASET.format(dataset=dataset, subset=subset))
         script = self.folder / trainer / SCRIPTS[kind]
+        arguments = ["--config_file", "train.toml", "--output_name", "lora", *command]
         return subprocess.run(
-            [os.environ["SD_SCRIPTS_PYTHON"], str(script), "--config_file", "train.toml", "--output_name", "lora", *command],
-            cwd=run, env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-        )  # fmt: skip
+            [os.environ["SD_SCRIPTS_PYTHON"], str(script), *arguments],
+            cwd=run,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+        )
 
     def train(self, name: str, **options: object) -> Path:
         """The folder of a run that has to succeed; the same name is run once."""

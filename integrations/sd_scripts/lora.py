@@ -23,7 +23,7 @@ class LoraSwitch:
         network: name of the network module, for the error.
 
     Raises:
-        AptError: no layer of `modules` has a replaced `forward`.
+        AptError: no layer of `modules` has a replaced `forward`, or the base weights are gone.
     """
 
     def __init__(self, modules: Iterable[nn.Module], network: str) -> None:
@@ -32,8 +32,14 @@ class LoraSwitch:
             for layer in root.modules():
                 replaced = layer.__dict__.get("forward")
                 original = _original(layer, replaced)
-                if original is not None:
-                    self._layers.append((layer, replaced, original))
+                if original is None:
+                    continue
+                if isinstance(layer, (nn.Linear, nn.Conv2d)) and not hasattr(layer, "weight"):
+                    raise AptError(
+                        f"network_module {network}: it took the base layers' weights away (LyCORIS algo=full does), "
+                        "so the base model cannot be had; use another algo"
+                    )
+                self._layers.append((layer, replaced, original))
         if not self._layers:
             raise AptError(
                 f"network_module {network}: looked for layers whose forward was replaced by a LoRA that keeps "

@@ -1,0 +1,113 @@
+import pytest
+from models import LAYOUTS, TEXT_WIDTH, TinyAttention, make_diffusers_unet, make_tuned, make_unet
+from torch import nn
+
+from apt_hooks import AptError
+from apt_hooks.blocks import find_up_blocks, select_up_blocks
+
+
+def names(pairs):
+    return [name for name, _ in pairs]
+
+
+def test_levels_of_called_up_blocks_are_the_blocks_themselves():
+    unet = make_unet("up_blocks")
+    found = find_up_blocks(unet)
+    assert [block.index for block in found] == [0, 1, 2, 3]
+    assert [block.output for block in found] == [(f"up_blocks.{i}", unet.up_blocks[i]) for i in range(4)]
+    assert names(found[0].cross_attention + found[0].self_attention) == []
+    assert names(found[2].cross_attention) == ["up_blocks.2.attentions.0.attn2"]
+    assert names(found[2].self_attention) == ["up_blocks.2.attentions.0.attn1"]
+
+
+def test_levels_of_uncalled_output_blocks_end_with_their_upsampler():
+    unet = make_unet("output_blocks")
+    found = find_up_blocks(unet)
+    assert names(block.output for block in found) == ["output_blocks.1.2", "output_blocks.2.2", "output_blocks.4.0"]
+    assert found[0].output[1] is unet.output_blocks[1][2]
+    assert names(found[0].cross_attention) == ["output_blocks.0.1.body.attn2", "output_blocks.1.1.body.attn2"]
+    assert names(found[1].self_attention) == ["output_blocks.2.1.body.attn1"]
+    assert names(found[2].cross_attention + found[2].self_attention) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_names_are_those_the_unet_knows(layout):
+    unet = make_unet(layout)
+    for block in find_up_blocks(unet):
+        for name, module in (*block.cross_attention, *block.self_attention, block.output):
+            assert unet.get_submodule(name) is module
+
+
+@pytest.mark.parametrize(("layout", "last_two"), [("up_blocks", [2, 3]), ("output_blocks", [0, 1])])
+def test_auto_takes_the_last_two_levels_with_attention(layout, last_two):
+    assert [block.index for block in select_up_blocks(make_unet(layout), "auto")] == last_two
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lora_on_the_projections_changes_nothing_of_what_is_found(layout):
+    plain, tuned = find_up_blocks(make_unet(layout)), find_up_blocks(make_tuned(layout)[0])
+    assert [names(b.cross_attention) for b in tuned] == [names(b.cross_attention) for b in plain]
+    assert [names(b.self_attention) for b in tuned] == [names(b.self_attention) for b in plain]
+
+
+def test_chosen_blocks_come_in_the_order_given():
+    assert [block.index for block in select_up_blocks(make_unet("up_blocks"), [3, 1])] == [3, 1]
+
+
+@pytest.mark.parametrize("blocks", [[0], [7], [1, 7]], ids=["no attention", "no such block", "one of two"])
+def test_a_block_without_attention_is_refused_with_those_that_have_it(blocks):
+    with pytest.raises(AptError) as caught:
+        select_up_blocks(make_unet("up_blocks"), blocks)
+    assert f"up-block {blocks[-1]} has no attention layers here; those that have are 1, 2, 3" in str(caught.value)
+
+
+def test_cross_attention_is_told_by_its_width_whatever_its_name():
+    unet = make_unet("up_blocks")
+    unet.up_blocks[1].other = TinyAttention(TEXT_WIDTH)
+    assert names(find_up_blocks(unet)[1].cross_attention) == ["up_blocks.1.attentions.0.attn2", "up_blocks.1.other"]
+
+
+def test_cross_attention_is_told_by_its_name_where_the_widths_agree():
+    unet = make_unet("up_blocks")
+    unet.up_blocks[2].attentions[0].attn2 = TinyAttention()
+    block = find_up_blocks(unet)[2]
+    assert names(block.cross_attention) == ["up_blocks.2.attentions.0.attn2"]
+    assert names(block.self_attention) == ["up_blocks.2.attentions.0.attn1"]
+
+
+def test_a_model_of_neither_layout_is_refused_with_what_it_has():
+    with pytest.raises(AptError, match="looked for up_blocks or output_blocks in Sequential, found 0, 1"):
+        find_up_blocks(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)))
+
+
+def test_up_blocks_without_any_attention_are_refused():
+    unet = make_unet("up_blocks")
+    unet.up_blocks = unet.up_blocks[:1]
+    with pytest.raises(AptError, match=r"TinyUpBlocksUNet, found 1 up-blocks without any"):
+        select_up_blocks(unet, "auto")
+
+
+def test_normalised_queries_are_refused():
+    unet = make_unet("up_blocks")
+    unet.up_blocks[1].attentions[0].attn2.norm_q = nn.LayerNorm(32)
+    with pytest.raises(AptError, match=r"up_blocks\.1\.attentions\.0\.attn2 normalises q and k"):
+        find_up_blocks(unet)
+
+
+def test_places_in_a_real_diffusers_unet():
+    unet = make_diffusers_unet()
+    found = select_up_blocks(unet, "auto")
+    assert [block.index for block in found] == [1, 2]
+    stem = "up_blocks.1.attentions.{}.transformer_blocks.0."
+    assert names(found[0].cross_attention) == [stem.format(i) + "attn2" for i in range(2)]
+    assert names(found[0].self_attention) == [stem.format(i) + "attn1" for i in range(2)]
+    assert found[0].output == ("up_blocks.1", unet.up_blocks[1])
+
+
+def test_fused_projections_of_diffusers_are_refused_until_the_errors_advice_is_taken():
+    unet = make_diffusers_unet()
+    unet.fuse_qkv_projections()
+    with pytest.raises(AptError, match=r"up_blocks\.1\.attentions\.0\..* has fused .* call unfuse_qkv_projections\(\)"):
+        find_up_blocks(unet)
+    unet.unfuse_qkv_projections()
+    assert len(find_up_blocks(unet)) == 3

@@ -1,0 +1,390 @@
+import contextlib
+import functools
+
+import pytest
+import torch
+from models import (
+    HEADS,
+    LAYOUTS,
+    TOKENS,
+    WIDTH,
+    adapters_disabled,
+    make_batch,
+    make_diffusers_unet,
+    make_tuned,
+    make_unet,
+    relative_difference,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from apt_hooks import AptError, FeatureCapture, attention_alignment_loss, representation_loss
+from apt_hooks.frozen import frozen_base
+from apt_hooks.losses import representation_statistics
+
+CHECKPOINTING = ("reentrant", "non_reentrant")
+SOURCES = ("self_attention", "block")
+# The weight that gamma 0.98 leaves to the diffusion loss: the regularizers make up most of the gradient.
+WEIGHT = 0.02
+
+
+def traces(unet):
+    """All that hooks or patches could leave on a module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        name: (sorted(module.__dict__), [len(getattr(module, h)) for h in hooks], module.forward, module.training)
+        for name, module in unet.named_modules()
+    } | {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+
+
+def library_loss(capture, prediction, target, tuned, frozen, weight=WEIGHT):
+    loss = weight * F.mse_loss(prediction.float(), target)
+    for i, layer in enumerate(capture.layers):
+        maps = tuned.queries[i], tuned.keys[i], frozen.queries[i], frozen.keys[i]
+        loss = loss + attention_alignment_loss(*maps, heads=layer.heads, scale=layer.scale)
+    for i in range(len(capture.representation_places)):
+        loss = loss + sum(representation_loss(tuned.hidden[i], frozen.hidden[i]))
+    return loss
+
+
+def captured_loss(unet, network, capture, autocast=contextlib.nullcontext, weight=WEIGHT):
+    """The loss of one step, both passes run and connected."""
+    x, timesteps, context, target = make_batch(unet)
+    with autocast():
+        with frozen_base([unet], network.off), capture.record() as frozen:
+            unet(x, timesteps, context)
+        with capture.record() as tuned:
+            prediction = unet(x, timesteps, context)
+        prediction = capture.connect(prediction, tuned)
+    return library_loss(capture, prediction, target, tuned, frozen, weight)
+
+
+@functools.cache
+def lora_gradient(layout, checkpointing, source="self_attention", autocast=contextlib.nullcontext, weight=WEIGHT):
+    unet, network = make_tuned(layout, checkpointing)
+    with FeatureCapture(unet, representation_source=source) as capture:
+        captured_loss(unet, network, capture, autocast, weight).backward()
+    return network.gradient()
+
+
+def bfloat16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def plain_gradient(layout):
+    """The same gradient without the library: own hooks, own formulas, no checkpointing."""
+    unet, network = make_tuned(layout)
+    stems = {
+        "up_blocks": ["up_blocks.2.attentions.0", "up_blocks.3.attentions.0"],
+        "output_blocks": ["output_blocks.0.1.body", "output_blocks.1.1.body", "output_blocks.2.1.body"],
+    }[layout]
+    read = {}
+
+    def reader(name):
+        return lambda module, args, output: read.__setitem__(name, output)
+
+    for stem in stems:
+        for name in (f"{stem}.attn2.to_q", f"{stem}.attn2.to_k", f"{stem}.attn1"):
+            unet.get_submodule(name).register_forward_hook(reader(name))
+    x, timesteps, context, target = make_batch(unet)
+    with torch.no_grad(), network.off():
+        unet(x, timesteps, context)
+    frozen, read = read, {}
+    loss = WEIGHT * (unet(x, timesteps, context) - target).square().mean()
+    for stem in stems:
+        maps = []
+        for features in (read, frozen):
+            q, k = (features[f"{stem}.attn2.to_{p}"].reshape(2, -1, HEADS, WIDTH // HEADS) for p in "qk")
+            maps.append(torch.softmax(torch.einsum("bqhc,bthc->bhqt", q, k) / (WIDTH // HEADS) ** 0.5, dim=3))
+        loss = loss + ((maps[0] - maps[1]) ** 2).sum(dim=3).mean()
+        h, h_frozen = (features[f"{stem}.attn1"] for features in (read, frozen))
+        loss = loss + (h.mean(dim=1) - h_frozen.mean(dim=1)).square().mean()
+        loss = loss + (h.std(dim=1, correction=0) - h_frozen.std(dim=1, correction=0)).square().mean()
+    loss.backward()
+    return network.gradient()
+
+
+@pytest.mark.parametrize(
+    ("layout", "stems"),
+    [
+        ("up_blocks", ["up_blocks.2.attentions.0", "up_blocks.3.attentions.0"]),
+        ("output_blocks", ["output_blocks.0.1.body", "output_blocks.1.1.body", "output_blocks.2.1.body"]),
+    ],
+)
+def test_places_of_both_layouts(layout, stems):
+    capture = FeatureCapture(make_unet(layout))
+    assert [layer.name for layer in capture.layers] == [f"{stem}.attn2" for stem in stems]
+    assert {(layer.heads, layer.scale) for layer in capture.layers} == {(HEADS, (WIDTH // HEADS) ** -0.5)}
+    assert capture.representation_places == tuple(f"{stem}.attn1" for stem in stems)
+
+
+@pytest.mark.parametrize(
+    ("layout", "places"),
+    [("up_blocks", ("up_blocks.2", "up_blocks.3")), ("output_blocks", ("output_blocks.1.2", "output_blocks.2.2"))],
+)
+def test_the_source_block_takes_the_output_of_each_level(layout, places):
+    unet = make_unet(layout)
+    outputs = {}
+    for name in places:
+        unet.get_submodule(name).register_forward_hook(lambda m, a, output, name=name: outputs.update({name: output}))
+    capture = FeatureCapture(unet, representation_source="block")
+    with capture.record() as features:
+        unet(*make_batch(unet)[:3])
+    assert capture.representation_places == places
+    assert [features.hidden[i] is outputs[name] for i, name in enumerate(places)] == [True, True]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "diffusers"])
+def test_what_is_read_is_what_the_layers_compute(layout):
+    unet = make_diffusers_unet() if layout == "diffusers" else make_unet(layout)
+    x, timesteps, context, _ = make_batch(unet)
+    capture = FeatureCapture(unet)
+    with capture.record() as features:
+        unet(x, timesteps, context)
+    assert len(capture.layers) > 0
+    for i, layer in enumerate(capture.layers):
+        module = unet.get_submodule(layer.name)
+        inputs = []
+        with module.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0])):
+            unet(x, timesteps, context)
+        assert torch.allclose(features.queries[i], inputs[0] @ module.to_q.weight.T, atol=1e-5)
+        assert torch.allclose(features.keys[i], context @ module.to_k.weight.T, atol=1e-5)
+        assert features.keys[i].shape == (2, TOKENS, WIDTH)
+    for i, name in enumerate(capture.representation_places):
+        outputs = []
+        with unet.get_submodule(name).register_forward_hook(lambda m, a, out, outputs=outputs: outputs.append(out)):
+            unet(x, timesteps, context)
+        assert torch.allclose(features.hidden[i], outputs[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kept", ["attention", "representation"])
+def test_what_is_switched_off_is_not_read(layout, kept):
+    unet = make_unet(layout)
+    capture = FeatureCapture(unet, attention=kept == "attention", representation=kept == "representation")
+    with capture.record() as features:
+        unet(*make_batch(unet)[:3])
+    assert bool(features.queries) == bool(features.keys) == (kept == "attention")
+    assert bool(features.hidden) == (kept == "representation")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_hooks_change_no_bit_of_the_output_and_leave_no_trace(layout, source):
+    unet, _ = make_tuned(layout)
+    batch = make_batch(unet)[:3]
+    before, plain = traces(unet), unet(*batch)
+    with FeatureCapture(unet, representation_source=source) as capture:
+        assert traces(unet) != before
+        with capture.record():
+            assert torch.equal(unet(*batch), plain)
+    assert traces(unet) == before
+
+
+def test_closing_twice_is_once_and_takes_only_its_own_hooks():
+    unet = make_unet("up_blocks")
+    first, second = FeatureCapture(unet), FeatureCapture(unet)
+    first.close()
+    first.close()
+    with second.record() as features:
+        unet(*make_batch(unet)[:3])
+    assert len(features.queries) == 2
+
+
+def test_an_exception_inside_closes_it_and_stays_the_one_raised():
+    unet = make_unet("up_blocks")
+    before = traces(unet)
+    with pytest.raises(KeyError), FeatureCapture(unet):
+        raise KeyError
+    assert traces(unet) == before
+
+
+def test_a_pass_that_fails_is_not_read_on():
+    unet = make_unet("up_blocks")
+    capture = FeatureCapture(unet)
+    with pytest.raises(KeyError), capture.record() as features:
+        raise KeyError
+    unet(*make_batch(unet)[:3])
+    assert features.queries == {}
+
+
+def test_reduce_is_kept_in_place_of_the_hidden_states():
+    unet = make_unet("up_blocks")
+    batch = make_batch(unet)[:3]
+    capture = FeatureCapture(unet)
+    with torch.no_grad(), capture.record() as whole:
+        unet(*batch)
+    with torch.no_grad(), capture.record(reduce=representation_statistics) as reduced:
+        unet(*batch)
+    for i, h in whole.hidden.items():
+        assert torch.equal(reduced.hidden[i], representation_statistics(h))
+    assert reduced.queries[0].shape == whole.queries[0].shape
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_passes_outside_and_recomputations_are_not_read(layout, checkpointing):
+    unet, _ = make_tuned(layout, checkpointing)
+    x, timesteps, context, target = make_batch(unet)
+    capture = FeatureCapture(unet)
+    calls = []
+    unet.get_submodule(capture.layers[0].name).to_q.register_forward_hook(lambda *_: calls.append(1))
+    with capture.record() as features:
+        prediction = unet(x, timesteps, context)
+    prediction = capture.connect(prediction, features)
+    before = {kind: dict(getattr(features, kind)) for kind in ("queries", "keys", "hidden")}
+    F.mse_loss(prediction, target).backward()
+    assert len(calls) == 2  # the pass and its recomputation
+    unet(x, timesteps, context)
+    for kind, tensors in before.items():
+        assert getattr(features, kind).keys() == tensors.keys()
+        assert all(getattr(features, kind)[i] is tensor for i, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_reentrant_checkpointing_severs_what_is_read(layout):
+    severed = {}
+    for checkpointing in ("off", *CHECKPOINTING):
+        unet, _ = make_tuned(layout, checkpointing)
+        with FeatureCapture(unet).record() as features:
+            unet(*make_batch(unet)[:3])
+        severed[checkpointing] = bool(features.severed)
+        assert features.queries[0].requires_grad == (not severed[checkpointing])
+    assert severed == {"off": False, "reentrant": True, "non_reentrant": False}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_equal_those_of_plain_autograd(layout):
+    assert relative_difference(lora_gradient(layout, "off"), plain_gradient(layout)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("source", SOURCES)
+def test_gradients_with_checkpointing_equal_those_without(layout, checkpointing, source):
+    wanted = lora_gradient(layout, "off", source)
+    assert relative_difference(lora_gradient(layout, checkpointing, source), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_gradients_with_checkpointing_equal_those_without_under_autocast(layout, checkpointing):
+    wanted = lora_gradient(layout, "off", autocast=bfloat16)
+    # Gradients that meet at a place are rounded to bfloat16 (8 bits) after each addition, and autograd promises no
+    # order for them; a regularizer that is missing makes a difference above 0.1.
+    assert relative_difference(lora_gradient(layout, checkpointing, autocast=bfloat16), wanted) < 2e-2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ("off", *CHECKPOINTING))
+def test_gradients_are_scaled_alike_by_a_grad_scaler(layout, checkpointing):
+    unet, network = make_tuned(layout, checkpointing)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with FeatureCapture(unet) as capture:
+        scaler.scale(captured_loss(unet, network, capture)).backward()
+    scaler.unscale_(optimizer)
+    assert relative_difference(network.gradient(), lora_gradient(layout, "off")) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_gradients_accumulate_over_batches(layout, checkpointing):
+    unet, network = make_tuned(layout, checkpointing)
+    with FeatureCapture(unet) as capture:
+        for _ in range(3):
+            captured_loss(unet, network, capture).backward()
+    assert relative_difference(network.gradient(), 3 * lora_gradient(layout, "off")) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_regularizers_alone_carry_gradient_where_the_diffusion_loss_has_no_weight(layout):
+    wanted = lora_gradient(layout, "off", weight=0.0)
+    assert wanted.norm() > 0
+    assert relative_difference(lora_gradient(layout, "reentrant", weight=0.0), wanted) < 1e-5
+
+
+def test_gradients_of_a_real_diffusers_unet_do_not_depend_on_checkpointing():
+    peft = pytest.importorskip("peft")
+    found = []
+    for checkpointing in (False, True):
+        unet = make_diffusers_unet().train()
+        unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights="gaussian"))
+        torch.manual_seed(1)
+        lora = [p for p in unet.parameters() if p.requires_grad]
+        for parameter in lora:
+            nn.init.normal_(parameter, std=0.2)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        x, timesteps, context, target = make_batch(unet)
+        with FeatureCapture(unet) as capture:
+            with frozen_base([unet], lambda unet=unet: adapters_disabled(unet)), capture.record() as frozen:
+                unet(x, timesteps, context)
+            with capture.record() as tuned:
+                prediction = unet(x, timesteps, context).sample
+            prediction = capture.connect(prediction, tuned)
+            library_loss(capture, prediction, target, tuned, frozen).backward()
+        found.append(torch.cat([p.grad.flatten() for p in lora]))
+    assert relative_difference(found[1], found[0]) < 1e-5
+
+
+@pytest.fixture
+def lost_gradient():
+    """A capture whose last backward pass could not reach one layer: it ran under no_grad, without checkpointing."""
+    unet, network = make_tuned("up_blocks")
+    attention = unet.up_blocks[3].attentions[0].attn2
+    attention.forward = torch.no_grad()(attention.forward)
+    capture = FeatureCapture(unet)
+    captured_loss(unet, network, capture).backward()
+    return capture
+
+
+def test_a_gradient_that_got_lost_is_an_error_at_verify_and_told_once(lost_gradient):
+    with pytest.raises(AptError, match=r"lost at 2 places \(up_blocks\.3\.attentions\.0\.attn2\.to_q"):
+        lost_gradient.verify()
+    lost_gradient.verify()
+
+
+def test_a_gradient_that_got_lost_is_an_error_at_the_next_pass(lost_gradient):
+    with pytest.raises(AptError, match="gradient got lost"), lost_gradient.record():
+        pass
+
+
+def test_a_gradient_that_got_lost_is_an_error_at_the_end_and_the_hooks_come_off_all_the_same():
+    unet, network = make_tuned("up_blocks")
+    attention = unet.up_blocks[3].attentions[0].attn2
+    attention.forward = torch.no_grad()(attention.forward)
+    before = traces(unet)
+    with pytest.raises(AptError, match="gradient got lost"), FeatureCapture(unet) as capture:
+        captured_loss(unet, network, capture).backward()
+    assert traces(unet) == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_place_that_the_pass_does_not_come_through_is_an_error(layout):
+    unet = make_unet(layout)
+    capture = FeatureCapture(unet)
+    attention = unet.get_submodule(capture.layers[-1].name)
+    attention.to_k = nn.Linear(attention.to_k.in_features, WIDTH, bias=False)
+    with pytest.raises(AptError) as caught, capture.record():
+        unet(*make_batch(unet)[:3])
+    assert f"({capture.layers[-1].name}.to_k)" in str(caught.value)
+
+
+@pytest.mark.parametrize("blocks", [[], [0], [9]], ids=["none", "without attention", "no such block"])
+def test_blocks_with_nothing_to_read_are_refused_and_nothing_is_hooked(blocks):
+    unet = make_unet("up_blocks")
+    before = traces(unet)
+    with pytest.raises(AptError):
+        FeatureCapture(unet, blocks)
+    assert traces(unet) == before
+
+
+
+def test_a_pass_that_is_not_differentiated_needs_no_connection():
+    unet, _ = make_tuned("up_blocks")
+    capture = FeatureCapture(unet)
+    with torch.no_grad(), capture.record() as features:
+        prediction = unet(*make_batch(unet)[:3])
+    assert capture.connect(prediction, features) is prediction
+    capture.verify()

@@ -1,0 +1,65 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from apt_hooks import AptError
+from apt_hooks.files import write_atomically
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_it_writes_the_bytes_and_leaves_no_temporary_file(tmp_path):
+    path = tmp_path / "state.json"
+    write_atomically(path, b"old")
+    write_atomically(path, b"new\r\n\x00")
+    assert content_of(tmp_path) == {"state.json": b"new\r\n\x00"}
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_it_keeps_the_mode_of_a_file_that_is_there(tmp_path, mode):
+    path = tmp_path / "state.json"
+    path.touch()
+    path.chmod(mode)
+    write_atomically(path, b"new")
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "state.json", b"new")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "state.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_is_followed_to_the_file_it_names(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_atomically(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+def test_where_replacing_fails_the_old_file_stays_and_no_temporary(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    path.write_bytes(b"old")
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(AptError, match="cannot be written: No space left on device"):
+        write_atomically(path, b"new")
+    assert content_of(tmp_path) == {"state.json": b"old"}
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(AptError) as caught:
+        write_atomically(tmp_path / "missing" / "state.json", b"new")
+    assert str(caught.value).startswith(f"{tmp_path / 'missing'}: cannot be written to")

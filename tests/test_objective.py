@@ -1,0 +1,351 @@
+import math
+
+import pytest
+import torch
+from models import HEADS, LAYOUTS, TEXT_WIDTH, WIDTH, make_batch, make_tuned, relative_difference
+
+from apt_hooks import AptConfig, AptError, AptObjective
+
+TIMESTEPS = torch.tensor([50, 350, 950, 70])
+COUNTED = torch.tensor([True, False, False, True])
+# Gamma of bins 0 and 3, by the first update below.
+GAPS = {0: 0.0005, 3: 0.0039}
+
+
+def make_objective(unet, network, seen=True, **kwargs):
+    """An objective; where `seen`, its indicator has met bins 0 and 3."""
+    objective = AptObjective(AptConfig(**kwargs), unet, network.off)
+    if seen:
+        bins = torch.tensor(list(GAPS)) * 100
+        objective.indicator.update(bins, torch.full((2,), 0.1), 0.1 + torch.tensor(list(GAPS.values())))
+    return objective
+
+
+def gamma_of(timesteps):
+    """Gamma per sample, from `GAPS` alone."""
+    return torch.tensor([1 - math.exp(-1000 * GAPS[b]) if (b := int(t) // 100) in GAPS else 0.0 for t in timesteps])
+
+
+class Case:
+    """A stand-in with LoRA, in float64, and a batch of four."""
+
+    def __init__(self, layout="up_blocks", checkpointing="off"):
+        self.unet, self.network = make_tuned(layout, checkpointing)
+        self.unet.double()
+        self.network.double()
+        x, _, context, target = (t.double() for t in make_batch(self.unet, batch=4))
+        self.x, self.context, self.target = x.detach().requires_grad_(), context, target
+        self.frozen_calls = 0
+
+    def predict(self, rows=slice(None)):
+        self.frozen_calls += not torch.is_grad_enabled()
+        return self.unet(self.x[rows], TIMESTEPS[rows], self.context[rows])
+
+    def per_sample(self, prediction, rows=slice(None)):
+        return (prediction - self.target[rows]).square().mean(dim=(1, 2, 3))
+
+    def run(self, counted=None, rows=slice(None), **kwargs):
+        """One step with the library: (step, loss, gradient of the LoRA)."""
+        self.network.zero_grad()
+        with make_objective(self.unet, self.network, **kwargs) as objective:
+            step = objective.step(lambda: self.predict(rows), self.target[rows], TIMESTEPS[rows], counted=counted)
+            loss = step.loss(self.per_sample(step.prediction, rows))
+            loss.backward()
+        return step, loss.detach(), self.network.gradient()
+
+    def features(self, stems):
+        """(prediction, {name: output}) by hooks of its own."""
+        read, handles = {}, []
+        for stem in stems:
+            for name in (f"{stem}.attn2.to_q", f"{stem}.attn2.to_k", f"{stem}.attn1"):
+                handles.append(
+                    self.unet.get_submodule(name).register_forward_hook(
+                        lambda m, a, y, name=name: read.update({name: y})
+                    )
+                )
+        prediction = self.predict()
+        for handle in handles:
+            handle.remove()
+        return prediction, read
+
+
+STEMS = {
+    "up_blocks": ["up_blocks.2.attentions.0", "up_blocks.3.attentions.0"],
+    "output_blocks": ["output_blocks.0.1.body", "output_blocks.1.1.body", "output_blocks.2.1.body"],
+}
+
+
+def composed(case, layout, lambda_dist, lambda_attn):
+    """The paper's total loss of all four samples, written out: (loss, gradient, values)."""
+    case.network.zero_grad()
+    with torch.no_grad(), case.network.off():
+        frozen, read_frozen = case.features(STEMS[layout])
+    tuned, read = case.features(STEMS[layout])
+    l_mu, l_sigma, l_attn = [], [], []
+    for stem in STEMS[layout]:
+        maps = []
+        for features in (read, read_frozen):
+            q, k = (features[f"{stem}.attn2.to_{p}"].reshape(4, -1, HEADS, WIDTH // HEADS) for p in "qk")
+            maps.append(torch.softmax(torch.einsum("bqhc,bthc->bhqt", q, k) / (WIDTH // HEADS) ** 0.5, dim=3))
+        l_attn.append(((maps[0] - maps[1]) ** 2).sum(dim=3).mean())
+        h, h_frozen = read[f"{stem}.attn1"], read_frozen[f"{stem}.attn1"]
+        l_mu.append((h.mean(dim=1) - h_frozen.mean(dim=1)).square().mean())
+        l_sigma.append((h.std(dim=1, correction=0) - h_frozen.std(dim=1, correction=0)).square().mean())
+    terms = {"l_mu": l_mu, "l_sigma": l_sigma, "l_attn": l_attn}
+    terms = {name: sum(values) / len(values) for name, values in terms.items()}
+    weight = 1 - gamma_of(TIMESTEPS)
+    loss = (weight * case.per_sample(tuned)).mean()
+    loss = loss + lambda_dist * (terms["l_mu"] + terms["l_sigma"]) + lambda_attn * terms["l_attn"]
+    loss.backward()
+    values = {name: float(value.detach()) for name, value in terms.items()} | {
+        "loss_tuned": float(case.per_sample(tuned.detach()).mean()),
+        "loss_frozen": float(case.per_sample(frozen).mean()),
+        "loss_weight": float(weight.mean()),
+        "delta_noise": float((frozen - tuned.detach()).square().mean()),
+    }
+    return loss.detach(), case.network.gradient(), values
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
+def test_a_step_is_the_papers_total_loss(layout, checkpointing):
+    wanted_loss, wanted_gradient, wanted_values = composed(Case(layout), layout, 0.7, 3.0)
+    step, loss, gradient = Case(layout, checkpointing).run(lambda_dist=0.7, lambda_attn=3.0)
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
+    assert relative_difference(gradient, wanted_gradient) < 1e-5
+    assert {name: float(value) for name, value in step.values.items()} == pytest.approx(wanted_values, rel=1e-5)
+    assert step.counted == 4
+
+
+def test_values_carry_no_graph():
+    step, _, _ = Case().run()
+    assert [name for name, value in step.values.items() if value.requires_grad] == []
+
+
+def test_weight_and_gammas_are_those_from_before_the_update():
+    case = Case()
+    objective = make_objective(case.unet, case.network)
+    before = objective.indicator.gammas
+    step = objective.step(case.predict, case.target, TIMESTEPS)
+    assert torch.allclose(step.weight, 1 - gamma_of(TIMESTEPS), atol=1e-5)
+    assert torch.equal(step.gammas, before)
+    assert not torch.equal(objective.indicator.gammas, before)
+
+
+def test_the_indicator_is_updated_with_the_raw_losses_of_both_models():
+    case = Case()
+    objective = make_objective(case.unet, case.network, seen=False)
+    with torch.no_grad():
+        tuned = case.predict()
+        with case.network.off():
+            frozen = case.predict()
+    objective.step(case.predict, case.target, TIMESTEPS)
+    state = objective.indicator.state_dict()
+    for name, prediction in (("loss_tuned", tuned), ("loss_frozen", frozen)):
+        losses = case.per_sample(prediction).tolist()
+        # Samples 0 and 3 share bin 0.
+        assert state[name][0] == pytest.approx((losses[0] + losses[3]) / 2, rel=1e-5)
+        assert [state[name][3], state[name][9]] == pytest.approx(losses[1:3], rel=1e-5)
+
+
+def test_without_loss_weighting_every_weight_is_one():
+    step, _, _ = Case().run(loss_weighting=False)
+    assert step.weight.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant"])
+def test_monitor_only_changes_no_bit_of_loss_and_gradient_but_tells_everything(layout, checkpointing):
+    case = Case(layout, checkpointing)
+    wanted = case.per_sample(case.predict()).mean()
+    wanted.backward()
+    wanted_gradient = case.network.gradient()
+    step, loss, gradient = case.run(monitor_only=True)
+    assert torch.equal(loss, wanted.detach())
+    assert torch.equal(gradient, wanted_gradient)
+    # The same numbers as a run that acts, but for the weight.
+    acting, _, _ = Case(layout, checkpointing).run()
+    assert step.values.keys() == acting.values.keys()
+    for name in step.values.keys() - {"loss_weight"}:
+        assert float(step.values[name]) == pytest.approx(float(acting.values[name]), rel=1e-9)
+    assert float(step.values["loss_weight"]) == 1.0
+
+
+def test_monitor_only_draws_nothing_from_the_trainers_random_stream():
+    case = Case()
+    objective = make_objective(case.unet, case.network, monitor_only=True)
+    before = torch.get_rng_state()
+    images = torch.zeros(4, 3, 8, 8)
+    assert objective.augment(images, TIMESTEPS) is images
+    assert not objective.draw_augmentation(TIMESTEPS).chosen.any()
+    objective.step(case.predict, case.target, TIMESTEPS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant"])
+def test_only_counted_samples_are_weighted_regularized_and_watched(checkpointing):
+    case, rows = Case(checkpointing=checkpointing), COUNTED.nonzero().flatten()
+    step, loss, gradient = case.run(counted=COUNTED)
+    assert step.weight[~COUNTED].tolist() == [1.0, 1.0]
+    assert torch.allclose(step.weight[COUNTED], 1 - gamma_of(TIMESTEPS[COUNTED]), atol=1e-5)
+    alone, loss_alone, gradient_alone = Case(checkpointing=checkpointing).run(rows=rows)
+    assert step.counted == alone.counted == 2
+    assert {name: float(value) for name, value in step.values.items()} == pytest.approx(
+        {name: float(value) for name, value in alone.values.items()}, rel=1e-6
+    )
+    # Half of the batch counts; the other half is trained on as ever.
+    assert float(step.regularizer.detach()) == pytest.approx(0.5 * float(alone.regularizer.detach()), rel=1e-6)
+    plain = Case(checkpointing=checkpointing)
+    others = plain.per_sample(plain.predict([1, 2]), [1, 2]).mean()
+    others.backward()
+    assert float(loss) == pytest.approx(0.5 * float(loss_alone) + 0.5 * float(others.detach()), rel=1e-6)
+    assert relative_difference(gradient, 0.5 * gradient_alone + 0.5 * plain.network.gradient()) < 1e-6
+
+
+def test_uncounted_samples_do_not_move_the_indicator():
+    case = Case()
+    objective = make_objective(case.unet, case.network)
+    before = objective.indicator.state_dict()["loss_tuned"]
+    objective.step(case.predict, case.target, TIMESTEPS, counted=COUNTED)
+    after = objective.indicator.state_dict()["loss_tuned"]
+    assert [b for b in range(10) if after[b] != before[b]] == [0]
+
+
+def test_where_nothing_counts_the_frozen_pass_does_not_run():
+    case = Case()
+    before = make_objective(case.unet, case.network).indicator.state_dict()
+    objective = make_objective(case.unet, case.network)
+    step = objective.step(case.predict, case.target, TIMESTEPS, counted=torch.zeros(4, dtype=torch.bool))
+    loss = step.loss(case.per_sample(step.prediction))
+    assert case.frozen_calls == 0
+    assert torch.equal(loss, case.per_sample(step.prediction).mean())
+    assert (step.counted, step.values, float(step.regularizer)) == (0, {}, 0.0)
+    assert objective.indicator.state_dict() == before
+
+
+def test_the_frozen_pass_runs_once_a_step():
+    case = Case()
+    case.run()
+    assert case.frozen_calls == 1
+
+
+@pytest.mark.parametrize(
+    ("lambdas", "terms"),
+    [
+        ({"lambda_dist": 0.0, "lambda_attn": 0.0}, set()),
+        ({"lambda_dist": 1.0, "lambda_attn": 0.0}, {"l_mu", "l_sigma"}),
+        ({"lambda_dist": 0.0, "lambda_attn": 1.0}, {"l_attn"}),
+    ],
+)
+def test_a_regularizer_of_weight_0_is_not_computed(lambdas, terms):
+    step, _, _ = Case().run(**lambdas)
+    assert step.values.keys() & {"l_mu", "l_sigma", "l_attn"} == terms
+    assert bool(step.regularizer > 0) == bool(terms)
+
+
+def test_without_regularizers_no_hook_is_taken_and_any_model_will_do():
+    model = torch.nn.Linear(2, 2)
+    objective = AptObjective(AptConfig(lambda_dist=0, lambda_attn=0), model, torch.no_grad)
+    assert objective.capture is None
+    assert len(model._forward_hooks) == 0
+
+
+def test_closing_takes_the_hooks_off():
+    case = Case()
+    objective = make_objective(case.unet, case.network)
+    assert sum(len(m._forward_hooks) for m in case.unet.modules()) > 0
+    objective.close()
+    objective.close()
+    assert sum(len(m._forward_hooks) for m in case.unet.modules()) == 0
+
+
+def test_the_frozen_model_gets_its_own_caption():
+    case = Case()
+    class_word = torch.randn_like(case.context)
+
+    def predict_frozen():
+        return case.unet(case.x, TIMESTEPS, class_word)
+
+    with torch.no_grad(), case.network.off():
+        wanted = case.per_sample(predict_frozen()).mean()
+    objective = make_objective(case.unet, case.network)
+    step = objective.step(case.predict, case.target, TIMESTEPS, predict_frozen=predict_frozen)
+    assert float(step.values["loss_frozen"]) == pytest.approx(float(wanted), rel=1e-5)
+    assert case.frozen_calls == 0
+
+
+def test_captions_of_different_length_are_refused_by_attention_alignment_only():
+    case = Case()
+    longer = torch.randn(4, 9, TEXT_WIDTH, dtype=torch.float64)
+
+    def step(**lambdas):
+        with make_objective(case.unet, case.network, **lambdas) as objective:
+            objective.step(
+                case.predict,
+                case.target,
+                TIMESTEPS,
+                predict_frozen=lambda: case.unet(case.x, TIMESTEPS, longer),
+            )
+
+    with pytest.raises(AptError, match=r"the tuned model saw 5 tokens, the frozen one 9: choose a class_word"):
+        step()
+    step(lambda_attn=0)
+
+
+def test_a_gradient_that_got_lost_is_an_error():
+    case = Case()
+    attention = case.unet.up_blocks[3].attentions[0].attn2
+    attention.forward = torch.no_grad()(attention.forward)
+    objective = make_objective(case.unet, case.network)
+    step = objective.step(case.predict, case.target, TIMESTEPS)
+    step.loss(case.per_sample(step.prediction)).backward()
+    with pytest.raises(AptError, match="gradient got lost"):
+        objective.verify()
+
+
+def test_a_step_under_autocast_trains_every_lora_matrix():
+    unet, network = make_tuned("output_blocks", "reentrant")
+    x, _, context, target = make_batch(unet, batch=4)
+    with make_objective(unet, network) as objective:
+        with torch.autocast("cpu", torch.bfloat16):
+            step = objective.step(lambda: unet(x, TIMESTEPS, context), target, TIMESTEPS)
+        step.loss((step.prediction.float() - target).square().mean(dim=(1, 2, 3))).backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize(("limit", "wanted"), [(1.0, gamma_of([350]).item()), (0.25, 0.25), (0.0, 0.0)])
+def test_samples_are_augmented_with_probability_gamma_up_to_the_limit(limit, wanted):
+    case = Case()
+    objective = make_objective(case.unet, case.network, augment_max_probability=limit)
+    placement = objective.draw_augmentation(torch.full((4000,), 350), generator=torch.Generator().manual_seed(0))
+    tolerance = 4 * math.sqrt(wanted * (1 - wanted) / 4000)
+    assert float(placement.chosen.float().mean()) == pytest.approx(wanted, abs=tolerance)
+
+
+def test_only_counted_samples_of_a_bin_seen_are_augmented():
+    case = Case()
+    objective = make_objective(case.unet, case.network)
+    timesteps, counted = torch.tensor([350, 350, 650]).repeat(100), torch.tensor([True, False, True]).repeat(100)
+    chosen = objective.draw_augmentation(timesteps, counted, torch.Generator().manual_seed(0)).chosen.view(100, 3)
+    assert (chosen.sum(dim=0) > 0).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("key", ["augmentation", "monitor_only"])
+def test_augmentation_that_is_off_returns_the_images_themselves(key):
+    case = Case()
+    objective = make_objective(case.unet, case.network, **{key: key == "monitor_only"})
+    images = torch.rand(50, 3, 8, 8)
+    timesteps = torch.full((50,), 350)
+    assert objective.augment(images, timesteps) is images
+    assert not objective.draw_augmentation(timesteps).chosen.any()
+
+
+def test_augment_moves_the_drawn_samples_onto_the_fill():
+    case = Case()
+    objective = make_objective(case.unet, case.network, zoom_out=(2.0, 2.0))
+    images, timesteps = torch.full((20, 3, 8, 8), 0.5), torch.full((20,), 350)
+    placement = objective.draw_augmentation(timesteps, generator=torch.Generator().manual_seed(0))
+    moved = objective.augment(images, timesteps, fill=-0.25, generator=torch.Generator().manual_seed(0))
+    assert 0 < placement.chosen.sum() < 20
+    assert torch.equal(moved[~placement.chosen], images[~placement.chosen])
+    assert torch.allclose(moved[placement.chosen][:, :, 0, 0], torch.tensor(-0.25))

@@ -1,0 +1,328 @@
+import gc
+import json
+import logging
+import math
+import weakref
+
+import pytest
+import torch
+from models import make_tuned
+
+from apt_hooks import AptConfig, AptError, AptObjective, AptStep
+from apt_hooks.augmentation import Placement
+from apt_hooks.run import STATE_FILE, AptRun, version
+from apt_hooks.steplog import StepLog
+
+KEYS = [
+    "step",
+    "gamma",
+    "loss_tuned",
+    "loss_frozen",
+    "loss_weight",
+    "augmented",
+    "l_mu",
+    "l_sigma",
+    "l_attn",
+    "delta_noise",
+]
+GAMMAS = [0.5, 0.25] + [0.0] * 8
+
+
+def make_run(folder, *, log="log.jsonl", seed=0, rank=0, augment_space="image", **config):
+    """A run around a model without attention, its regularizers off; logs into `folder`."""
+    config = AptConfig(lambda_dist=0, lambda_attn=0, **config)
+    objective = AptObjective(config, torch.nn.Linear(1, 1), torch.no_grad)
+    path = None if log is None else folder / log
+    return AptRun(objective, log_path=path, augment_space=augment_space, seed=seed, rank=rank)
+
+
+def make_step(counted=2, **values):
+    """A step of a batch of four; scalars not given are 0, those given as None are left out."""
+    values = dict.fromkeys(KEYS[2:], 0.0) | values if counted else {}
+    values = {name: torch.tensor(v) for name, v in values.items() if v is not None and name != "augmented"}
+    gammas = torch.tensor(GAMMAS, dtype=torch.float64)
+    return AptStep(torch.zeros(4), torch.ones(4), torch.zeros(()), gammas, counted, values)
+
+
+def moved(count):
+    return Placement(torch.ones(4), torch.zeros(4), torch.arange(4) < count)
+
+
+def lines(path):
+    """The log, read strictly: JSON has no NaN."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_one_line_a_step_with_exactly_these_keys(tmp_path):
+    run = make_run(tmp_path)
+    for loss in (1.0, 2.0, 3.0):
+        run.record(make_step(loss_tuned=loss))
+    run.close()
+    written = lines(tmp_path / "log.jsonl")
+    assert [list(line) for line in written] == [KEYS] * 3
+    assert [(line["step"], line["loss_tuned"]) for line in written] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert written[0]["gamma"] == GAMMAS
+
+
+def test_accumulated_batches_make_one_line_each_weighted_by_its_counted_samples(tmp_path):
+    run = make_run(tmp_path)
+    run.record(make_step(counted=1, loss_tuned=1.0, l_attn=8.0), moved(1), ends_step=False)
+    run.record(make_step(counted=0), moved(0), ends_step=False)
+    run.record(make_step(counted=3, loss_tuned=5.0, l_attn=4.0), moved(1))
+    run.close()
+    (line,) = lines(tmp_path / "log.jsonl")
+    # (1 * 1 + 3 * 5) / 4, (1 * 8 + 3 * 4) / 4, and 2 of 4 counted samples moved.
+    assert (line["step"], line["loss_tuned"], line["l_attn"], line["augmented"]) == (1, 4.0, 5.0, 0.5)
+
+
+def test_a_step_without_counted_samples_has_gamma_and_nulls(tmp_path):
+    run = make_run(tmp_path)
+    run.record(make_step(counted=0))
+    run.close()
+    (line,) = lines(tmp_path / "log.jsonl")
+    assert line == dict.fromkeys(KEYS) | {"step": 1, "gamma": GAMMAS}
+
+
+def test_what_is_off_or_not_finite_is_null(tmp_path):
+    run = make_run(tmp_path)
+    run.record(make_step(l_attn=None, loss_tuned=math.nan, delta_noise=math.inf))
+    run.close()
+    (line,) = lines(tmp_path / "log.jsonl")
+    assert [name for name in KEYS if line[name] is None] == ["loss_tuned", "l_attn", "delta_noise"]
+
+
+def test_a_line_is_written_when_the_next_step_ends_or_at_a_flush(tmp_path):
+    path = tmp_path / "folder" / "log.jsonl"
+    log = StepLog(path)
+    log.add(make_step(), 0)
+    log.end_step(1)
+    assert not path.exists()
+    log.add(make_step(), 0)
+    log.end_step(2)
+    assert [line["step"] for line in lines(path)] == [1]
+    log.flush()
+    log.flush()
+    assert [line["step"] for line in lines(path)] == [1, 2]
+
+
+def test_without_a_path_nothing_is_written_and_the_trackers_still_get_their_values(tmp_path):
+    run = make_run(tmp_path, log=None)
+    assert run.tracker_values() == {}
+    run.record(make_step(loss_tuned=2.0, l_attn=None))
+    values = run.tracker_values()
+    assert values["apt/loss_tuned"] == 2.0
+    assert "apt/l_attn" not in values
+    assert [values[f"apt/gamma/{b}"] for b in range(10)] == GAMMAS
+    run.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_run_begins_a_new_log(tmp_path):
+    for loss in (1.0, 2.0):
+        run = make_run(tmp_path)
+        run.record(make_step(loss_tuned=loss))
+        run.close()
+    assert [line["loss_tuned"] for line in lines(tmp_path / "log.jsonl")] == [2.0]
+
+
+def test_a_resumed_run_logs_on_behind_its_step_and_drops_what_came_after_it(tmp_path):
+    first = make_run(tmp_path)
+    for step in range(1, 6):
+        first.record(make_step(loss_tuned=float(step)))
+        if step == 3:
+            first.save(tmp_path)
+    first.close()
+    path = tmp_path / "log.jsonl"
+    path.write_text(path.read_text() + '{"step": 2, "gamma": [0.1')  # the piece of a line that a crash leaves
+    second = make_run(tmp_path)
+    assert second.load(tmp_path)
+    second.record(make_step(loss_tuned=40.0))
+    second.record(make_step(loss_tuned=50.0))
+    second.close()
+    assert [(line["step"], line["loss_tuned"]) for line in lines(path)] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
+
+
+def test_saving_writes_the_lines_up_to_its_step_first(tmp_path):
+    run = make_run(tmp_path)
+    run.record(make_step())
+    run.save(tmp_path)
+    assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [1]
+
+
+def test_state_round_trip_keeps_step_indicator_and_the_place_in_the_random_stream(tmp_path):
+    first = make_run(tmp_path)
+    first.objective.indicator.update(torch.tensor([5, 505]), torch.tensor([0.1, 0.2]), torch.tensor([0.1004, 0.2005]))
+    first.record(make_step(), ends_step=False)
+    first.record(make_step())
+    first.save(tmp_path)
+    second = make_run(tmp_path)
+    assert second.load(tmp_path) is True
+    assert second.step == 1
+    assert torch.equal(second.objective.indicator.gammas, first.objective.indicator.gammas)
+    assert torch.equal(torch.rand(9, generator=second.generator()), torch.rand(9, generator=first.generator()))
+
+
+def numbers(run):
+    return tuple(torch.rand(3, generator=run.generator()).tolist())
+
+
+def test_the_random_stream_is_another_for_every_batch_and_the_same_until_the_batch_is_recorded(tmp_path):
+    run = make_run(tmp_path, log=None)
+    drawn = []
+    for ends_step in (False, True, True):
+        assert numbers(run) == numbers(run)
+        drawn.append(numbers(run))
+        run.record(make_step(), ends_step=ends_step)
+    assert len(set(drawn)) == 3
+
+
+def test_the_random_stream_is_another_for_every_seed_and_rank(tmp_path):
+    runs = [make_run(tmp_path, log=None, seed=seed, rank=rank) for seed in (0, 1, 2) for rank in (0, 1)]
+    assert len({numbers(run) for run in runs}) == 6
+
+
+def test_the_random_stream_is_not_the_trainers(tmp_path):
+    run = make_run(tmp_path, log=None)
+    before = torch.get_rng_state()
+    numbers(run)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_folder_without_state_is_warned_about_and_changes_nothing(tmp_path, caplog):
+    run = make_run(tmp_path)
+    run.record(make_step())
+    with caplog.at_level(logging.WARNING, "apt_hooks"):
+        assert run.load(tmp_path) is False
+    (record,) = caplog.records
+    assert f"{tmp_path} has no {STATE_FILE}" in record.getMessage()
+    assert run.step == 1
+
+
+def broken(change):
+    """The text of a saved state after a change."""
+    indicator = {"num_bins": 10, "num_train_timesteps": 1000, "loss_tuned": [None] * 10, "loss_frozen": [None] * 10}
+    state = {"format": 1, "step": 3, "batches": 3, "indicator": indicator}
+    change(state)
+    return json.dumps(state)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"format": 1, "step"',
+        b"[1]",
+        b"\xff\xfe",
+        broken(lambda s: s.pop("batches")).encode(),
+        broken(lambda s: s.update(step="three")).encode(),
+        broken(lambda s: s.update(indicator=None)).encode(),
+        broken(lambda s: s["indicator"].pop("loss_frozen")).encode(),
+        broken(lambda s: s["indicator"].update(loss_tuned=["x"] * 10)).encode(),
+        broken(lambda s: s["indicator"].update(loss_tuned=[0.5] * 3, loss_frozen=[0.5] * 3)).encode(),
+    ],
+    ids=[
+        "empty",
+        "cut off",
+        "a list",
+        "not UTF-8",
+        "without batches",
+        "step is text",
+        "no indicator",
+        "indicator without a row",
+        "averages are text",
+        "averages too few",
+    ],
+)
+def test_a_broken_state_file_is_one_error_that_names_it_and_changes_nothing(tmp_path, content):
+    (tmp_path / STATE_FILE).write_bytes(content)
+    run = make_run(tmp_path)
+    with pytest.raises(AptError) as caught:
+        run.load(tmp_path)
+    assert str(tmp_path / STATE_FILE) in str(caught.value)
+    assert run.step == 0
+    assert run.objective.indicator.gammas.tolist() == [0.0] * 10
+
+
+def test_a_state_of_other_bins_is_refused(tmp_path):
+    make_run(tmp_path).save(tmp_path)
+    with pytest.raises(AptError, match="the saved indicator has num_bins = 10, this run 5"):
+        make_run(tmp_path, num_bins=5).load(tmp_path)
+
+
+def test_a_state_folder_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(AptError, match="cannot be written"):
+        make_run(tmp_path).save(tmp_path / "missing")
+
+
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    run = make_run(tmp_path, log="file/log.jsonl")
+    run.record(make_step())
+    with pytest.raises(AptError, match="file"):
+        run.close()
+
+
+def test_closing_takes_the_hooks_off_even_where_the_log_fails(tmp_path, monkeypatch):
+    def fail():
+        raise AptError("disk full")
+
+    unet, network = make_tuned("up_blocks")
+    run = AptRun(AptObjective(AptConfig(), unet, network.off), log_path=None, augment_space="image")
+    monkeypatch.setattr(run.log, "flush", fail)
+    with pytest.raises(AptError, match="disk full"):
+        run.close()
+    assert sum(len(m._forward_hooks) for m in unet.modules()) == 0
+
+
+@pytest.mark.parametrize("ends_step", [False, True])
+def test_the_log_does_not_keep_the_graph_of_a_step_alive(tmp_path, ends_step):
+    run, step = make_run(tmp_path), make_step()
+    prediction = weakref.ref(step.prediction)
+    run.record(step, ends_step=ends_step)
+    del step
+    gc.collect()
+    assert prediction() is None
+
+
+def test_the_start_line_says_what_is_on(tmp_path):
+    unet, network = make_tuned("output_blocks")
+    config = AptConfig.from_mapping({"preset": "sdxl", "num_bins": 5})
+    run = AptRun(AptObjective(config, unet, network.off), log_path=tmp_path / "a.jsonl", augment_space="latent")
+    assert run.start_line().split(" | ") == [
+        f"apt-hooks {version()} is on",
+        "preset sdxl",
+        "overrides num_bins = 5",
+        "up-blocks 0, 1: 3 cross-attention layers, 3 hidden states",
+        "augmentation of latents",
+        f"log {tmp_path / 'a.jsonl'}",
+    ]
+
+
+def test_the_start_line_says_what_is_off(tmp_path):
+    assert make_run(tmp_path, log=None, monitor_only=True).start_line().split(" | ") == [
+        f"apt-hooks {version()} monitors only",
+        "no preset",
+        "overrides monitor_only = true, lambda_dist = 0.0, lambda_attn = 0.0",
+        "no regularizers",
+        "no augmentation",
+        "no log",
+    ]
+
+
+def test_metadata_is_text_from_which_the_configuration_can_be_had_again(tmp_path):
+    run = make_run(tmp_path, augment_space="latent", identifier="sks", class_word="dog")
+    run.objective.indicator.update(torch.tensor([5]), torch.tensor([0.1]), torch.tensor([0.1005]))
+    run.record(make_step())
+    metadata = run.metadata()
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert AptConfig.from_mapping(json.loads(metadata["ss_apt_config"])) == run.objective.config
+    assert (metadata["ss_apt_steps"], metadata["ss_apt_augment_space"], metadata["ss_apt_preset"]) == (
+        "1",
+        "latent",
+        "",
+    )
+    assert json.loads(metadata["ss_apt_gamma"]) == pytest.approx([1 - math.exp(-0.5)] + [0.0] * 9, abs=1e-4)
