@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -82,12 +83,15 @@ def presets_apply(
 @app.command(epilog="Example: `apt-hooks check train.toml`")
 def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The training TOML.")]) -> None:
     """Check the `[apt]` section of a training TOML and print what it comes to."""
-    found = AptConfig.from_toml(config)
+    from .tomledit import check_section
+
+    found = check_section(config)
     overrides = found.overrides()
-    typer.echo(f"{config}: [apt] is valid, preset {found.preset_name or 'none'}, {len(overrides)} overrides")
+    typer.echo(f"{config}: [apt] is valid, preset {found.preset_name or 'none'}")
     for key in AptConfig.key_names():
-        if key != "preset":
-            typer.echo(f"  {key} = {getattr(found, key)!r}{'  (override)' if key in overrides else ''}")
+        value = None if key == "preset" else getattr(found, key)
+        if value is not None:
+            typer.echo(f"  {key} = {json.dumps(value)}{'  # override' if key in overrides else ''}")
 
 
 @app.command(epilog="Example: `apt-hooks demo --steps 200 --out apt-demo`")

@@ -27,7 +27,7 @@ class _Batch:
 
 
 class StepLog:
-    """Writes `step`, `gamma` (list, as the step's last batch used it) and `VALUES` (null where there was none) as jsonl.
+    """Writes `step`, `gamma` (list, as its last batch used it) and `VALUES` (null where there was none) as jsonl.
 
     A step's line is written when the next one begins, or at `flush`, so that the device is not waited for in the middle
     of a step.

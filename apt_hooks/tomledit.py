@@ -49,3 +49,20 @@ def apply_preset(path: Path, name: str) -> str:
         done = f"[apt] preset is now {name}" + (f" (was {had})" if had else "")
     write_atomically(path, bom + changed.encode())
     return done
+
+
+def check_section(path: Path) -> AptConfig:
+    """The `[apt]` section of a training TOML, checked as the trainer will read it.
+
+    Raises:
+        AptError: as `AptConfig.from_toml`; or an array mixes whole and decimal numbers, which is TOML but which
+            sd-scripts' parser (the package `toml`) refuses.
+    """
+    config = AptConfig.from_toml(path)
+    for key, value in read_toml(path)["apt"].items():
+        if isinstance(value, list) and len({type(v) for v in value}) > 1:
+            raise AptError(
+                f"{path}: [apt] {key} = {value!r} mixes whole and decimal numbers, which sd-scripts cannot read: "
+                f"write {[float(v) for v in value]!r}"
+            )
+    return config
