@@ -2,7 +2,7 @@
 
 SD_SCRIPTS_DIR     an unpatched checkout (it is copied, never changed)
 SD_SCRIPTS_PYTHON  the interpreter of its environment, with this apt-hooks installed
-SD_SCRIPTS_MODELS  a folder with sd15/ and sdxl/, each with model/ (diffusers format) and tokenizers/
+SD_SCRIPTS_MODELS  a folder with sd15/, sdxl/ and perhaps sd21/, each with model/ (diffusers format) and tokenizers/
 SD_SCRIPTS_PHOTOS  a folder of photos; default: the backpack_dog photos beside this checkout
 """
 
@@ -47,10 +47,11 @@ logging_dir = "logs"
 """
 KINDS = {
     "sd15": "network_train_unet_only = true\nmixed_precision = 'no'\n",
+    "sd21": "network_train_unet_only = true\nmixed_precision = 'no'\nv2 = true\nv_parameterization = true\n",
     "sdxl": "network_train_unet_only = true\nmixed_precision = 'bf16'\nfull_bf16 = true\n"
     "cache_text_encoder_outputs = true\n",
 }
-SCRIPTS = {"sd15": "train_network.py", "sdxl": "sdxl_train_network.py"}
+SCRIPTS = {"sd15": "train_network.py", "sd21": "train_network.py", "sdxl": "sdxl_train_network.py"}
 DATASET = """
 [general]
 caption_extension = ".txt"
@@ -297,6 +298,17 @@ def test_sdxl_with_reentrant_checkpointing_and_cached_text(workshop: Workshop) -
     assert same_lora(plain, monitor)
     assert not same_lora(plain, apt)
     assert log(apt)[-1]["l_attn"] > 0
+
+
+def test_sd21_with_v_prediction(workshop: Workshop) -> None:
+    if not (Path(os.environ["SD_SCRIPTS_MODELS"]) / "sd21").exists():
+        pytest.skip("no sd21/ in SD_SCRIPTS_MODELS")
+    plain = workshop.train("plain21", kind="sd21", trainer="plain")
+    monitor = workshop.train("monitor21", kind="sd21", apt='preset = "sd21"\nmonitor_only = true')
+    apt = workshop.train("apt21", kind="sd21", apt='preset = "sd21"\n' + EAGER)
+    assert same_lora(plain, monitor)
+    assert not same_lora(plain, apt)
+    assert log(apt)[-1]["augmented"] == 1.0
 
 
 def test_gradients_under_reentrant_checkpointing_in_the_trainers_own_sdxl_unet() -> None:
