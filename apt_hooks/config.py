@@ -189,11 +189,16 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         AptError: the file cannot be read, or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        return parse_toml(Path(path).read_bytes())
     except OSError as error:
         raise AptError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         raise AptError(f"{path}: is not valid TOML: {error}") from error
+
+
+def parse_toml(content: bytes) -> dict[str, Any]:
+    """Parse TOML; a byte order mark, as some editors on Windows write it, is passed over. Raises ValueError."""
+    return tomllib.loads(content.decode("utf-8-sig"))
 
 
 def _preset_folder() -> Any:

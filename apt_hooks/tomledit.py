@@ -1,54 +1,48 @@
-"""Editing a user's training TOML without losing a comment or the order of anything."""
+"""Editing a user's training TOML: one line changes, every other byte stays."""
 
 from __future__ import annotations
 
-import codecs
+import re
 from pathlib import Path
+from typing import Any
 
-import tomlkit
-
-from .config import AptConfig, read_toml
+from .config import AptConfig, parse_toml, read_toml
 from .errors import AptError
 from .files import write_atomically
+
+_HEADER = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t]*\[[ \t]*(?:apt|\"apt\"|'apt')[ \t]*\][ \t]*(?:#.*)?$")
+_ANY_HEADER = re.compile(rb"^[ \t]*\[")
+_PRESET = re.compile(rb"^([ \t]*(?:preset|\"preset\"|'preset')[ \t]*=[ \t]*)(?:\"[^\"]*\"|'[^']*')(.*)$")
 
 
 def apply_preset(path: Path, name: str) -> str:
     """Make `preset = "NAME"` stand in the file's `[apt]` section, which is added at the end where there is none.
 
-    Other keys of the section stay and override the preset. The result is checked before it is written.
+    Other keys of the section stay and override the preset. A line is changed or added as text: a TOML writer moved
+    comments and line endings elsewhere. The result is parsed and compared before it is written.
 
     Returns:
         What was done, in words.
 
     Raises:
-        AptError: the file is missing, not TOML, or would not be valid with this preset.
+        AptError: the file is missing, not TOML, would not be valid with this preset, or has `apt` in a form that cannot
+            be edited line by line (an inline table, dotted keys).
     """
     values = read_toml(path)
-    AptConfig.preset(name)
-    raw = path.read_bytes()
-    content = raw.decode("utf-8-sig")
-    bom = codecs.BOM_UTF8 if raw.startswith(codecs.BOM_UTF8) else b""
-    ending = "\r\n" if "\r\n" in content else "\n"
-    section = values.get("apt")
-    if section is None:
-        # Text, not a document: a section at the end touches nothing before it.
-        gap = "" if not content else ending if content.endswith("\n") else ending * 2
-        changed, done = f'{content}{gap}[apt]{ending}preset = "{name}"{ending}', f"added [apt] with preset {name}"
-    elif not isinstance(section, dict):
+    section = values.get("apt", {})
+    if not isinstance(section, dict):
         raise AptError(f"{path}: apt must be a section [apt]; found apt = {section!r}")
-    else:
-        AptConfig.from_mapping({**section, "preset": name})
-        if section.get("preset") == name:
-            return f"[apt] has preset {name} already"
-        document = tomlkit.parse(content)
-        value = tomlkit.item(name)
-        value.trivia.trail = ending  # tomlkit ends a new line with \n in any file
-        document["apt"]["preset"] = value
-        had = section.get("preset")
-        changed = tomlkit.dumps(document)
-        done = f"[apt] preset is now {name}" + (f" (was {had})" if had else "")
-    write_atomically(path, bom + changed.encode())
-    return done
+    AptConfig.from_mapping({**section, "preset": name})
+    had = section.get("preset")
+    if had == name:
+        return f"[apt] has preset {name} already"
+    new = _with_preset(path.read_bytes(), name, has_section="apt" in values, has_preset=had is not None)
+    if new is None or _parsed(new) != {**values, "apt": {**section, "preset": name}}:
+        raise AptError(f'{path}: cannot be edited line by line; write preset = "{name}" under a line [apt] yourself')
+    write_atomically(path, new)
+    if "apt" not in values:
+        return f"added [apt] with preset {name}"
+    return f"[apt] preset is now {name}" + (f" (was {had})" if had else "")
 
 
 def check_section(path: Path) -> AptConfig:
@@ -66,3 +60,36 @@ def check_section(path: Path) -> AptConfig:
                 f"write {[float(v) for v in value]!r}"
             )
     return config
+
+
+def _with_preset(content: bytes, name: str, *, has_section: bool, has_preset: bool) -> bytes | None:
+    """The file's bytes with the preset in place; None where the lines it takes were not found."""
+    ending = b"\r\n" if b"\r\n" in content else b"\n"
+    line = f'preset = "{name}"'.encode() + ending
+    lines = content.splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines[-1] += ending
+    if not has_section:
+        return b"".join([*lines, *([ending] if lines else []), b"[apt]" + ending, line])
+    start = next((i for i, text in enumerate(lines) if _HEADER.match(text.rstrip(b"\r\n"))), None)
+    if start is None:
+        return None
+    if not has_preset:
+        lines.insert(start + 1, line)  # first, where it is seen before what overrides it
+        return b"".join(lines)
+    for i in range(start + 1, len(lines)):
+        text = lines[i].rstrip(b"\r\n")
+        if _ANY_HEADER.match(text):
+            break
+        found = _PRESET.match(text)
+        if found:
+            lines[i] = found[1] + f'"{name}"'.encode() + found[2] + lines[i][len(text) :]
+            return b"".join(lines)
+    return None
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    try:
+        return parse_toml(content)
+    except ValueError:
+        return None

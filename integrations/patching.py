@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable
 
 from apt_hooks.errors import AptError
@@ -43,7 +42,10 @@ def insert(content: bytes, insertions: Iterable[Insertion], name: str) -> bytes:
     for insertion in insertions:
         start = 0 if insertion.within is None else _only(lines, insertion.within, 0, name) + 1
         at = _only(lines, insertion.anchor, start, name, first=insertion.within is not None)
-        ending = re.search(rb"\r?\n?$", lines[at]).group() or b"\n"  # type: ignore[union-attr]
+        ending = lines[at][len(lines[at].rstrip(b"\r\n")) :]
+        if not ending and insertion.after:
+            raise AptError(f"{name}: the line `{insertion.anchor.strip()}` ends the file without a newline; add one")
+        ending = ending or lines[0][len(lines[0].rstrip(b"\r\n")) :] or b"\n"
         new = [f"{line}  {MARK}".encode("ascii") + ending for line in insertion.lines]
         lines[at + insertion.after : at + insertion.after] = new
     return b"".join(lines)

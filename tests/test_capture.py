@@ -380,7 +380,6 @@ def test_blocks_with_nothing_to_read_are_refused_and_nothing_is_hooked(blocks):
     assert traces(unet) == before
 
 
-
 def test_a_pass_that_is_not_differentiated_needs_no_connection():
     unet, _ = make_tuned("up_blocks")
     capture = FeatureCapture(unet)

@@ -1,0 +1,307 @@
+"""The command line: what it prints and writes, and that a user's mistake is one line and exit code 1."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from sd_scripts_standin import PATCHED_FILES, write_checkout
+from typer.testing import CliRunner
+
+from apt_hooks import AptConfig
+from apt_hooks.cli import app, main
+from apt_hooks.config import preset_names, preset_text, tomllib
+from apt_hooks.integrations.patching import MARK
+from apt_hooks.integrations.sd_scripts.patch import INSERTIONS
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    """What a command prints; it has to end with this exit code."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What `main` ends with: the one line that Python prints to stderr, leaving with exit code 1."""
+    monkeypatch.setattr(sys, "argv", ["apt-hooks", *map(str, arguments)])
+    with pytest.raises(SystemExit) as error:
+        main()
+    line = error.value.code
+    assert isinstance(line, str) and line.startswith("apt-hooks: error: ") and "\n" not in line
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    return line
+
+
+def commands(command: Any, *path: str) -> Iterator[tuple[str, ...]]:
+    if hasattr(command, "commands"):
+        for name, child in command.commands.items():
+            yield from commands(child, *path, name)
+    else:
+        yield path
+
+
+COMMANDS = list(commands(typer.main.get_command(app)))
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_of_every_command_shows_an_example_of_it(path: tuple[str, ...]) -> None:
+    shown = " ".join(run(*path, "--help").replace("`", "").split())
+    assert f"Example: apt-hooks {' '.join(path)}" in shown
+
+
+def test_the_commands_are_those_that_readme_names() -> None:
+    assert {" ".join(path) for path in COMMANDS} == {
+        "patch", "unpatch", "status", "check", "demo", "presets list", "presets show", "presets apply",
+    }  # fmt: skip
+
+
+# -- patch, unpatch, status --------------------------------------------------------------------------------------------
+
+
+def test_patch_status_and_unpatch_say_what_they_did(tmp_path: Path) -> None:
+    folder = write_checkout(tmp_path)
+    before = run("status", "sd-scripts", folder, code=1)
+    assert before.startswith(f"sd-scripts 0.10.1 in {folder}\n") and before.count(": not patched\n") == 3
+    assert run("unpatch", "sd-scripts", folder) == f"{folder}: not patched, nothing to do\n"
+    assert run("patch", "sd-scripts", folder) == f"{folder}: patched\n"
+    assert run("patch", "sd-scripts", folder) == f"{folder}: already patched\n"
+    assert run("status", "sd-scripts", folder).count(": patched\n") == 3
+    assert run("unpatch", "sd-scripts", folder) == f"{folder}: unpatched\n"
+    assert run("status", "sd-scripts", folder, code=1) == before
+
+
+def test_the_folder_is_the_current_one_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_checkout(tmp_path))
+    assert run("patch", "sd-scripts") == f"{tmp_path}: patched\n"
+
+
+def test_a_dry_run_prints_the_diff_and_changes_nothing(tmp_path: Path) -> None:
+    folder = write_checkout(tmp_path)
+    shown = run("patch", "sd-scripts", folder, "--dry-run")
+    lines = [line for insertions in INSERTIONS.values() for i in insertions for line in i.lines]
+    assert shown.count(MARK) == len(lines) and all(f"+++ b/{name}" in shown for name in PATCHED_FILES)
+    assert run("patch", "sd-scripts", folder) == f"{folder}: patched\n"
+    assert run("patch", "sd-scripts", folder, "--dry-run") == f"{folder}: already patched\n"
+    assert "-    parser.add_argument" in run("unpatch", "sd-scripts", folder, "--dry-run")
+    assert run("status", "sd-scripts", folder).count(": patched\n") == 3
+
+
+def test_a_version_that_was_not_tried_is_told(tmp_path: Path) -> None:
+    folder = write_checkout(tmp_path)
+    (folder / "README.md").write_text("Version 0.12.0\n")
+    assert "sd-scripts 0.12.0 (tested: 0.10.0, 0.10.1) in" in run("status", "sd-scripts", folder, code=1)
+
+
+# -- presets and check -------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_listed_by_name_with_their_first_line() -> None:
+    lines = run("presets", "list").splitlines()
+    assert [line.split()[0] for line in lines] == ["sd15", "sd21", "sdxl"]
+    assert all("Adaptive Personalized Training for" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_shown_is_a_section_that_can_be_used_as_it_is(tmp_path: Path, name: str) -> None:
+    shown = run("presets", "show", name)
+    assert shown == preset_text(name)
+    path = tmp_path / "apt.toml"
+    path.write_text(shown)
+    assert f"{path}: [apt] is valid" in run("check", path)
+
+
+def test_check_prints_what_the_section_comes_to_and_marks_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text('seed = 1\n[apt]\npreset = "sd21"\nnum_bins = 7\n')
+    lines = run("check", path).splitlines()
+    assert lines[0] == f"{path}: [apt] is valid, preset sd21"
+    assert [line for line in lines if "override" in line] == ["  num_bins = 7  # override"]
+    assert "  indicator_scale = 100.0" in lines
+    section = "[apt]\n" + "\n".join(line.split("  #")[0] for line in lines[1:])
+    assert AptConfig.from_mapping(tomllib.loads(section)["apt"]) == AptConfig(
+        indicator_scale=100.0, num_bins=7, blocks=(2, 3)
+    )
+
+
+# -- presets apply -----------------------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "no section": "# 学習\nseed = 1  # mine\n\n[training]\nlr = 1e-4\n",
+    "no final newline": "seed = 1",
+    "comment at the end": "seed = 1  # mine",
+    "empty": "",
+    "arrays of tables": "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'x'\n",
+    "section without preset": "seed = 1\n\n[apt]\nnum_bins = 3  # mine\n\n[training]\nlr = 1e-4  # low\n",
+    "section with preset": "[apt]\npreset = 'sd15'  # for now\nnum_bins = 3\n[training]\nlr = 1e-4\n",
+    "empty section": "[apt]\n\n[training]\nlr = 1e-4\n",
+    "empty section at the end": "[training]\nlr = 1e-4\n[apt]",
+    "section amid arrays of tables": "[[a]]\nx = 1\n[apt]\nnum_bins = 3\n[[a]]\nx = 2\n",
+}
+
+
+def apply(path: Path, content: bytes, name: str = "sdxl") -> tuple[str, bytes]:
+    path.write_bytes(content)
+    return run("presets", "apply", name, path), path.read_bytes()
+
+
+@pytest.mark.parametrize(("newline", "start"), [("\n", b""), ("\r\n", codecs.BOM_UTF8)], ids=["lf", "crlf and bom"])
+@pytest.mark.parametrize("text", CONFIGS.values(), ids=CONFIGS)
+def test_applying_a_preset_sets_it_keeps_all_else_and_applied_again_changes_nothing(
+    tmp_path: Path, text: str, newline: str, start: bytes
+) -> None:
+    path = tmp_path / "train.toml"
+    _, changed = apply(path, start + text.replace("\n", newline).encode())
+    assert changed.startswith(start)
+    found = changed[len(start) :].decode()
+    wanted = tomllib.loads(text)
+    wanted["apt"] = {**wanted.get("apt", {}), "preset": "sdxl"}
+    assert tomllib.loads(found) == wanted
+    # Every line is still there and in its order, but for the one that names the preset.
+    kept = [line for line in text.splitlines() if "preset" not in line]
+    lines = iter(found.splitlines())
+    assert all(line in lines for line in kept)
+    assert found.count(newline) == found.count("\n") or "\n" not in text
+    said, again = apply(path, changed)
+    assert said == f"{path}: [apt] has preset sdxl already\n"
+    assert again == changed
+    run("check", path)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("text", CONFIGS.values(), ids=CONFIGS)
+def test_sd_scripts_own_parser_reads_the_result_alike(tmp_path: Path, text: str, newline: str) -> None:
+    toml = pytest.importorskip("toml")
+    path = tmp_path / "train.toml"
+    apply(path, text.replace("\n", newline).encode())
+    with path.open(encoding="utf-8") as file:
+        assert toml.load(file) == tomllib.loads(path.read_bytes().decode())
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "wanted"),
+    [
+        ("seed = 1\n", "added [apt] with preset sdxl", 'seed = 1\n\n[apt]\npreset = "sdxl"\n'),
+        ("[apt]\n", "[apt] preset is now sdxl", '[apt]\npreset = "sdxl"\n'),
+        (
+            '[apt]\npreset = "sd15"  # why\n',
+            "[apt] preset is now sdxl (was sd15)",
+            '[apt]\npreset = "sdxl"  # why\n',
+        ),
+    ],
+    ids=["added", "set", "changed"],
+)
+def test_applying_a_preset_says_what_it_did(tmp_path: Path, text: str, said: str, wanted: str) -> None:
+    path = tmp_path / "train.toml"
+    assert apply(path, text.encode()) == (f"{path}: {said}\n", wanted.encode())
+
+
+def test_a_new_key_does_not_come_between_the_next_section_and_its_comment(tmp_path: Path) -> None:
+    text = "[apt]\nnum_bins = 3\n\n# low, for few photos\n[training]\nlr = 1e-4\n"
+    _, changed = apply(tmp_path / "train.toml", text.encode())
+    assert "# low, for few photos\n[training]\n" in changed.decode()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        ("[apt]\nlamda_attn = 1.0\n", "sdxl", 'did you mean "lambda_attn"'),
+        ("[apt]\nnum_bins = 0\n", "sdxl", "num_bins must be"),
+        ("apt = 3\n", "sdxl", "found apt = 3"),
+        ("[apt\n", "sdxl", "is not valid TOML"),
+        ("apt = { num_bins = 3 }\nseed = 1\n", "sdxl", "cannot be edited line by line"),
+        ("apt.num_bins = 3\napt.preset = 'sd15'\n", "sdxl", "cannot be edited line by line"),
+        ('text = """\n[apt]\n"""\n[apt]\nnum_bins = 3\n', "sdxl", "cannot be edited line by line"),
+        ("seed = 1\n", "sd3", 'preset must be one of "sd15", "sd21", "sdxl"'),
+    ],
+)
+def test_a_config_that_would_not_be_valid_is_refused_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, name: str, said: str
+) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text(text)
+    assert said in fail(monkeypatch, capsys, "presets", "apply", name, path)
+    assert path.read_text() == text
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("patch", "sd-scripts", "nowhere"), "looked for kohya's sd-scripts"),
+        (("unpatch", "sd-scripts", "nowhere"), "looked for kohya's sd-scripts"),
+        (("status", "sd-scripts", "nowhere"), "looked for kohya's sd-scripts"),
+        (("patch", "diffusers"), "diffusers: no such trainer; the one supported is sd-scripts"),
+        (("status", "diffusers"), "no such trainer"),
+        (("presets", "show", "sdx"), 'did you mean "sdxl"'),
+        (("presets", "apply", "sdxl", "nowhere.toml"), "nowhere.toml: cannot be read"),
+        (("check", "nowhere.toml"), "nowhere.toml: cannot be read"),
+        (("check", "section.toml"), "looked for a section [apt]"),
+        (("check", "mixed.toml"), "[1, 3.0] mixes whole and decimal numbers"),
+        (("check", "latin.toml"), "latin.toml: is not valid TOML"),
+        (("demo", "--out", "section.toml"), "section.toml: cannot be made"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_line_and_no_traceback(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    if arguments[0] == "demo":
+        pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    Path("section.toml").write_text("seed = 1\n")
+    Path("mixed.toml").write_text("[apt]\nzoom_out = [1, 3.0]\n")
+    Path("latin.toml").write_bytes("[apt]\nidentifier = 'é'\n".encode("latin-1"))
+    assert said in fail(monkeypatch, capsys, *arguments)
+
+
+def test_a_mistake_leaves_the_shell_exit_code_1_and_the_line_on_stderr(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from apt_hooks.cli import main; main()", "status", "sd-scripts", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("apt-hooks: error: ")
+
+
+# -- demo --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_writes_its_picture_and_a_line_a_step_and_repeats_itself(tmp_path: Path) -> None:
+    for package in ("diffusers", "peft", "matplotlib"):
+        pytest.importorskip(package)
+    logs = []
+    for name in ("one", "two"):
+        shown = run("demo", "--steps", 3, "--seed", 5, "--out", tmp_path / name)
+        assert "is on" in shown and "indicator.png" in shown
+        assert (tmp_path / name / "indicator.png").read_bytes().startswith(b"\x89PNG")
+        logs.append((tmp_path / name / "demo-apt.jsonl").read_text())
+    lines = [json.loads(text) for text in logs[0].splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(len(line["gamma"]) == 10 and line["l_attn"] is not None for line in lines)
+    assert logs[0] == logs[1]
+
+
+def test_the_demo_without_its_packages_says_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    pytest.importorskip("matplotlib")
+    said = fail(monkeypatch, capsys, "demo", "--out", tmp_path / "out")
+    assert 'pip install "apt-hooks[demo]"' in said and "diffusers" in said
+    assert not (tmp_path / "out").exists()

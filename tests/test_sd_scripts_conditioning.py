@@ -1,0 +1,133 @@
+"""What the frozen model reads: the class word for the identifier, encoded without LoRA and no oftener than needed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from apt_hooks.errors import AptError
+from apt_hooks.integrations.sd_scripts.conditioning import ClassCaptions, FrozenConditioning, TextEncoders
+
+
+@pytest.mark.parametrize(
+    ("identifier", "caption", "wanted"),
+    [
+        ("sks", "a sks dog", "a bag dog"),
+        ("sks", "sks", "bag"),
+        ("sks", "sks, photo of (sks:1.2)", "bag, photo of (bag:1.2)"),
+        ("sks", "he asks sksy sks2 _sks", "he asks sksy sks2 _sks"),
+        ("sks", "SKS dog", "SKS dog"),
+        ("sks", "a sks's toy", "a bag's toy"),
+        ("sks", "a dog", "a dog"),
+        ("sks", "", ""),
+        ("my dog", "my dog and my doge", "bag and my doge"),
+        ("s.s", "sks and s.s", "sks and bag"),
+        ("犬", "犬 と 子犬", "bag と 子犬"),
+        ("<sks>", "a <sks> dog", "a bag dog"),
+    ],
+)
+def test_whole_words_only_are_replaced(identifier: str, caption: str, wanted: str) -> None:
+    captions = ClassCaptions(identifier, "bag")
+    assert captions(caption) == wanted
+    assert captions.occurs_in(["nothing here", caption]) == (caption != wanted)
+
+
+def test_the_class_word_is_taken_as_it_stands() -> None:
+    assert ClassCaptions("sks", r"\1 \g<0>")("a sks dog") == r"a \1 \g<0> dog"
+
+
+def tokenizer(lengths: dict[str, int]) -> object:
+    def tokenize(word: str, add_special_tokens: bool) -> SimpleNamespace:
+        assert not add_special_tokens
+        return SimpleNamespace(input_ids=[0] * lengths[word])
+
+    return tokenize
+
+
+def test_words_of_one_token_length_are_accepted() -> None:
+    ClassCaptions("sks", "bag").check_lengths([tokenizer({"sks": 2, "bag": 2}), tokenizer({"sks": 1, "bag": 1})])
+
+
+def test_words_of_unequal_token_length_in_any_tokenizer_are_refused() -> None:
+    tokenizers = [tokenizer({"sks": 1, "toy": 1}), tokenizer({"sks": 1, "toy": 3})]
+    with pytest.raises(AptError, match=r"'sks' is 1 tokens, class_word 'toy' is 3"):
+        ClassCaptions("sks", "toy").check_lengths(tokenizers)
+
+
+class Encoders:
+    """Encodes a caption as its length, and keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], bool]] = []
+
+    def __call__(self, captions: list[str], weighted: bool) -> list[Tensor]:
+        self.asked.append((captions, weighted))
+        lengths = torch.tensor([float(len(caption)) for caption in captions])
+        return [lengths[:, None, None].expand(-1, 3, 2), lengths[:, None].expand(-1, 4)]
+
+
+COUNTED = torch.tensor([True, True, False])
+GIVEN = ["a sks dog", "a dog", "sks"]
+
+
+def conditions(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.full((3, 3, 2), -1.0, dtype=dtype), torch.full((3, 4), -1.0, dtype=dtype)]
+
+
+def test_captions_of_samples_that_count_are_encoded_with_the_class_word() -> None:
+    encoders = Encoders()
+    frozen = FrozenConditioning(ClassCaptions("sks", "puppy"), weighted=True)
+    found = frozen(encoders, {"captions": GIVEN}, COUNTED, conditions(torch.bfloat16))
+    assert encoders.asked == [(["a puppy dog", "a dog", "sks"], True)]
+    assert [cond.dtype for cond in found] == [torch.bfloat16] * 2
+    assert found[1][:, 0].tolist() == [11.0, 5.0, 3.0]
+
+
+def test_without_words_to_replace_the_captions_are_encoded_as_they_are() -> None:
+    encoders = Encoders()
+    FrozenConditioning(None, weighted=False)(encoders, {"captions": GIVEN}, COUNTED, conditions())
+    assert encoders.asked == [(GIVEN, False)]
+
+
+def test_of_cached_outputs_only_changed_captions_are_encoded_and_each_once() -> None:
+    encoders, given = Encoders(), conditions()
+    frozen = FrozenConditioning(ClassCaptions("sks", "puppy"), weighted=False)
+    batch = {"captions": GIVEN, "text_encoder_outputs_list": given}
+    for _ in range(3):
+        found = frozen(encoders, batch, COUNTED, given)
+        assert found[0][:, 0, 0].tolist() == [11.0, -1.0, -1.0]
+        assert found[1][:, 0].tolist() == [11.0, -1.0, -1.0]
+    assert encoders.asked == [(["a puppy dog"], False)]
+    frozen(encoders, {**batch, "captions": ["sks cat", "a sks dog", "a dog"]}, torch.tensor([True] * 3), given)
+    assert encoders.asked[1:] == [(["puppy cat"], False)]
+
+
+def test_the_cached_outputs_themselves_stay_as_they_are() -> None:
+    given = [cond.requires_grad_() for cond in conditions(torch.float16)]
+    batch = {"captions": GIVEN, "text_encoder_outputs_list": given}
+    found = FrozenConditioning(ClassCaptions("sks", "puppy"), weighted=False)(Encoders(), batch, COUNTED, given)
+    assert all(torch.equal(cond, like) for cond, like in zip(given, conditions(torch.float16), strict=True))
+    assert not any(cond.requires_grad for cond in found)
+    assert [cond.dtype for cond in found] == [torch.float16] * 2
+
+
+def test_text_encoders_run_through_the_trainers_strategies() -> None:
+    asked: list[object] = []
+    tokenizing = SimpleNamespace(
+        tokenize=lambda captions: ("ids", captions),
+        tokenize_with_weights=lambda captions: (("ids", captions), "weights"),
+    )
+    encoding = SimpleNamespace(
+        encode_tokens=lambda *given: asked.append(given) or [torch.ones(1)],
+        encode_tokens_with_weights=lambda *given: asked.append(given) or [torch.zeros(1)],
+    )
+    encoders = TextEncoders("models", encoding, tokenizing)
+    assert encoders(["a"], weighted=False) == [torch.ones(1)]
+    assert encoders(["a"], weighted=True) == [torch.zeros(1)]
+    assert asked == [
+        (tokenizing, "models", ("ids", ["a"])),
+        (tokenizing, "models", ("ids", ["a"]), "weights"),
+    ]

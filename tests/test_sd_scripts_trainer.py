@@ -1,0 +1,739 @@
+"""APT in the stand-in's trainer, by whole runs: what a batch meets on its way, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sd_scripts_standin import SUBSETS, write_checkout, write_dataset
+from torch import Tensor
+
+from apt_hooks import AptConfig
+from apt_hooks.integrations.sd_scripts import adapter
+from apt_hooks.run import STATE_FILE, version
+from apt_hooks.steplog import VALUES
+
+# Reentrant checkpointing under no_grad, as a trainer's validation has it.
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+
+OWN = {"captions": ["a sks dog", "one sks dog"]}
+REG = {"captions": ["a dog", "one sks cat"], "is_reg": True}
+PRIOR = {"captions": ["a dog", "one sks cat"], "custom_attributes": {"diff_output_preservation": True}}
+UNSEEN = {"captions": ["sks dog in the sea", "sks dog at home"], "validation": True}
+
+WEIGHTS_ONLY = {"augmentation": False, "lambda_dist": 0.0, "lambda_attn": 0.0}
+ALL_OFF = {**WEIGHTS_ONLY, "loss_weighting": False}
+ALWAYS_SMALLER = {"augment_max_probability": 1.0, "zoom_out": [3.0, 3.0], "rotation_degrees": 0.0}
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ModuleType]]:
+    """The stand-in's modules; none of them stays imported."""
+    before = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(write_checkout(tmp_path_factory.mktemp("sd-scripts")))
+        names = {"sd15": "train_network", "sdxl": "sdxl_train_network", "util": "library.train_util"}
+        yield {kind: importlib.import_module(name) for kind, name in names.items()}
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] in ("library", "networks", "train_network", "sdxl_train_network"):
+                del sys.modules[name]
+
+
+@dataclasses.dataclass
+class Run:
+    trainer: Any
+    args: argparse.Namespace
+    folder: Path
+
+    def saved(self, name: str = "lora.pt") -> dict[str, Any]:
+        return torch.load(self.folder / name)
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(text) for text in (self.folder / "lora-apt.jsonl").read_text().splitlines()]
+
+    @property
+    def tracked(self) -> list[dict[str, Any]]:
+        return [json.loads(text) for text in (self.folder / "tracker.jsonl").read_text().splitlines()]
+
+    def same_lora(self, other: Run) -> bool:
+        one, two = self.saved()["weights"], other.saved()["weights"]
+        return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture
+def make(trainers: dict[str, ModuleType], tmp_path: Path) -> Train:
+    """A trainer of the stand-in, made to do APT where `apt` is given, and its arguments; not started yet."""
+
+    def make(
+        apt: Any = None,
+        *,
+        kind: str = "sd15",
+        subsets: Any = SUBSETS,
+        spy: Any = None,
+        name: str = "out",
+        **arguments: Any,
+    ) -> Run:
+        args = trainers[kind].setup_parser().parse_args([])
+        args.apt_config, args.network_train_unet_only = None, True
+        args.dataset_config = str(write_dataset(tmp_path / f"{name}.toml", subsets))
+        args.output_dir = str(tmp_path / name)
+        assert vars(args).keys() >= arguments.keys()
+        vars(args).update(arguments)
+        base = trainers[kind].SdxlNetworkTrainer if kind == "sdxl" else trainers[kind].NetworkTrainer
+        trainer = base() if spy is None else type(f"Spied{base.__name__}", (spy, base), {})()
+        if apt is not None:
+            args.apt_section = apt
+        if apt is not None or args.apt_config is not None:
+            trainer = adapter.apt_trainer(trainer, args)
+        return Run(trainer, args, tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def train(make: Train) -> Train:
+    """As `make`, and trained."""
+
+    def train(*args: Any, **options: Any) -> Run:
+        run = make(*args, **options)
+        run.trainer.train(run.args)
+        return run
+
+    return train
+
+
+@dataclasses.dataclass
+class Seen:
+    """One batch: as the data set gave it, and at each place it came by."""
+
+    given: dict[str, Any]
+    is_train: bool
+    moved: dict[str, Any] = dataclasses.field(default_factory=dict)
+    latents: Tensor | None = None
+    timesteps: list[Tensor] = dataclasses.field(default_factory=list)
+    conds: list[list[Tensor]] = dataclasses.field(default_factory=list)
+    squares: Tensor | None = None
+    before_weights: Tensor | None = None
+    loss: float = math.nan
+    indicator: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class Spy:
+    """Stands between the trainer and `AptTrainer`; `gamma`, where set, is what the indicator says in every bin."""
+
+    gamma: float | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Seen] = []
+        self.models: tuple[Any, ...] = ()
+
+    def load_target_model(self, *args: Any) -> Any:
+        self.models = super().load_target_model(*args)
+        return self.models
+
+    def on_step_start(self, *args: Any, is_train: bool) -> None:
+        self.seen.append(Seen(args[5], is_train))
+        indicator = self.apt.objective.indicator
+        if self.gamma is not None and is_train:
+            ahead = 1e9 if self.gamma == 1.0 else -math.log1p(-self.gamma) / indicator.scale
+            bins = {"num_bins": indicator.num_bins, "num_train_timesteps": 1000}
+            losses = {"loss_tuned": [0.0] * indicator.num_bins, "loss_frozen": [ahead] * indicator.num_bins}
+            indicator.load_state_dict({**bins, **losses})
+        self.seen[-1].indicator.append(indicator.state_dict())
+
+    def process_batch(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        self.seen[-1].moved = batch
+        loss = super().process_batch(batch, *args, **kwargs)
+        self.seen[-1].loss = loss.item()
+        self.seen[-1].indicator.append(self.apt.objective.indicator.state_dict())
+        return loss
+
+    def shift_scale_latents(self, args: Any, latents: Tensor) -> Tensor:
+        self.seen[-1].latents = latents
+        return super().shift_scale_latents(args, latents)
+
+    def call_unet(self, *args: Any, **kwargs: Any) -> Tensor:
+        timesteps, conds = args[4:6]
+        self.seen[-1].timesteps.append(timesteps)
+        self.seen[-1].conds.append([cond.detach().clone() for cond in conds])
+        return super().call_unet(*args, **kwargs)
+
+    def get_noise_pred_and_target(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().get_noise_pred_and_target(*args, **kwargs)
+        self.seen[-1].squares = (result[0] - result[1]).detach().float().square().mean(dim=(1, 2, 3))
+        return result
+
+    def post_process_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().post_process_loss(*args, **kwargs)
+        self.seen[-1].before_weights = loss.detach()
+        return loss
+
+
+class Overfitted(Spy):
+    gamma = 1.0
+
+
+class HalfOverfitted(Spy):
+    gamma = 0.5
+
+
+def uncounted(seen: Seen) -> Tensor:
+    """Which samples of the batch are REG's or PRIOR's."""
+    return torch.tensor([caption in REG["captions"] for caption in seen.given["captions"]])
+
+
+# -- nothing on is nothing changed -------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dropout": {"network_dropout": 0.5},
+    "text encoder trained, dropout": {"network_train_unet_only": False, "network_dropout": 0.3},
+    "regularization images": {"subsets": (OWN, REG), "prior_loss_weight": 0.5, "train_batch_size": 3},
+    "differential output preservation": {"subsets": (OWN, PRIOR), "network_dropout": 0.3},
+    "validation": {"subsets": (OWN, UNSEEN), "validate_every_n_steps": 1, "network_train_unet_only": False},
+    "checkpointing, accumulation, min-snr": {
+        "gradient_checkpointing": True, "gradient_accumulation_steps": 2, "min_snr_gamma": 5.0, "network_dropout": 0.3,
+    },
+    "cached latents, masks, v-prediction": {
+        "cache_latents": True, "subsets": ({**OWN, "mask": "alpha"},), "v_parameterization": True,
+    },
+    "bf16, weighted captions": {"mixed_precision": "bf16", "weighted_captions": True},
+    "sdxl, cached text, checkpointing": {
+        "kind": "sdxl", "cache_text_encoder_outputs": True, "gradient_checkpointing": True, "network_dropout": 0.5,
+    },
+    "sdxl, everything trained": {
+        "kind": "sdxl", "network_train_unet_only": False, "gradient_checkpointing": True, "subsets": (OWN, REG, UNSEEN),
+        "validate_every_n_steps": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_monitoring_and_all_terms_off_give_the_plain_trainers_lora_bit_for_bit(
+    train: Train, setting: dict[str, Any]
+) -> None:
+    plain = train(**setting, name="plain")
+    for name, apt in {"monitor": {"monitor_only": True}, "off": ALL_OFF}.items():
+        run = train(apt, **setting, name=name)
+        assert run.same_lora(plain), name
+        assert [line["loss/current"] for line in run.tracked] == [line["loss/current"] for line in plain.tracked], name
+        assert len(run.log) == 3, name
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_each_term_alone_changes_the_lora(train: Train, kind: str) -> None:
+    plain = train(kind=kind, name="plain")
+    for term in ({"lambda_attn": 1.0}, {"lambda_dist": 1.0}, {"loss_weighting": True}, {"augmentation": True}):
+        assert not train({**ALL_OFF, **term}, kind=kind, spy=HalfOverfitted).same_lora(plain), term
+
+
+def test_disabled_the_trainer_is_the_one_given(make: Train) -> None:
+    run = make()
+    run.args.apt_section = {"enabled": False, "preset": "sd15"}
+    assert adapter.apt_trainer(run.trainer, run.args) is run.trainer
+    assert not hasattr(run.args, "apt_section")
+
+
+# -- timesteps before augmentation -------------------------------------------------------------------------------------
+
+
+class Noted(Overfitted):
+    """Notes the order of events, of which `events` has those of the sampler too."""
+
+    events: list[Any]
+
+    def encode_images_to_latents(self, *args: Any) -> Tensor:
+        self.events.append(torch.get_rng_state())
+        return super().encode_images_to_latents(*args)
+
+
+@pytest.fixture
+def events(trainers: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    found: list[Any] = []
+    sampler = trainers["util"].get_timesteps
+
+    def noted(*args: Any) -> Tensor:
+        found.append((args[0], args[1], sampler(*args), torch.get_rng_state()))
+        return found[-1][2]
+
+    monkeypatch.setattr(trainers["util"], "get_timesteps", noted)
+    monkeypatch.setattr(Noted, "events", found, raising=False)
+    return found
+
+
+def test_timesteps_are_drawn_once_before_the_images_are_encoded_and_exactly_those_are_used(
+    train: Train, trainers: dict[str, ModuleType], events: list[Any]
+) -> None:
+    sampler = trainers["util"].get_timesteps
+    run = train({}, spy=Noted, min_timestep=100, max_timestep=300)
+    assert len(run.trainer.seen) == 3
+    for i, seen in enumerate(run.trainer.seen):
+        (low, high, drawn, random_state), at_encoding = events[2 * i : 2 * i + 2]
+        assert (low, high) == (100, 300)
+        assert torch.equal(random_state, at_encoding), "augmentation has a random stream of its own"
+        assert drawn.min() >= 100 and drawn.max() < 300
+        assert len(seen.timesteps) == 2 and all(torch.equal(used, drawn) for used in seen.timesteps)
+    assert len(events) == 6
+    assert trainers["util"].get_timesteps is sampler
+
+
+def test_validation_draws_its_own_timesteps(train: Train, events: list[Any]) -> None:
+    run = train({}, spy=Noted, subsets=(OWN, UNSEEN), validate_every_n_steps=3)
+    validated = [seen.timesteps for seen in run.trainer.seen if not seen.is_train]
+    assert [[t.tolist() for t in timesteps] for timesteps in validated] == [[[300, 300]], [[700, 700]]]
+
+
+def test_the_sampler_and_the_models_are_as_before_after_an_exception(
+    make: Train, trainers: dict[str, ModuleType]
+) -> None:
+    class Failing(Overfitted):
+        def encode_images_to_latents(self, *args: Any) -> Tensor:
+            if len(self.seen) == 2:
+                raise RuntimeError("out of memory")
+            return super().encode_images_to_latents(*args)
+
+    sampler = trainers["util"].get_timesteps
+    run = make({}, spy=Failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.trainer.train(run.args)
+    assert trainers["util"].get_timesteps is sampler
+    assert not any(module._forward_hooks for module in run.trainer.models[3].modules())
+    assert len(run.log) == 1
+
+
+# -- what is augmented -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [REG, PRIOR], ids=["regularization images", "differential output preservation"])
+def test_prior_samples_are_neither_augmented_nor_counted_nor_weighted(train: Train, other: dict[str, Any]) -> None:
+    apt = {**ALWAYS_SMALLER, "lambda_dist": 0.0, "lambda_attn": 0.0}
+    run = train(apt, spy=Overfitted, subsets=(OWN, other), train_batch_size=4, prior_loss_weight=0.5)
+    for seen, line in zip(run.trainer.seen, run.log, strict=True):
+        prior = uncounted(seen)
+        assert prior.sum() == 2
+        assert torch.equal(seen.moved["images"][prior], seen.given["images"][prior])
+        assert not (seen.moved["images"][~prior] == seen.given["images"][~prior]).flatten(1).all(dim=1).any()
+        # gamma is 1, so that the samples that count weigh nothing and the others all of the loss.
+        assert seen.loss == pytest.approx(float(seen.before_weights[prior].sum() / 4), rel=1e-5)
+        assert line["loss_weight"] == 0.0 and line["augmented"] == 1.0
+        assert line["loss_tuned"] == pytest.approx(float(seen.squares[~prior].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("other", [REG, PRIOR], ids=["regularization images", "differential output preservation"])
+def test_a_batch_of_prior_samples_alone_is_the_plain_trainers(train: Train, other: dict[str, Any]) -> None:
+    plain = train(subsets=(other,), name="plain", network_dropout=0.5)
+    run = train({"augmentation": False}, spy=Spy, subsets=(other,), network_dropout=0.5)
+    assert run.same_lora(plain)
+    assert all(line[name] is None for line in run.log for name in VALUES)
+    assert run.trainer.apt.objective.indicator.state_dict()["loss_tuned"] == [None] * 10
+
+
+def test_images_and_masks_move_together_and_what_they_uncover_is_black_and_masked(train: Train) -> None:
+    for mask, nothing in (("alpha", 0.0), ("conditioning", -1.0)):
+        run = train(ALWAYS_SMALLER, spy=Overfitted, subsets=({**OWN, "mask": mask},), name=mask)
+        for seen in run.trainer.seen:
+            images = seen.moved["images"]
+            masks = seen.moved["alpha_masks"] if mask == "alpha" else seen.moved["conditioning_images"][:, 0]
+            # A third of 128 pixels, in the middle.
+            inside = torch.zeros_like(masks, dtype=torch.bool)
+            inside[:, 43:85, 43:85] = True
+            outside = torch.ones_like(inside)
+            outside[:, 42:86, 42:86] = False
+            assert masks[inside].min() > 0.99 and (masks[outside] == nothing).all()
+            assert (images[outside[:, None].expand_as(images)] == -1.0).all()
+            assert (images[inside[:, None].expand_as(images)] > -1.0).all()
+
+
+def test_the_seed_decides_where_samples_are_moved_to(train: Train) -> None:
+    apt = {"augment_max_probability": 1.0}
+    runs = [train(apt, spy=Overfitted, train_batch_size=4, seed=s, name=f"{i}") for i, s in enumerate((1, 1, 2))]
+    one, again, other = (run.trainer.seen[0].moved["images"] for run in runs)
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert not torch.equal(*(seen.moved["images"] for seen in runs[0].trainer.seen[:2]))
+
+
+def test_at_gamma_zero_the_batch_stays_as_it_is(train: Train) -> None:
+    class Fresh(Spy):
+        gamma = 0.0
+
+    run = train(ALWAYS_SMALLER, spy=Fresh, subsets=({**OWN, "mask": "alpha"},))
+    for seen in run.trainer.seen:
+        assert all(seen.moved[name] is seen.given[name] for name in ("images", "alpha_masks"))
+    assert [line["augmented"] for line in run.log] == [0.0] * 3
+
+
+def test_validation_is_neither_augmented_nor_weighted_nor_counted(train: Train) -> None:
+    run = train(ALWAYS_SMALLER, spy=Overfitted, subsets=(OWN, UNSEEN), validate_every_n_steps=1)
+    validated = [seen for seen in run.trainer.seen if not seen.is_train]
+    assert len(validated) == 6 and len(run.log) == 3
+    for seen in validated:
+        assert seen.moved is seen.given
+        assert seen.indicator[0] == seen.indicator[1]
+        assert seen.loss == float(seen.before_weights.mean())
+        assert len(seen.timesteps) == 1
+    trained = [seen for seen in run.trainer.seen if seen.is_train]
+    assert all(seen.indicator[0] != seen.indicator[1] for seen in trained)
+
+
+# -- cached latents ----------------------------------------------------------------------------------------------------
+
+SAID = "latents, which are augmented in place of the images"
+
+
+def check_latents_move_into_black(run: Run) -> None:
+    vae = run.trainer.models[2]
+    black = vae.encode(torch.full((1, 3, 128, 128), -1.0)).latent_dist.mode()[0, :, 0, 0]
+    for seen in run.trainer.seen:
+        border = torch.ones(16, 16, dtype=torch.bool)
+        border[5:11, 5:11] = False
+        torch.testing.assert_close(seen.latents[:, :, border], black[:, None].expand(2, 4, int(border.sum())))
+        assert (seen.latents[:, :, 6:10, 6:10] != black[:, None, None]).all()
+        assert seen.moved["latents"] is seen.given["latents"]
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_cached_latents_are_zoomed_out_of_what_the_vae_encodes_black_to_and_that_is_said_once(
+    train: Train, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(ALWAYS_SMALLER, kind=kind, spy=Overfitted, cache_latents=True, subsets=({**OWN, "mask": "alpha"},))
+    check_latents_move_into_black(run)
+    assert capsys.readouterr().out.count(SAID) == 1
+    assert all((seen.moved["alpha_masks"][:, 0] == 0).all() for seen in run.trainer.seen)
+    assert run.saved()["metadata"]["ss_apt_augment_space"] == "latent"
+
+
+@pytest.mark.parametrize("apt", [{"monitor_only": True}, {"augmentation": False}])
+def test_without_augmentation_cached_latents_are_not_spoken_of(
+    train: Train, apt: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(apt, cache_latents=True)
+    assert SAID not in capsys.readouterr().out
+
+
+class OwnLatents(Overfitted):
+    """A data set that comes with latents, which no argument tells."""
+
+    def assert_extra_args(self, args: Any, train_dataset_group: Any, val_dataset_group: Any) -> None:
+        for info in train_dataset_group.datasets[0].image_data.values():
+            info.latents = torch.randn(4, 16, 16)
+
+
+def test_latents_found_only_in_the_data_set_are_augmented_and_that_is_said_once(
+    train: Train, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "apt_hooks"):
+        run = train(ALWAYS_SMALLER, spy=OwnLatents)
+    check_latents_move_into_black(run)
+    assert (caplog.text + capsys.readouterr().out).count(SAID) == 1
+    assert run.saved()["metadata"]["ss_apt_augment_space"] == "latent"
+
+
+def test_the_vae_keeps_its_precision(train: Train) -> None:
+    class HalfPrecision(OwnLatents):
+        def load_target_model(self, *args: Any) -> Any:
+            loaded = super().load_target_model(*args)
+            loaded[2].bfloat16()
+            return loaded
+
+    run = train({**ALWAYS_SMALLER, "augment_space": "latent"}, spy=HalfPrecision)
+    assert next(run.trainer.models[2].parameters()).dtype == torch.bfloat16
+    run.trainer.models[2].float()
+    check_latents_move_into_black(run)
+
+
+def test_latents_in_place_of_the_images_asked_for_end_the_run_with_one_line(make: Train) -> None:
+    run = make({**ALWAYS_SMALLER, "augment_space": "image"}, spy=OwnLatents)
+    with pytest.raises(SystemExit, match=r'^apt-hooks: error: .*augment_space = "image"') as error:
+        run.trainer.train(run.args)
+    assert "\n" not in str(error.value)
+
+
+def test_latent_space_asked_for_leaves_the_images_alone(train: Train) -> None:
+    run = train({**ALWAYS_SMALLER, "augment_space": "latent"}, spy=Overfitted)
+    assert all(seen.moved["images"] is seen.given["images"] for seen in run.trainer.seen)
+    check_latents_move_into_black(run)
+    assert run.saved()["metadata"]["ss_apt_augment_space"] == "latent"
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_weight_multiplies_the_loss_after_all_else(train: Train) -> None:
+    run = train(WEIGHTS_ONLY, spy=HalfOverfitted, min_snr_gamma=1.0, max_timestep=200)
+    for seen in run.trainer.seen:
+        assert (seen.before_weights < 0.9 * seen.squares).all(), "min-SNR is to have its say"
+        assert seen.loss == pytest.approx(0.5 * float(seen.before_weights.mean()), rel=1e-5)
+    assert [line["loss_weight"] for line in run.log] == [pytest.approx(0.5)] * 3
+
+
+def test_gamma_comes_from_the_raw_losses(train: Train) -> None:
+    apt = {"monitor_only": True, "ema_alpha": 1.0, "num_bins": 1}
+    run = train(apt, spy=Spy, min_snr_gamma=1.0, max_timestep=200)
+    for seen, line in zip(run.trainer.seen, run.log, strict=True):
+        assert line["loss_tuned"] == pytest.approx(float(seen.squares.mean()), rel=1e-5)
+        assert seen.indicator[1]["loss_tuned"] == [pytest.approx(float(seen.squares.mean()), rel=1e-5)]
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_the_regularizer_is_added_once_and_for_the_samples_that_count(train: Train, kind: str) -> None:
+    apt = {"loss_weighting": False, "augmentation": False, "lambda_dist": 2.0, "lambda_attn": 3.0}
+    run = train(apt, kind=kind, spy=Overfitted, subsets=(OWN, {**REG, "captions": ["a dog"]}), train_batch_size=3)
+    for seen, line in zip(run.trainer.seen, run.log, strict=True):
+        regularizer = 2.0 * (line["l_mu"] + line["l_sigma"]) + 3.0 * line["l_attn"]
+        assert regularizer > 0
+        assert seen.loss == pytest.approx(float(seen.before_weights.mean()) + regularizer * 2 / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_reentrant_checkpointing_gives_the_same_lora(train: Train, kind: str) -> None:
+    apt = {"augmentation": False, "lambda_dist": 30.0, "lambda_attn": 1000.0}
+    options = {"kind": kind, "cache_text_encoder_outputs": True, "max_train_steps": 2}
+    runs = [train(apt, gradient_checkpointing=on, name=f"{on}", **options) for on in (False, True)]
+    weights = [run.saved()["weights"] for run in runs]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
+    assert not runs[0].same_lora(train(ALL_OFF, name="off", **options))
+
+
+# -- what the frozen model reads ---------------------------------------------------------------------------------------
+
+
+class Reading(Spy):
+    """Keeps the tokens that each text encoder was given, and whether for a pass that is differentiated."""
+
+    def load_target_model(self, *args: Any) -> Any:
+        loaded = super().load_target_model(*args)
+        self.read: list[Tensor] = []
+        encoders = loaded[1] if isinstance(loaded[1], list) else [loaded[1]]
+        encoders[0].register_forward_pre_hook(lambda module, given: self.read.append(given[0]))
+        return loaded
+
+
+WORDS = {"identifier": "sks", "class_word": "bag"}
+
+
+def base_conditioning(trainers: dict[str, ModuleType], kind: str, args: argparse.Namespace, captions: list[str]) -> Any:
+    """What the text encoders without LoRA make of captions."""
+    util = trainers["util"]
+    widths = [24] if kind == "sd15" else [8, 16]
+    models, _, _ = util.load_models(args, widths, lambda checkpointing: None)
+    tokens = util.TokenizeStrategy(len(widths)).tokenize(captions)
+    models += [models[-1]] if kind == "sdxl" else []
+    with torch.no_grad():
+        return util.TextEncodingStrategy().encode_tokens(None, models, tokens)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("unet_only", [True, False], ids=["text encoder as it is", "text encoder trained"])
+@pytest.mark.parametrize("words", [{}, WORDS], ids=["no identifier", "identifier"])
+def test_the_frozen_model_reads_the_class_word_through_text_encoders_without_lora(
+    train: Train, trainers: dict[str, ModuleType], kind: str, unet_only: bool, words: dict[str, str]
+) -> None:
+    options = {"kind": kind, "network_train_unet_only": unet_only, "network_dropout": 0.3}
+    if not unet_only:
+        options["gradient_checkpointing"] = True  # puts text encoders into training mode, with their dropout
+    run = train(words, spy=Reading, subsets=(OWN, REG), train_batch_size=4, **options)
+    for seen in run.trainer.seen:
+        own = [c.replace("sks", "bag") if words and c in OWN["captions"] else c for c in seen.given["captions"]]
+        frozen, tuned = seen.conds
+        for found, wanted in zip(frozen, base_conditioning(trainers, kind, run.args, own), strict=True):
+            torch.testing.assert_close(found, wanted)
+        plain = base_conditioning(trainers, kind, run.args, seen.given["captions"])
+        same = all(torch.allclose(found, wanted) for found, wanted in zip(tuned, plain, strict=True))
+        assert same == unet_only
+    passes = 2 if words or not unet_only else 1
+    assert len(run.trainer.read) == 3 * passes
+
+
+def test_the_weights_of_a_caption_go_to_the_class_word(train: Train, trainers: dict[str, ModuleType]) -> None:
+    run = train(WORDS, spy=Reading, subsets=({"captions": ["(sks:1.5) dog", "a (sks:1.5)"]},), weighted_captions=True)
+    for seen in run.trainer.seen:
+        swapped = [c.replace("(sks:1.5)", "bag") for c in seen.given["captions"]]
+        (wanted,) = base_conditioning(trainers, "sd15", run.args, swapped)
+        places = [c.split().index("bag") for c in swapped]
+        wanted[range(2), places] *= 1.5
+        torch.testing.assert_close(seen.conds[0][0], wanted)
+
+
+def test_of_cached_text_only_changed_captions_are_encoded_and_once_a_run(
+    train: Train, trainers: dict[str, ModuleType]
+) -> None:
+    subsets = ({"captions": ["a sks dog", "a cat", "one sks dog", "two cats"]},)
+    run = train(WORDS, kind="sdxl", spy=Reading, subsets=subsets, cache_text_encoder_outputs=True, max_train_steps=6)
+    cached, later = run.trainer.read[:4], run.trainer.read[4:]
+    assert len(cached) == 4 and len(later) == 2
+    for seen in run.trainer.seen:
+        swapped = [caption.replace("sks", "bag") for caption in seen.given["captions"]]
+        for found, wanted in zip(seen.conds[0], base_conditioning(trainers, "sdxl", run.args, swapped), strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_words_of_unequal_token_length_end_the_run_with_one_line(make: Train) -> None:
+    run = make({"identifier": "sks", "class_word": "stuffed animal"})
+    with pytest.raises(SystemExit, match=r"^apt-hooks: error: .*'sks' is 1 tokens.*'stuffed animal' is 2"):
+        run.trainer.train(run.args)
+
+
+@pytest.mark.parametrize(("identifier", "warned"), [("sks", False), ("ohwx", True)])
+def test_an_identifier_in_none_of_the_captions_is_warned_of(
+    train: Train, caplog: pytest.LogCaptureFixture, identifier: str, warned: bool
+) -> None:
+    train({"identifier": identifier, "class_word": "bag"}, max_train_steps=1)
+    assert ("is in none of the captions" in caplog.text) == warned
+
+
+# -- what a run leaves behind ------------------------------------------------------------------------------------------
+
+
+def test_a_line_a_step_is_logged_and_tracked(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train({"preset": "sd15", "num_bins": 4}, gradient_accumulation_steps=2)
+    assert [line["step"] for line in run.log] == [1, 2, 3]
+    assert all(list(line) == ["step", "gamma", *VALUES] and len(line["gamma"]) == 4 for line in run.log)
+    assert all(math.isfinite(line[name]) for line in run.log for name in VALUES)
+    names = {f"apt/{name}" for name in VALUES} | {f"apt/gamma/{i}" for i in range(4)}
+    assert set(run.tracked[-1]) == names | {"at", "loss/current", "loss/average"}
+    assert run.tracked[-1]["apt/delta_noise"] == run.log[-1]["delta_noise"]
+    said = capsys.readouterr().out
+    assert said.count("apt-hooks") == 1 and "overrides num_bins = 4" in said and "up-blocks 2, 3" in said
+
+
+def test_every_saved_lora_carries_metadata_of_its_moment(train: Train) -> None:
+    run = train({"preset": "sd15", "num_bins": 4}, save_every_n_steps=2)
+    last, second = (run.saved(name)["metadata"] for name in ("lora.pt", "lora-step2.pt"))
+    assert (second["ss_apt_steps"], last["ss_apt_steps"]) == ("2", "3")
+    assert (last["ss_apt_version"], last["ss_apt_preset"]) == (version(), "sd15")
+    assert json.loads(last["ss_apt_config"])["num_bins"] == 4
+    gammas = run.trainer.apt.objective.indicator.gammas.tolist()
+    assert json.loads(last["ss_apt_gamma"]) == pytest.approx(gammas, abs=1e-6)
+    assert last["ss_seed"] == "1" and "modelspec.title" in last
+    plain = train(name="plain").saved()["metadata"]
+    assert {key for key in last.keys() - plain.keys() if not key.startswith("ss_apt_")} == set()
+
+
+def test_no_metadata_means_none_of_ours_either(train: Train) -> None:
+    assert not [key for key in train({}, no_metadata=True).saved()["metadata"] if "apt" in key]
+
+
+def test_a_resumed_run_goes_on_with_the_indicator_and_the_log(train: Train) -> None:
+    first = train({"ema_alpha": 0.5}, spy=Spy, save_every_n_steps=2, save_state=True)
+    state = first.folder / "lora-step2-state"
+    saved = json.loads((state / STATE_FILE).read_text())
+    assert saved["step"] == 2 and any(saved["indicator"]["loss_tuned"])
+    lines = first.log
+    again = train({"ema_alpha": 0.5}, spy=Spy, resume=str(state), max_train_steps=2)
+    assert again.trainer.seen[0].indicator[0] == saved["indicator"]
+    assert [line["step"] for line in again.log] == [1, 2, 3, 4]
+    assert again.log[:2] == lines[:2]
+    assert again.saved()["metadata"]["ss_apt_steps"] == "4"
+
+
+def test_a_state_saved_without_apt_is_warned_of_and_starts_anew(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    plain = train(save_every_n_steps=2, save_state=True, name="plain")
+    state = plain.folder / "lora-step2-state"
+    assert not (state / STATE_FILE).exists()
+    run = train({}, spy=Spy, resume=str(state))
+    assert "starts anew" in caplog.text
+    assert run.trainer.seen[0].indicator[0]["loss_tuned"] == [None] * 10
+    assert [line["step"] for line in run.log] == [1, 2, 3]
+
+
+def test_a_state_of_other_bins_ends_the_run_with_one_line(train: Train) -> None:
+    first = train({}, save_every_n_steps=2, save_state=True)
+    with pytest.raises(SystemExit, match=r"^apt-hooks: error: .*num_bins = 10, this run 5"):
+        train({"num_bins": 5}, resume=str(first.folder / "lora-step2-state"), name="again")
+
+
+def test_the_models_carry_no_hook_after_the_run(train: Train) -> None:
+    run = train({}, spy=Spy, kind="sdxl", gradient_checkpointing=True)
+    unet = run.trainer.models[3]
+    assert not any(module._forward_hooks for module in unet.modules())
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+    assert all(module.training for module in unet.modules())
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("apt", "arguments", "said"),
+    [
+        ({}, {"torch_compile": True}, "--torch_compile cannot be used"),
+        ({"monitor_only": True}, {"deepspeed": True}, "--deepspeed cannot be used"),
+        ({"augment_space": "image"}, {"cache_latents": True}, "drop cache_latents"),
+        ({"augment_space": "image"}, {"cache_latents_to_disk": True}, "drop cache_latents"),
+        ({"lamda_attn": 1.0}, {}, 'did you mean "lambda_attn"'),
+        ({}, {"apt_config": "apt.toml"}, "--apt_config apt.toml"),
+        (None, {"apt_config": "nowhere.toml"}, "nowhere.toml"),
+        (3, {}, "found apt = 3"),
+    ],
+)
+def test_what_cannot_work_ends_with_one_line_before_anything_is_loaded(
+    make: Train, apt: Any, arguments: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        make(apt, **arguments)
+    assert str(error.value).startswith("apt-hooks: error: ") and said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("apt", [{"monitor_only": True}, {"augmentation": False}])
+def test_image_space_is_no_matter_to_cached_latents_where_nothing_is_augmented(
+    make: Train, apt: dict[str, Any]
+) -> None:
+    assert make({"augment_space": "image", **apt}, cache_latents=True).trainer.apt_config == AptConfig(
+        augment_space="image", **apt
+    )
+
+
+@pytest.mark.parametrize(("apt", "said"), [({"blocks": [0]}, "up-block 0 has no attention"), ({}, "networks.other")])
+def test_what_only_the_models_tell_ends_with_one_line(
+    make: Train, monkeypatch: pytest.MonkeyPatch, apt: dict[str, Any], said: str
+) -> None:
+    class Other(torch.nn.Linear):
+        """A network that replaces no forward."""
+
+        def apply_to(self, *args: Any) -> None: ...
+
+    other = SimpleNamespace(create_network=lambda *args: Other(1, 1))
+    monkeypatch.setitem(sys.modules, "networks.other", other)
+    run = make(apt, network_module="networks.other")
+    with pytest.raises(SystemExit) as error:
+        run.trainer.train(run.args)
+    assert str(error.value).startswith("apt-hooks: error: ") and said in str(error.value)
+
+
+def test_the_argument_apt_config_is_read_as_the_section_is(make: Train, tmp_path: Path) -> None:
+    path = tmp_path / "apt.toml"
+    path.write_text('[apt]\npreset = "sdxl"\nnum_bins = 3\n')
+    found = make(None, kind="sdxl", apt_config=str(path)).trainer
+    assert found.apt_config == AptConfig.from_mapping({"preset": "sdxl", "num_bins": 3})
+    assert type(found).__name__ == "AptSdxlNetworkTrainer"
+
+
+def test_the_section_is_moved_out_of_the_config_and_into_the_arguments() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--apt_config", default=None)
+    config = {"seed": 1, "apt": {"enabled": True}, "training": {"seed": 2}}
+    adapter.take_section(config, parser)
+    assert config == {"seed": 1, "training": {"seed": 2}}
+    assert parser.parse_args([]).apt_section == {"enabled": True}
+
+
+def test_a_script_without_the_argument_refuses_the_section() -> None:
+    with pytest.raises(SystemExit, match=r"^apt-hooks: error: flux\.py .*take the section out"):
+        adapter.take_section({"apt": {}}, argparse.ArgumentParser(prog="flux.py"))
