@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +28,7 @@ app.add_typer(presets, name="presets")
 
 SD_SCRIPTS = "sd-scripts"
 Trainer = Annotated[str, typer.Argument(metavar="TRAINER", help=f"The trainer: {SD_SCRIPTS}.")]
-Folder = Annotated[Path, typer.Argument(metavar="[PATH]", help="The trainer's folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="PATH", help="The trainer's folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the diff and change nothing.")]
 
 
@@ -36,6 +36,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the diff and chan
 def patch(trainer: Trainer, path: Folder = Path(), dry_run: DryRun = False) -> None:
     """Insert the lines that let a trainer read `[apt]`. Undone by `unpatch`; twice is once."""
     _apply(sd_scripts.patch, trainer, path, dry_run, "patched", "already patched")
+    found = sd_scripts.status(path)
+    if found.version not in sd_scripts.TESTED:
+        typer.echo(f"note: {_version(found)} has the structure of the tested ones, but was not tested itself")
 
 
 @app.command(epilog="Example: `apt-hooks unpatch sd-scripts ~/sd-scripts`")
@@ -49,8 +52,7 @@ def status(trainer: Trainer, path: Folder = Path()) -> None:
     """Say the trainer's version and which of its files are patched. Exit code 0 if all are, 1 if not."""
     _known(trainer)
     found = sd_scripts.status(path)
-    untested = "" if found.version in sd_scripts.TESTED else f" (tested: {', '.join(sd_scripts.TESTED)})"
-    typer.echo(f"sd-scripts {found.version}{untested} in {path.resolve()}")
+    typer.echo(f"{_version(found)} in {path.resolve()}")
     for name, state in found.state.items():
         typer.echo(f"  {name}: {state}")
     if not found.patched:
@@ -106,6 +108,11 @@ def demo(
     run_demo(out, steps=steps, seed=seed, say=typer.echo)
 
 
+def _version(found: sd_scripts.Checkout) -> str:
+    untested = "" if found.version in sd_scripts.TESTED else f" (tested: {', '.join(sd_scripts.TESTED)})"
+    return f"sd-scripts {found.version}{untested}"
+
+
 def _known(trainer: str) -> None:
     if trainer != SD_SCRIPTS:
         raise AptError(f"{trainer}: no such trainer; the one supported is {SD_SCRIPTS}")
@@ -120,9 +127,19 @@ def _apply(change: Callable[..., str], trainer: str, path: Path, dry_run: bool, 
         typer.echo(f"{path.resolve()}: {done if diff else nothing}")
 
 
+# typer has click or its own copy of it, by version; either way this is click's UsageError.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+
+
 def main() -> None:
     """Run the command; what a user can put right is one line and exit code 1."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except AptError as error:
         sys.exit(f"apt-hooks: error: {error}")
+    except _USAGE_ERROR as error:
+        message = error.format_message().strip()
+        if not message or "\n" in message:  # no command at all: the message is the help
+            error.show()
+            sys.exit(1)
+        sys.exit(f"apt-hooks: error: {message} (see --help)")

@@ -87,7 +87,7 @@ class ZoomOutRotate:
         return Placement(
             scales=low + (high - low) * scale,
             angles=self.rotation_degrees * (2 * angle - 1),
-            chosen=choice < probabilities.detach().to("cpu", torch.float64),
+            chosen=choice < probabilities.detach().cpu().double(),
         )
 
     def __call__(

@@ -74,7 +74,7 @@ class AptConfig:
 
     enabled: bool = _flag(True)
     monitor_only: bool = _flag(False)
-    num_bins: int = _key(10, "a whole number, 1 or larger", lambda v: _is_count(v, 1))
+    num_bins: int = _key(10, "a whole number from 1 to 1000", lambda v: _is_count(v, 1) and v <= 1000)
     ema_alpha: float = _key(0.1, "a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1)
     indicator_scale: float = _key(1000.0, "a number above 0", lambda v: _is_number(v) and v > 0)
     loss_weighting: bool = _flag(True)

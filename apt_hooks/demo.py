@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -94,9 +95,8 @@ def run_demo(out: Path, *, steps: int, seed: int, say: Callable[[str], None]) ->
             images = placement.apply(images, -1.0)
             noise = torch.randn_like(images)
             noisy = schedule.add_noise(images, noise, timesteps)
-            step = objective.step(
-                lambda noisy=noisy, t=timesteps: unet(noisy, t, caption.expand(BATCH, -1, -1)).sample, noise, timesteps
-            )
+            predict = functools.partial(_predict, unet, noisy, timesteps, caption.expand(BATCH, -1, -1))
+            step = objective.step(predict, noise, timesteps)
             step.loss((step.prediction - noise).square().mean(dim=(1, 2, 3))).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -107,6 +107,10 @@ def run_demo(out: Path, *, steps: int, seed: int, say: Callable[[str], None]) ->
     say("gamma per bin, low to high noise: " + " ".join(f"{g:.2f}" for g in last["gamma"]))
     say(f"{len(last['gamma'])} bins over {steps} steps: {out / 'indicator.png'}; every step: {out / 'demo-apt.jsonl'}")
     return last
+
+
+def _predict(unet: Any, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    return unet(noisy, timesteps, text).sample
 
 
 def _pictures() -> Tensor:

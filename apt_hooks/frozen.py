@@ -17,8 +17,9 @@ AdaptersOff = Callable[[], AbstractContextManager[object]]
 def frozen_base(modules: Iterable[nn.Module], adapters_off: AdaptersOff) -> Iterator[None]:
     """Inside, `modules` compute as the base model does: adapters off, evaluation mode, no gradients.
 
-    Afterwards everything is as it was: the random streams of the CPU and of the modules' devices, each module's train
-    or evaluation mode, and each parameter's `requires_grad` (peft sets it anew when its adapters come back on).
+    Afterwards everything is as it was: the random streams of the CPU and of the modules' devices (but MPS), each
+    module's train or evaluation mode, and each parameter's `requires_grad` (peft sets it anew when its adapters come
+    back on).
     """
     modules = list(modules)
     training = [m for module in modules for m in module.modules() if m.training]

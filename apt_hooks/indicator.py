@@ -69,9 +69,11 @@ class OverfittingIndicator:
         self._move_to(loss_tuned.device)
         losses = torch.stack([loss_tuned, loss_frozen]).detach().to(self._ema.dtype)
         finite = losses.isfinite().all(dim=0)
-        # A product with the membership matrix, not index_add: its sum does not depend on the order of atomics.
+        # Sums over a membership matrix, not index_add: their order is fixed; and no matmul, which autocast would round.
         members = F.one_hot(bins.to(losses.device), self.num_bins).to(losses.dtype) * finite[:, None]
-        totals = torch.cat([torch.where(finite, losses, 0.0) @ members, members.sum(dim=0, keepdim=True)])
+        totals = torch.cat(
+            [(torch.where(finite, losses, 0.0)[:, :, None] * members).sum(dim=1), members.sum(dim=0)[None]]
+        )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(totals)
         mean, count = totals[:2] / totals[2], totals[2]

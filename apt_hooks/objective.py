@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .augmentation import Placement, ZoomOutRotate
 from .capture import FeatureCapture, Features
@@ -231,33 +233,39 @@ class AptObjective:
         if capture is None or tuned is None or frozen is None:
             return {}
 
-        def counted(x: Tensor, dim: int = 0) -> Tensor:
+        def chosen(x: Tensor, dim: int = 0) -> Tensor:
             return x if rows is None else x.index_select(dim, rows.to(x.device))
 
         terms: dict[str, Tensor] = {}
         if capture.representation_places:
-            pairs = [
-                torch.stack(
-                    statistics_loss(
-                        representation_statistics(counted(tuned.hidden.pop(i))), counted(frozen.hidden.pop(i), 1)
-                    )
-                )
+            distances = [
+                _without_storing(_statistics_distance, chosen(tuned.hidden.pop(i)), chosen(frozen.hidden.pop(i), 1))
                 for i in range(len(capture.representation_places))
             ]
-            terms["l_mu"], terms["l_sigma"] = torch.stack(pairs).mean(dim=0)
+            terms["l_mu"], terms["l_sigma"] = torch.stack(distances).mean(dim=0)
         if capture.layers:
             losses = []
             for i, layer in enumerate(capture.layers):
-                q, k = counted(tuned.queries.pop(i)), counted(tuned.keys.pop(i))
-                q_frozen, k_frozen = counted(frozen.queries.pop(i)), counted(frozen.keys.pop(i))
+                q, k = chosen(tuned.queries.pop(i)), chosen(tuned.keys.pop(i))
+                q_frozen, k_frozen = chosen(frozen.queries.pop(i)), chosen(frozen.keys.pop(i))
                 if k.shape[1] != k_frozen.shape[1]:
                     raise AptError(
                         f"attention alignment needs captions of one token length; the tuned model saw {k.shape[1]} "
                         f"tokens, the frozen one {k_frozen.shape[1]}: choose a class_word as long as the identifier"
                     )
-                losses.append(attention_alignment_loss(q, k, q_frozen, k_frozen, heads=layer.heads, scale=layer.scale))
+                alignment = functools.partial(attention_alignment_loss, heads=layer.heads, scale=layer.scale)
+                losses.append(_without_storing(alignment, q, k, q_frozen, k_frozen))
             terms["l_attn"] = torch.stack(losses).mean()
         return terms
+
+
+def _statistics_distance(h: Tensor, frozen: Tensor) -> Tensor:
+    return torch.stack(statistics_loss(representation_statistics(h), frozen))
+
+
+def _without_storing(term: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """A layer's term, computed again in the backward pass: its maps and float32 copies would fill a small card."""
+    return checkpoint(term, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 def _mean_square(x: Tensor) -> Tensor:

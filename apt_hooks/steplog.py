@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from .files import write_atomically
 from .objective import AptStep
 
 VALUES = ("loss_tuned", "loss_frozen", "loss_weight", "augmented", "l_mu", "l_sigma", "l_attn", "delta_noise")
+
+logger = logging.getLogger("apt_hooks")
 
 
 @dataclasses.dataclass
@@ -59,7 +62,9 @@ class StepLog:
             if batch.counted:
                 share = gammas.new_tensor(batch.augmented / batch.counted)
                 for name, value in {**batch.values, "augmented": share}.items():
-                    sums[name] = sums.get(name, 0.0) + value.to(gammas) * (batch.counted / total)
+                    sums[name] = sums.get(name, 0.0) + value.to(gammas.device).to(gammas.dtype) * (
+                        batch.counted / total
+                    )
         self._ended = (number, len(gammas), list(sums), torch.cat([gammas, *(value[None] for value in sums.values())]))
 
     def latest(self) -> dict[str, Any] | None:
@@ -86,7 +91,8 @@ class StepLog:
             with self.path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise AptError(f"{self.path}: cannot be written: {error.strerror}") from error
+            logger.warning("apt-hooks: %s cannot be written (%s); training goes on without it", self.path, error)
+            self.path = None
 
     def _start(self, path: Path, first_step: int) -> None:
         """A new run begins a new file; a resumed one goes on behind the step it was resumed from."""

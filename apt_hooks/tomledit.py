@@ -37,7 +37,7 @@ def apply_preset(path: Path, name: str) -> str:
     if had == name:
         return f"[apt] has preset {name} already"
     new = _with_preset(path.read_bytes(), name, has_section="apt" in values, has_preset=had is not None)
-    if new is None or _parsed(new) != {**values, "apt": {**section, "preset": name}}:
+    if new is None or not _equal(_parsed(new), {**values, "apt": {**section, "preset": name}}):
         raise AptError(f'{path}: cannot be edited line by line; write preset = "{name}" under a line [apt] yourself')
     write_atomically(path, new)
     if "apt" not in values:
@@ -86,6 +86,13 @@ def _with_preset(content: bytes, name: str, *, has_section: bool, has_preset: bo
             lines[i] = found[1] + f'"{name}"'.encode() + found[2] + lines[i][len(text) :]
             return b"".join(lines)
     return None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Equality for which nan is nan, and which minds types: 1 is not 1.0."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return repr(one) == repr(other)
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:

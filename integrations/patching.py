@@ -23,7 +23,8 @@ class Insertion:
         anchor: the whole line, indentation included, without its line ending; it must stand exactly once.
         lines: the lines to insert, ASCII, without mark and line ending.
         after: behind the anchor rather than before it.
-        within: the anchor has to come after this line (also whole, and standing once); None looks in the whole file.
+        within: the anchor stands in the block that this line begins (also whole, and standing once), that is before the
+            next line that is not indented; None looks in the whole file.
     """
 
     anchor: str
@@ -40,8 +41,8 @@ def insert(content: bytes, insertions: Iterable[Insertion], name: str) -> bytes:
     """
     lines = strip(content).splitlines(keepends=True)
     for insertion in insertions:
-        start = 0 if insertion.within is None else _only(lines, insertion.within, 0, name) + 1
-        at = _only(lines, insertion.anchor, start, name, first=insertion.within is not None)
+        block = range(len(lines)) if insertion.within is None else _block(lines, insertion.within, name)
+        at = _only(lines, insertion.anchor, block, name)
         ending = lines[at][len(lines[at].rstrip(b"\r\n")) :]
         if not ending and insertion.after:
             raise AptError(f"{name}: the line `{insertion.anchor.strip()}` ends the file without a newline; add one")
@@ -71,12 +72,16 @@ def _is_marked(line: bytes) -> bool:
     return line.rstrip(b"\r\n").endswith(MARK.encode("ascii"))
 
 
-def _only(lines: list[bytes], anchor: str, start: int, name: str, first: bool = False) -> int:
+def _block(lines: list[bytes], header: str, name: str) -> range:
+    start = _only(lines, header, range(len(lines)), name) + 1
+    end = next((i for i in range(start, len(lines)) if lines[i][:1] not in b" \t\r\n#)"), len(lines))
+    return range(start, end)
+
+
+def _only(lines: list[bytes], anchor: str, where: range, name: str) -> int:
     wanted = anchor.encode("utf-8")
-    found = [i for i in range(start, len(lines)) if lines[i].rstrip(b"\r\n") == wanted]
-    if not found or (len(found) > 1 and not first):
+    found = [i for i in where if lines[i].rstrip(b"\r\n") == wanted]
+    if len(found) != 1:
         times = f"it stands {len(found)} times" if found else "it is not there"
-        raise AptError(
-            f"{name}: looked for the line `{anchor.strip()}` to patch at, {times}; the file was left as it is"
-        )
+        raise AptError(f"{name}: looked for the line `{anchor.strip()}` to patch at, {times}; nothing was changed")
     return found[0]

@@ -147,6 +147,7 @@ CONFIGS = {
     "section with preset": "[apt]\npreset = 'sd15'  # for now\nnum_bins = 3\n[training]\nlr = 1e-4\n",
     "empty section": "[apt]\n\n[training]\nlr = 1e-4\n",
     "empty section at the end": "[training]\nlr = 1e-4\n[apt]",
+    "not a number": "x = nan\n[apt]\nnum_bins = 3\n",
     "section amid arrays of tables": "[[a]]\nx = 1\n[apt]\nnum_bins = 3\n[[a]]\nx = 2\n",
 }
 

@@ -349,3 +349,19 @@ def test_augment_moves_the_drawn_samples_onto_the_fill():
     assert 0 < placement.chosen.sum() < 20
     assert torch.equal(moved[~placement.chosen], images[~placement.chosen])
     assert torch.allclose(moved[placement.chosen][:, :, 0, 0], torch.tensor(-0.25))
+
+
+def test_the_terms_keep_no_map_and_no_full_precision_copy_for_the_backward_pass():
+    case, stored = Case(), []
+
+    def pack(tensor):
+        stored.append(tensor)
+        return tensor
+
+    with make_objective(case.unet, case.network) as objective:
+        passes = objective.passes(case.predict)
+        places = sum(len(read) for read in (passes.tuned_features.queries, passes.tuned_features.hidden))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step = objective.assess(passes, case.target, TIMESTEPS)
+    assert places > 0 and step.regularizer.requires_grad
+    assert max((tensor.numel() for tensor in stored), default=0) <= 2 * places

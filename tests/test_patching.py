@@ -122,11 +122,14 @@ def test_an_anchor_that_stands_not_once_is_refused_with_file_line_and_count(
     assert insertion.anchor.strip() in str(error.value)
 
 
-def test_within_takes_the_first_such_line_behind_its_own_anchor() -> None:
-    content = b"if main:\n    go()\n" + PLAIN + b"    go()\n    go()\n"
-    insertion = Insertion("    go()", ("    more()",), after=True, within="def load(f):")
+def test_within_looks_in_its_own_block_only() -> None:
+    block = b"def one(f):\n    go()\n\n# a comment\n    stop()\n"
+    content = b"def zero():\n    go()\n" + block + b"def two():\n    go()\n"
+    insertion = Insertion("    go()", ("    more()",), after=True, within="def one(f):")
     lines = insert(content, [insertion], "x.py").decode().splitlines()
-    assert [i for i, line in enumerate(lines) if line.endswith(MARK)] == [lines.index("    trainer.train()") + 2]
+    assert [i for i, line in enumerate(lines) if line.endswith(MARK)] == [lines.index("def one(f):") + 2]
+    with pytest.raises(AptError, match=r"`stop\(\)`.*not there"):
+        insert(content, [Insertion("    stop()", ("    more()",), within="def two():")], "x.py")
 
 
 def test_an_anchor_only_before_the_line_it_has_to_follow_is_refused() -> None:

@@ -19,7 +19,7 @@ from apt_hooks.integrations.sd_scripts.conditioning import ClassCaptions, Frozen
         ("sks", "sks", "bag"),
         ("sks", "sks, photo of (sks:1.2)", "bag, photo of (bag:1.2)"),
         ("sks", "he asks sksy sks2 _sks", "he asks sksy sks2 _sks"),
-        ("sks", "SKS dog", "SKS dog"),
+        ("sks", "a SKS dog", "a bag dog"),
         ("sks", "a sks's toy", "a bag's toy"),
         ("sks", "a dog", "a dog"),
         ("sks", "", ""),
@@ -63,6 +63,10 @@ class Encoders:
     def __init__(self) -> None:
         self.asked: list[tuple[list[str], bool]] = []
 
+    def of_tokens(self, ids: list[Tensor]) -> list[Tensor]:
+        self.asked.append((ids, False))
+        return conditions()
+
     def __call__(self, captions: list[str], weighted: bool) -> list[Tensor]:
         self.asked.append((captions, weighted))
         lengths = torch.tensor([float(len(caption)) for caption in captions])
@@ -79,22 +83,36 @@ def conditions(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 def test_captions_of_samples_that_count_are_encoded_with_the_class_word() -> None:
     encoders = Encoders()
-    frozen = FrozenConditioning(ClassCaptions("sks", "puppy"), weighted=True)
+    frozen = FrozenConditioning(ClassCaptions("sks", "puppy"), lora=False, weighted=True)
     found = frozen(encoders, {"captions": GIVEN}, COUNTED, conditions(torch.bfloat16))
     assert encoders.asked == [(["a puppy dog", "a dog", "sks"], True)]
     assert [cond.dtype for cond in found] == [torch.bfloat16] * 2
     assert found[1][:, 0].tolist() == [11.0, 5.0, 3.0]
 
 
-def test_without_words_to_replace_the_captions_are_encoded_as_they_are() -> None:
+def test_without_words_to_replace_the_batchs_own_tokens_are_encoded_without_lora() -> None:
     encoders = Encoders()
-    FrozenConditioning(None, weighted=False)(encoders, {"captions": GIVEN}, COUNTED, conditions())
-    assert encoders.asked == [(GIVEN, False)]
+    batch = {"input_ids_list": ["ids 1", "ids 2"]}
+    FrozenConditioning(None, lora=True, weighted=False)(encoders, batch, COUNTED, conditions())
+    assert encoders.asked == [(["ids 1", "ids 2"], False)]
+
+
+def test_weighted_captions_are_encoded_from_their_text() -> None:
+    encoders = Encoders()
+    FrozenConditioning(None, lora=True, weighted=True)(encoders, {"captions": GIVEN}, COUNTED, conditions())
+    assert encoders.asked == [(GIVEN, True)]
+
+
+def test_what_no_lora_and_no_word_changes_is_not_encoded_again() -> None:
+    encoders, given = Encoders(), conditions()
+    frozen = FrozenConditioning(ClassCaptions("xyz", "puppy"), lora=False, weighted=False)
+    assert frozen(encoders, {"captions": GIVEN}, COUNTED, given) is given
+    assert encoders.asked == []
 
 
 def test_of_cached_outputs_only_changed_captions_are_encoded_and_each_once() -> None:
     encoders, given = Encoders(), conditions()
-    frozen = FrozenConditioning(ClassCaptions("sks", "puppy"), weighted=False)
+    frozen = FrozenConditioning(ClassCaptions("sks", "puppy"), lora=False, weighted=False)
     batch = {"captions": GIVEN, "text_encoder_outputs_list": given}
     for _ in range(3):
         found = frozen(encoders, batch, COUNTED, given)
@@ -108,7 +126,8 @@ def test_of_cached_outputs_only_changed_captions_are_encoded_and_each_once() -> 
 def test_the_cached_outputs_themselves_stay_as_they_are() -> None:
     given = [cond.requires_grad_() for cond in conditions(torch.float16)]
     batch = {"captions": GIVEN, "text_encoder_outputs_list": given}
-    found = FrozenConditioning(ClassCaptions("sks", "puppy"), weighted=False)(Encoders(), batch, COUNTED, given)
+    frozen = FrozenConditioning(ClassCaptions("sks", "puppy"), lora=False, weighted=False)
+    found = frozen(Encoders(), batch, COUNTED, given)
     assert all(torch.equal(cond, like) for cond, like in zip(given, conditions(torch.float16), strict=True))
     assert not any(cond.requires_grad for cond in found)
     assert [cond.dtype for cond in found] == [torch.float16] * 2
@@ -117,7 +136,7 @@ def test_the_cached_outputs_themselves_stay_as_they_are() -> None:
 def test_text_encoders_run_through_the_trainers_strategies() -> None:
     asked: list[object] = []
     tokenizing = SimpleNamespace(
-        tokenize=lambda captions: ("ids", captions),
+        tokenize=lambda captions: ["ids", captions],
         tokenize_with_weights=lambda captions: (("ids", captions), "weights"),
     )
     encoding = SimpleNamespace(
@@ -128,6 +147,6 @@ def test_text_encoders_run_through_the_trainers_strategies() -> None:
     assert encoders(["a"], weighted=False) == [torch.ones(1)]
     assert encoders(["a"], weighted=True) == [torch.zeros(1)]
     assert asked == [
-        (tokenizing, "models", ("ids", ["a"])),
+        (tokenizing, "models", ["ids", ["a"]]),
         (tokenizing, "models", ("ids", ["a"]), "weights"),
     ]

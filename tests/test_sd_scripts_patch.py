@@ -285,6 +285,25 @@ def test_a_crash_between_files_leaves_each_old_or_new_and_status_tells_which(
     assert tree(checkout) == trees[not undo]
 
 
+@pytest.mark.parametrize("undo", [False, True], ids=["patch", "unpatch"])
+def test_a_file_that_cannot_be_written_leaves_all_as_they_were(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, undo: bool
+) -> None:
+    if undo:
+        sd_scripts.patch(checkout)
+    before, write = tree(checkout), sd_scripts.write_atomically
+
+    def fail_at_train_network(path: Path, content: bytes) -> None:
+        if path.name == "train_network.py":
+            raise AptError(f"{path}: cannot be written: Permission denied")
+        write(path, content)
+
+    monkeypatch.setattr(sd_scripts, "write_atomically", fail_at_train_network)
+    with pytest.raises(AptError, match=r"/train_network\.py: cannot be written: .*; nothing was changed"):
+        (sd_scripts.unpatch if undo else sd_scripts.patch)(checkout)
+    assert tree(checkout) == before
+
+
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 

@@ -23,8 +23,8 @@ def take_section(config: dict[str, Any], parser: argparse.ArgumentParser) -> Non
     section = config.pop("apt")
     if not any(action.dest == "apt_config" for action in parser._actions):
         sys.exit(
-            f"apt-hooks: error: {parser.prog} has an [apt] section in its --config_file, but apt-hooks is for "
-            "train_network.py and sdxl_train_network.py; take the section out"
+            f"apt-hooks: error: {parser.prog} has an [apt] section in its --config_file, but only train_network.py and "
+            "sdxl_train_network.py can take one, once patched: run `apt-hooks patch sd-scripts` or take the section out"
         )
     parser.set_defaults(apt_section=section)
 

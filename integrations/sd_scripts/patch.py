@@ -65,7 +65,6 @@ REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
         "NetworkTrainer.get_tokenizers": ("self", "tokenize_strategy"),
         "NetworkTrainer.assert_extra_args": ("self", "args", "train_dataset_group", "val_dataset_group"),
         "NetworkTrainer.load_target_model": ("self", "args", "weight_dtype", "accelerator"),
-        "NetworkTrainer.update_metadata": ("self", "metadata", "args"),
         "NetworkTrainer.get_sai_model_spec": ("self", "args"),
         "NetworkTrainer.generate_step_logs": ("self", "args"),
         "NetworkTrainer.process_batch": (
@@ -207,6 +206,11 @@ def _signatures(content: bytes, name: str) -> dict[str, tuple[str, ...]]:
 def _replace(folder: Path, old: dict[str, bytes], new: dict[str, bytes], dry_run: bool) -> str:
     changed = [name for name in old if old[name] != new[name]]
     if not dry_run:
-        for name in changed:
-            write_atomically(folder / name, new[name])
+        for i, name in enumerate(changed):
+            try:
+                write_atomically(folder / name, new[name])
+            except AptError as error:
+                for written in reversed(changed[:i]):
+                    write_atomically(folder / written, old[written])
+                raise AptError(f"{error}; nothing was changed") from error
     return "\n".join(patching.diff(old[name], new[name], name) for name in changed)

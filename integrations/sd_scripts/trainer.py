@@ -24,6 +24,7 @@ from apt_hooks.errors import AptError
 from apt_hooks.objective import AptObjective
 from apt_hooks.run import AptRun
 
+from .augment import black_latent, draw_timesteps, moved, timesteps_drawn
 from .conditioning import ClassCaptions, FrozenConditioning, TextEncoders
 from .lora import LoraSwitch
 
@@ -50,16 +51,19 @@ class AptTrainer:
                 super().train(args)  # type: ignore[misc]
                 if hasattr(self, "apt"):
                     self.apt.objective.verify()
-            finally:
-                if hasattr(self, "apt"):
-                    self.apt.close()
+            except BaseException:
+                with contextlib.suppress(AptError):  # of closing; the error that ended the training matters more
+                    self._close()
+                raise
+            self._close()
 
     def get_tokenizers(self, tokenize_strategy: Any) -> Any:
         tokenizers = super().get_tokenizers(tokenize_strategy)  # type: ignore[misc]
         self._captions = None
         if self.apt_config.identifier and self.apt_config.class_word:
             self._captions = ClassCaptions(self.apt_config.identifier, self.apt_config.class_word)
-            self._captions.check_lengths(tokenizers)
+            if self.apt_config.lambda_attn > 0:
+                self._captions.check_lengths(tokenizers)
         return tokenizers
 
     def assert_extra_args(self, args: argparse.Namespace, train_dataset_group: Any, val_dataset_group: Any) -> None:
@@ -72,7 +76,9 @@ class AptTrainer:
                 kept_as_prior = attributes.get("diff_output_preservation", False)
                 attributes[UNCOUNTED] = bool(getattr(subset, "is_reg", False) or kept_as_prior)
                 subset.custom_attributes = attributes
-                captions += [str(getattr(subset, k, None) or "") for k in ("caption_prefix", "class_tokens")]
+                captions += [
+                    str(getattr(subset, k, None) or "") for k in ("caption_prefix", "caption_suffix", "class_tokens")
+                ]
             captions += [info.caption for info in getattr(dataset, "image_data", {}).values()]
         if self._captions is not None and not self._captions.occurs_in(captions):
             logger.warning("apt-hooks: identifier %r is in none of the captions", self._captions.identifier)
@@ -90,7 +96,8 @@ class AptTrainer:
         self._switch: LoraSwitch | None = None
         self._switched = (unet, *trained)
         self._network = args.network_module
-        objective = AptObjective(config, unet, self._lora_off, also_frozen=trained)
+        reencoding = bool(trained) or self._captions is not None
+        objective = AptObjective(config, unet, self._lora_off, also_frozen=text_encoders if reencoding else ())
         log_path = Path(args.output_dir or ".") / f"{args.output_name or 'last'}-apt.jsonl"
         self.apt = AptRun(
             objective,
@@ -100,20 +107,18 @@ class AptTrainer:
             rank=accelerator.process_index,
         )
         self._conditioning: FrozenConditioning | None = None
-        if trained or self._captions is not None:
-            self._conditioning = FrozenConditioning(self._captions, weighted=args.weighted_captions)
+        if reencoding:
+            self._conditioning = FrozenConditioning(self._captions, lora=bool(trained), weighted=args.weighted_captions)
         self._vae = vae
-        self._black = _black_latent(vae) if space == "latent" and objective.augments else None
+        self._black = None
+        if space == "latent" and objective.augments:
+            self._black = black_latent(vae, accelerator.device)
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self._save_state(accelerator, folder))
         accelerator.register_load_state_pre_hook(lambda models, folder: self._load_state(folder))
         accelerator.print(self.apt.start_line())
         if objective.augments and config.augment_space == "auto" and space == "latent":
             accelerator.print(f"apt-hooks: {_LATENTS_AUGMENTED}")
         return loaded
-
-    def update_metadata(self, metadata: dict[str, Any], args: argparse.Namespace) -> None:
-        super().update_metadata(metadata, args)  # type: ignore[misc]
-        metadata.update(self.apt.metadata())
 
     def get_sai_model_spec(self, args: argparse.Namespace) -> dict[str, Any]:
         # Asked for at every save, so what it adds to the metadata is of that moment.
@@ -161,6 +166,8 @@ class AptTrainer:
 
         if not is_train:
             return process(batch)
+        # Here the trainer has just fetched the last step's loss, so fetching its other numbers waits for nothing.
+        self.apt.log.flush()
         current = _Batch(_counted(batch))
         if self._conditioning is not None:
             models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
@@ -169,7 +176,7 @@ class AptTrainer:
         with contextlib.ExitStack() as stack:
             if self.apt.objective.augments:
                 batch = self._augment(batch, current, args, noise_scheduler, accelerator.device)
-                stack.enter_context(_timesteps_drawn(current.timesteps))
+                stack.enter_context(timesteps_drawn(current.timesteps))
             self._batch = current
             try:
                 loss = process(batch)
@@ -241,34 +248,27 @@ class AptTrainer:
     def _augment(
         self, batch: dict[str, Any], current: _Batch, args: argparse.Namespace, noise_scheduler: Any, device: Any
     ) -> dict[str, Any]:
-        """The batch with some images and all their masks moved; timesteps are drawn first, by the trainer's sampler."""
-        from library import train_util
+        """The batch with some images and their masks moved; timesteps are drawn first, by the trainer's sampler."""
+        current.timesteps = draw_timesteps(args, noise_scheduler, len(batch["loss_weights"]), device)
+        current.placement = self.apt.objective.draw_augmentation(
+            current.timesteps, current.counted, self.apt.generator()
+        )
+        if self.apt.augment_space == "image" and batch.get("images") is None:
+            self._go_on_in_latent_space(device)
+        return moved(batch, current.placement, images=self.apt.augment_space == "image")
 
-        low = 0 if args.min_timestep is None else args.min_timestep
-        high = noise_scheduler.config.num_train_timesteps if args.max_timestep is None else args.max_timestep
-        current.timesteps = train_util.get_timesteps(low, high, len(batch["loss_weights"]), device)
-        run = self.apt
-        placement = run.objective.draw_augmentation(current.timesteps, current.counted, run.generator())
-        current.placement = placement
-        moved = dict(batch)
-        if run.augment_space == "image" and batch.get("images") is None:
-            self._go_on_in_latent_space()
-        if run.augment_space == "image":
-            moved["images"] = placement.apply(batch["images"], -1.0)
-        # What a zoom-out uncovers belongs to no subject: 0 in a mask, which a mask image stores as -1.
-        for name, nothing in (("alpha_masks", 0.0), ("conditioning_images", -1.0)):
-            if batch.get(name) is not None:
-                moved[name] = placement.apply(batch[name], nothing)
-        return moved
+    def _close(self) -> None:
+        if hasattr(self, "apt"):
+            self.apt.close()
 
-    def _go_on_in_latent_space(self) -> None:
+    def _go_on_in_latent_space(self, device: Any) -> None:
         """The data set came with latents of its own, which no argument tells beforehand."""
         if self.apt_config.augment_space == "image":
             raise AptError(
                 '[apt] augment_space = "image", but the data set has latents only; set it to "latent" or "auto"'
             )
         self.apt.augment_space = "latent"
-        self._black = _black_latent(self._vae)
+        self._black = black_latent(self._vae, device)
         logger.info("apt-hooks: %s", _LATENTS_AUGMENTED)
 
     def _save_state(self, accelerator: Any, folder: str) -> None:
@@ -297,33 +297,6 @@ def _counted(batch: dict[str, Any]) -> Tensor:
     if not attributes:  # a dataset class of the user's own
         return torch.ones(len(batch["loss_weights"]), dtype=torch.bool)
     return torch.tensor([not (a or {}).get(UNCOUNTED, False) for a in attributes])
-
-
-@contextlib.contextmanager
-def _timesteps_drawn(timesteps: Tensor | None) -> Iterator[None]:
-    """Inside, the trainer's sampler returns the timesteps that it was already asked for."""
-    from library import train_util
-
-    sampler = train_util.get_timesteps
-    train_util.get_timesteps = lambda *args, **kwargs: timesteps
-    try:
-        yield
-    finally:
-        train_util.get_timesteps = sampler
-
-
-@torch.no_grad()
-def _black_latent(vae: Any) -> Tensor:
-    """What the VAE encodes black to, [channels], before the trainer's scaling: the mean away from the border."""
-    parameter = next(vae.parameters())
-    dtype, black = parameter.dtype, torch.full((1, 3, 256, 256), -1.0, device=parameter.device)
-    vae.float()  # half precision overflows in SDXL's VAE; back and forth loses nothing
-    try:
-        latent = vae.encode(black).latent_dist.mode()
-    finally:
-        vae.to(dtype)
-    height, width = latent.shape[-2:]
-    return latent[0, :, height // 4 : -(height // 4), width // 4 : -(width // 4)].mean(dim=(1, 2))
 
 
 @contextlib.contextmanager
