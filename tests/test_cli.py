@@ -147,7 +147,6 @@ CONFIGS = {
     "section with preset": "[apt]\npreset = 'sd15'  # for now\nnum_bins = 3\n[training]\nlr = 1e-4\n",
     "empty section": "[apt]\n\n[training]\nlr = 1e-4\n",
     "empty section at the end": "[training]\nlr = 1e-4\n[apt]",
-    "not a number": "x = nan\n[apt]\nnum_bins = 3\n",
     "section amid arrays of tables": "[[a]]\nx = 1\n[apt]\nnum_bins = 3\n[[a]]\nx = 2\n",
 }
 
@@ -206,6 +205,11 @@ def test_sd_scripts_own_parser_reads_the_result_alike(tmp_path: Path, text: str,
 def test_applying_a_preset_says_what_it_did(tmp_path: Path, text: str, said: str, wanted: str) -> None:
     path = tmp_path / "train.toml"
     assert apply(path, text.encode()) == (f"{path}: {said}\n", wanted.encode())
+
+
+def test_a_file_with_a_number_that_is_none_is_edited_too(tmp_path: Path) -> None:
+    _, changed = apply(tmp_path / "train.toml", b"x = nan\n[apt]\nnum_bins = 3\n")
+    assert changed == b'x = nan\n[apt]\npreset = "sdxl"\nnum_bins = 3\n'
 
 
 def test_a_new_key_does_not_come_between_the_next_section_and_its_comment(tmp_path: Path) -> None:

@@ -360,8 +360,10 @@ def test_the_terms_keep_no_map_and_no_full_precision_copy_for_the_backward_pass(
 
     with make_objective(case.unet, case.network) as objective:
         passes = objective.passes(case.predict)
-        places = sum(len(read) for read in (passes.tuned_features.queries, passes.tuned_features.hidden))
+        read = [passes.tuned_features, passes.frozen_features]
+        known = {x.data_ptr() for f in read for kind in (f.queries, f.keys, f.hidden) for x in kind.values()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             step = objective.assess(passes, case.target, TIMESTEPS)
-    assert places > 0 and step.regularizer.requires_grad
-    assert max((tensor.numel() for tensor in stored), default=0) <= 2 * places
+    assert step.regularizer.requires_grad
+    # What was read anyway, and scalars.
+    assert all(tensor.numel() <= 1 for tensor in stored if tensor.data_ptr() not in known)
