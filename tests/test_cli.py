@@ -279,7 +279,8 @@ def test_a_mistake_is_one_line_and_no_traceback(
 
 def test_a_mistake_leaves_the_shell_exit_code_1_and_the_line_on_stderr(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from apt_hooks.cli import main; main()", "status", "sd-scripts", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # Away from the checkout, whose bare apt_hooks folder lacks what the package is put together from.
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("apt-hooks: error: ")
 
