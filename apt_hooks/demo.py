@@ -55,6 +55,8 @@ def run_demo(out: Path, *, steps: int, seed: int, say: Callable[[str], None]) ->
         raise AptError(f"{out}: cannot be made: {error.strerror}") from error
 
     torch.manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small that threads only wait for each other, on a busy machine for minutes
     unet: Any = UNet2DConditionModel(
         sample_size=SIZE,
         in_channels=3,
@@ -102,6 +104,7 @@ def run_demo(out: Path, *, steps: int, seed: int, say: Callable[[str], None]) ->
             optimizer.zero_grad()
             run.record(step, placement)
         run.log.flush()
+    torch.set_num_threads(threads)
     _draw(out / "demo-apt.jsonl", out / "indicator.png")
     last = run.log.latest() or {}
     say("gamma per bin, low to high noise: " + " ".join(f"{g:.2f}" for g in last["gamma"]))
