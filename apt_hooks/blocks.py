@@ -80,7 +80,10 @@ def select_up_blocks(unet: nn.Module, blocks: Literal["auto"] | Sequence[int]) -
     for index in blocks:
         match = [block for block in with_attention if block.index == index]
         if not match:
-            raise AptError(f"blocks: up-block {index} has no attention layers here; those that have are {listed}")
+            raise AptError(
+                f"blocks: up-block {index} has no attention layers here; those that have are {listed}. "
+                'Is the preset that of another model? blocks = "auto" takes the last two'
+            )
         chosen += match
     return tuple(chosen)
 

@@ -149,7 +149,7 @@ class AptConfig:
             if key not in cls.key_names():
                 raise AptError(
                     f"[apt] {key} = {value!r}: there is no such key{_nearest(key, cls.key_names())} "
-                    f"The keys are {', '.join(cls.key_names())}."
+                    f"The keys are {', '.join(cls.key_names())}; the trainer's own go above [apt]."
                 )
         own = {key: value for key, value in values.items() if key != "preset"}
         if "preset" not in values:
@@ -192,7 +192,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return parse_toml(Path(path).read_bytes())
     except OSError as error:
         raise AptError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+    except UnicodeDecodeError as error:
+        raise AptError(f"{path}: is not valid TOML: it is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except ValueError as error:
         raise AptError(f"{path}: is not valid TOML: {error}") from error
 
 

@@ -53,7 +53,16 @@ class AptStep:
     values: dict[str, Tensor]
 
     def loss(self, per_sample: Tensor) -> Tensor:
-        """The loss to differentiate: `mean(weight * per_sample) + regularizer`, `per_sample`: [batch]."""
+        """The loss to differentiate: `mean(weight * per_sample) + regularizer`, `per_sample`: [batch].
+
+        Raises:
+            AptError: another shape; a loss that is a mean already cannot be weighed by sample.
+        """
+        if per_sample.shape != self.weight.shape:
+            raise AptError(
+                f"the loss must be one number a sample, {tuple(self.weight.shape)}; found {tuple(per_sample.shape)}: "
+                'take reduction="none" and the mean over all dimensions but the first'
+            )
         return (per_sample * self.weight.to(per_sample.dtype)).mean() + self.regularizer
 
 

@@ -367,3 +367,11 @@ def test_the_terms_keep_no_map_and_no_full_precision_copy_for_the_backward_pass(
     assert step.regularizer.requires_grad
     # What was read anyway, and scalars.
     assert all(tensor.numel() <= 1 for tensor in stored if tensor.data_ptr() not in known)
+
+
+def test_a_loss_that_is_a_mean_already_is_refused():
+    case = Case()
+    with make_objective(case.unet, case.network) as objective:
+        step = objective.step(case.predict, case.target, TIMESTEPS)
+        with pytest.raises(AptError, match=r"one number a sample, \(4,\); found \(\)"):
+            step.loss(torch.tensor(1.0))

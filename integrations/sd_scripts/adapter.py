@@ -20,6 +20,9 @@ def take_section(config: dict[str, Any], parser: argparse.ArgumentParser) -> Non
 
     Ends the program with one line where the script is none that apt-hooks supports.
     """
+    if "apt" not in config:
+        found = next(name for name in config if name.lower() == "apt")
+        sys.exit(f"apt-hooks: error: --config_file has a section [{found}]; write [apt], in small letters")
     section = config.pop("apt")
     if not any(action.dest == "apt_config" for action in parser._actions):
         sys.exit(

@@ -24,7 +24,10 @@ _ADAPTER = (
     '        raise SystemExit(f"[apt] and --apt_config need apt-hooks, not found here ({e}): pip install apt-hooks")',
     "    return adapter",
 )
-_TAKE_SECTION = ('    if "apt" in config_dict:', "        apt_hooks_adapter().take_section(config_dict, parser)")
+_TAKE_SECTION = (
+    '    if "apt" in map(str.lower, config_dict):',
+    "        apt_hooks_adapter().take_section(config_dict, parser)",
+)
 _ARGUMENT = (
     '    parser.add_argument("--apt_config", default=None, help="TOML file with an [apt] section (apt-hooks)")',
 )
