@@ -286,7 +286,7 @@ class _Batch:
 
     counted: Tensor
     frozen_conds: Callable[[list[Tensor]], list[Tensor]] = lambda conds: conds
-    timesteps: Tensor | None = None
+    timesteps: Any = None  # Tensor, once drawn
     placement: Placement | None = None
     passes: Any = None  # Passes, from the call of the U-Net on
     step: Any = None  # AptStep, from the target on
