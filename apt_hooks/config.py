@@ -41,6 +41,9 @@ def _is_blocks(value: object) -> bool:
     return all(_is_count(v, 0) for v in value) and len(set(value)) == len(value)
 
 
+_NOT_APT = {"loss_weighting": False, "augmentation": False, "lambda_dist": 0.0, "lambda_attn": 0.0}
+
+
 def _key(default: Any, rule: str, accepts: Callable[[Any], bool]) -> Any:
     return dataclasses.field(default=default, metadata={"rule": rule, "accepts": accepts})
 
@@ -66,13 +69,16 @@ class AptConfig:
     """The keys of `[apt]`, each checked against its rule.
 
     Defaults are those of the paper (arXiv 2507.02687) for SDXL; where the paper leaves a value open it is ours, and
-    `presets/*.toml` says so beside it. The key `preset` is kept in `preset_name`.
+    `presets/*.toml` says so beside it. The key `preset` is kept in `preset_name`. With another `objective` than "apt"
+    the keys that switch APT's own terms are off, whatever was given, so that a preset can serve for a baseline too.
 
     Raises:
         AptError: a value breaks the rule of its key, or only one of `identifier` and `class_word` is given.
     """
 
     enabled: bool = _flag(True)
+    objective: Literal["apt", "dco", "dreambooth"] = _choice("apt", "apt", "dco", "dreambooth")
+    dco_beta: float = _key(1000.0, "a number above 0", lambda v: _is_number(v) and v > 0)
     monitor_only: bool = _flag(False)
     num_bins: int = _key(10, "a whole number from 1 to 1000", lambda v: _is_count(v, 1) and v <= 1000)
     ema_alpha: float = _key(0.1, "a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1)
@@ -106,6 +112,9 @@ class AptConfig:
             elif isinstance(field.default, float):
                 value = float(value)
             object.__setattr__(self, field.name, value)
+        if self.objective != "apt":
+            for name, off in _NOT_APT.items():
+                object.__setattr__(self, name, off)
         if (self.identifier is None) != (self.class_word is None):
             given, missing = ("identifier", "class_word") if self.identifier else ("class_word", "identifier")
             raise AptError(f"[apt] {given} = {getattr(self, given)!r} needs {missing} too: give both or neither")
@@ -160,7 +169,8 @@ class AptConfig:
     def overrides(self) -> dict[str, Any]:
         """The keys whose value differs from the preset's, or from the defaults where no preset is named."""
         base = AptConfig.preset(self.preset_name) if self.preset_name else AptConfig()
-        names = [field.name for field in dataclasses.fields(self) if field.name != "preset_name"]
+        ignored = {"preset_name", *(_NOT_APT if self.objective != "apt" else ())}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ignored]
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(base, name)}
 
 

@@ -1,9 +1,10 @@
-"""The two regularizers, plain: the specification that faster ways have to match."""
+"""The regularizers and DCO's loss, plain: the specification that faster ways have to match."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .errors import AptError
 
@@ -105,6 +106,29 @@ def statistics_loss(statistics: Tensor, statistics_frozen: Tensor) -> tuple[Tens
         )
     l_mu, l_sigma = (statistics - statistics_frozen.detach()).square().mean(dim=(1, 2))
     return l_mu, l_sigma
+
+
+def dco_loss(loss_tuned: Tensor, loss_frozen: Tensor, beta: float) -> Tensor:
+    """The loss of Direct Consistency Optimization (DCO, arXiv 2402.12004), a baseline.
+
+        -log sigmoid(-beta * (L_tuned - L_frozen))
+
+    Args:
+        loss_tuned, loss_frozen: [batch], mean squared error of both models on the same noisy input.
+        beta: 1000 to 2000 in the paper; the larger, the sooner a sample that the tuned model does well is let go.
+
+    Returns:
+        [batch]; gradients reach `loss_tuned` only.
+    """
+    return F.softplus(beta * (loss_tuned - loss_frozen.detach()))
+
+
+def dco_weight(loss_tuned: Tensor, loss_frozen: Tensor, beta: float) -> Tensor:
+    """The derivative of `dco_loss` by `loss_tuned`: [batch], `beta * sigmoid(beta * (L_tuned - L_frozen))`.
+
+    A trainer's own loss multiplied by it has DCO's gradient, whatever else the trainer does to its loss.
+    """
+    return beta * torch.sigmoid(beta * (loss_tuned - loss_frozen)).detach()
 
 
 def _attention_map(q: Tensor, k: Tensor, heads: int, scale: float, mask: Tensor | None) -> Tensor:

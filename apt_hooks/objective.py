@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from .config import AptConfig
 from .errors import AptError
 from .frozen import AdaptersOff, frozen_base
 from .indicator import OverfittingIndicator
-from .losses import attention_alignment_loss, representation_statistics, statistics_loss
+from .losses import attention_alignment_loss, dco_weight, representation_statistics, statistics_loss
 
 
 @dataclasses.dataclass
@@ -37,7 +38,8 @@ class AptStep:
 
     Attributes:
         prediction: the tuned model's output; take the trainer's loss from this tensor.
-        weight: [batch], `1 - gamma` of each sample that counts, else 1.
+        weight: [batch], the factor of each sample's loss: `1 - gamma` of a sample that counts, else 1; with the
+            objective "dco" `dco_weight`.
         regularizer: scalar, `lambda_dist * (l_mu + l_sigma) + lambda_attn * l_attn`, to be added to the mean loss.
         gammas: [num_bins], as this step used them, that is before its own update.
         counted: number of samples that APT acts on.
@@ -64,6 +66,14 @@ class AptStep:
                 'take reduction="none" and the mean over all dimensions but the first'
             )
         return (per_sample * self.weight.to(per_sample.dtype)).mean() + self.regularizer
+
+    def weigh(self, prediction: Tensor) -> Tensor:
+        """The prediction, [batch, ...], with each sample's gradient multiplied by its weight.
+
+        For a loop whose loss is a mean already: every loss that is a sum over the samples gets the gradient of the
+        weighted one, and keeps its value.
+        """
+        return _ScaleGradient.apply(prediction, self.weight)
 
 
 class AptObjective:
@@ -108,6 +118,10 @@ class AptObjective:
                 attention=config.lambda_attn > 0,
                 representation=config.lambda_dist > 0,
             )
+
+    @property
+    def _dco(self) -> bool:
+        return self.config.objective == "dco" and not self.config.monitor_only
 
     @property
     def augments(self) -> bool:
@@ -172,10 +186,24 @@ class AptObjective:
         """The frozen pass and the tuned pass; for loops that know the target only later. Arguments as in `step`."""
         if counted is not None and not bool(counted.any()):
             return Passes(predict(), None, None, None)
-        with frozen_base(self.frozen_modules, self.adapters_off), self._record(representation_statistics) as before:
+        with self.frozen_pass() as before:
             frozen = (predict_frozen or predict)()
-        with self._record() as now:
+        with self.tuned_pass() as now:
             tuned = predict()
+        return self.join(tuned, frozen, now, before)
+
+    @contextlib.contextmanager
+    def frozen_pass(self) -> Iterator[Features | None]:
+        """Inside, the U-Net is the base model and is read; for loops that cannot hand over calls to `passes`."""
+        with frozen_base(self.frozen_modules, self.adapters_off), self._record(representation_statistics) as features:
+            yield features
+
+    def tuned_pass(self) -> contextlib.AbstractContextManager[Features | None]:
+        """Inside, the pass that is differentiated is read."""
+        return self._record()
+
+    def join(self, tuned: Tensor, frozen: Tensor, now: Features | None, before: Features | None) -> Passes:
+        """Both predictions with what `tuned_pass` and `frozen_pass` read."""
         if self.capture is not None and now is not None and not self.config.monitor_only:
             tuned = self.capture.connect(tuned, now)
         return Passes(tuned, frozen, now, before)
@@ -186,10 +214,10 @@ class AptObjective:
         rows = torch.arange(batch) if counted is None else torch.nonzero(counted.cpu()).flatten()
         rows = rows.to(timesteps.device)
         gammas = self.indicator.gammas
-        gamma = self.indicator.gamma(timesteps)[rows]
         weight = torch.ones(batch, device=timesteps.device)
-        if self.config.loss_weighting and not self.config.monitor_only:
-            weight[rows] = 1.0 - gamma
+        if self._dco:
+            # What a sample starts with under DCO: the others keep their share of the trainer's loss.
+            weight *= self.config.dco_beta / 2
         if passes.frozen is None:
             nothing = torch.zeros(0, device=target.device)
             self.indicator.update(timesteps[:0], nothing, nothing)
@@ -197,6 +225,10 @@ class AptObjective:
         with torch.no_grad():
             tuned, frozen, wanted = (x[rows].float() for x in (passes.tuned, passes.frozen, target))
             loss_tuned, loss_frozen = (_mean_square(wanted - x) for x in (tuned, frozen))
+            if self._dco:
+                weight[rows] = dco_weight(loss_tuned, loss_frozen, self.config.dco_beta)
+            elif self.config.loss_weighting and not self.config.monitor_only:
+                weight[rows] = 1.0 - self.indicator.gamma(timesteps)[rows]
             self.indicator.update(timesteps[rows], loss_tuned, loss_frozen)
             values = {
                 "loss_tuned": loss_tuned.mean(),
@@ -266,6 +298,19 @@ class AptObjective:
                 losses.append(_without_storing(alignment, q, k, q_frozen, k_frozen))
             terms["l_attn"] = torch.stack(losses).mean()
         return terms
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity; its backward multiplies by a factor a sample."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, factor: Tensor) -> Tensor:
+        ctx.factor = factor
+        return prediction.view_as(prediction)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient * ctx.factor.reshape(-1, *[1] * (gradient.ndim - 1))).to(gradient.dtype), None
 
 
 def _statistics_distance(h: Tensor, frozen: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from apt_hooks.config import preset_names, preset_text, read_toml
 
 WRONG_VALUES = {
     "enabled": ["yes", 1, None],
+    "objective": ["APT", "dpo", "", 1, True, ["dco"], None],
+    "dco_beta": [0, 0.0, -1, "1000", True, math.nan, math.inf, None],
     "monitor_only": ["no", 0, None],
     "num_bins": [0, -1, 2.0, "10", True, None],
     "ema_alpha": [0, -0.1, 1.01, "0.1", True, math.nan, None],
@@ -134,6 +136,61 @@ def test_a_key_beside_the_preset_overrides_it_and_counts_as_override():
 
 def test_overrides_without_a_preset_are_those_of_the_defaults():
     assert AptConfig(lambda_dist=0, blocks=[1]).overrides() == {"lambda_dist": 0.0, "blocks": (1,)}
+
+
+@pytest.mark.parametrize("objective", ["apt", "dco", "dreambooth"])
+def test_every_objective_is_accepted_and_the_one_given_counts_as_override(objective):
+    assert AptConfig.from_mapping({"objective": objective}).objective == objective
+    assert AptConfig(objective=objective).overrides() == ({} if objective == "apt" else {"objective": objective})
+
+
+def test_apt_is_the_objective_of_the_defaults_and_of_every_preset():
+    assert [AptConfig().objective, *(AptConfig.preset(name).objective for name in preset_names())] == ["apt"] * 4
+
+
+OWN_TERMS = ("loss_weighting", "augmentation", "lambda_dist", "lambda_attn")
+GIVEN = {"loss_weighting": True, "augmentation": True, "lambda_dist": 2.0, "lambda_attn": 3.0}
+
+
+@pytest.mark.parametrize("objective", ["dco", "dreambooth"])
+@pytest.mark.parametrize(
+    "values",
+    [{}, GIVEN, {"preset": "sdxl"}, {"preset": "sd15", **GIVEN}],
+    ids=["defaults", "given", "preset", "given beside a preset"],
+)
+def test_with_another_objective_apts_own_terms_are_off_whatever_was_given(objective, values):
+    config = AptConfig.from_mapping({**values, "objective": objective})
+    terms = [getattr(config, name) for name in OWN_TERMS]
+    assert terms == [False, False, 0.0, 0.0]
+    assert [type(term) for term in terms] == [bool, bool, float, float]
+    # They follow from the objective, so that they are not told beside it.
+    assert config.overrides() == {"objective": objective}
+
+
+def test_with_apt_as_the_objective_its_own_terms_are_what_was_given():
+    config = AptConfig.from_mapping({"preset": "sdxl", "objective": "apt", **GIVEN})
+    assert {name: getattr(config, name) for name in OWN_TERMS} == GIVEN
+
+
+@pytest.mark.parametrize("key", ["loss_weighting", "lambda_attn"])
+def test_a_wrong_value_of_a_term_that_is_off_is_refused_all_the_same(key):
+    with pytest.raises(AptError, match=rf"\[apt\] {key} must be"):
+        AptConfig(objective="dco", **{key: "much"})
+
+
+@pytest.mark.parametrize("objective", ["dco", "dreambooth"])
+def test_a_preset_beside_another_objective_keeps_its_other_values(objective):
+    preset, config = AptConfig.preset("sd21"), AptConfig.from_mapping({"preset": "sd21", "objective": objective})
+    assert (config.preset_name, config.indicator_scale, config.blocks) == ("sd21", 100.0, (2, 3))
+    differing = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(preset, f.name)}
+    assert differing == {"objective", *OWN_TERMS}
+
+
+def test_the_beta_of_dco_is_a_float_and_an_override_where_it_is_not_the_papers():
+    config = AptConfig.from_mapping({"preset": "sdxl", "objective": "dco", "dco_beta": 2000, "num_bins": 5})
+    assert (config.dco_beta, type(config.dco_beta), AptConfig().dco_beta) == (2000.0, float, 1000.0)
+    assert config.overrides() == {"objective": "dco", "dco_beta": 2000.0, "num_bins": 5}
+    assert AptConfig(objective="dco", dco_beta=1000).overrides() == {"objective": "dco"}
 
 
 @pytest.mark.parametrize(

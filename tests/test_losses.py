@@ -5,7 +5,7 @@ import torch
 from models import relative_difference
 
 from apt_hooks import AptError, attention_alignment_loss, representation_loss
-from apt_hooks.losses import representation_statistics, statistics_loss
+from apt_hooks.losses import dco_loss, dco_weight, representation_statistics, statistics_loss
 
 BATCH, QUERIES, TOKENS, HEADS, CHANNELS = 2, 7, 5, 3, 40
 MASK = torch.tensor([[True, True, False, True, False], [True, False, True, True, True]])
@@ -220,3 +220,75 @@ def test_hidden_states_of_other_shapes_are_refused(shapes):
 def test_statistics_of_other_shapes_are_refused():
     with pytest.raises(AptError, match=r"\(2, 1, 4\) and \(2, 1, 3\)"):
         statistics_loss(torch.zeros(2, 1, 4), torch.zeros(2, 1, 3))
+
+
+BETA = 1000.0
+# Differences of the losses: times beta 0, some way to either side, past where float32 has sigmoid as 0, and extreme.
+GAPS = [0.0, 1e-4, -1e-4, 0.003, -0.003, 0.02, -0.02, 0.11, -0.11, 5.0, -5.0, 1e4]
+
+
+def dco_inputs(dtype=torch.float32):
+    """loss_tuned, which requires a gradient, and loss_frozen: [batch], by `GAPS` apart."""
+    loss_frozen = torch.full((len(GAPS),), 0.0625, dtype=dtype)
+    return (loss_frozen + torch.tensor(GAPS, dtype=dtype)).requires_grad_(), loss_frozen
+
+
+def dco_reference(difference, beta):
+    """-log sigmoid(-beta * difference) of one number, in float64, from whichever side exp does not overflow."""
+    x = beta * difference
+    return x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x))
+
+
+def test_dco_of_equal_losses_is_log_2_and_weighs_half_of_beta():
+    losses = torch.tensor([0.0, 0.3, 70.0])
+    assert dco_loss(losses, losses, BETA).tolist() == pytest.approx([math.log(2.0)] * 3, rel=1e-6)
+    assert dco_weight(losses, losses, BETA).tolist() == [500.0] * 3
+
+
+def test_dco_of_a_case_computed_by_hand():
+    # beta * (L_tuned - L_frozen) = ln 3 and -ln 3: the sigmoid of its negative is 1/4 and 3/4.
+    tuned, frozen = torch.tensor([math.log(3.0) / 2, 0.0]), torch.tensor([0.0, math.log(3.0) / 2])
+    assert dco_loss(tuned, frozen, 2.0).tolist() == pytest.approx([math.log(4.0), math.log(4.0 / 3.0)], rel=1e-6)
+    assert dco_weight(tuned, frozen, 2.0).tolist() == pytest.approx([1.5, 0.5], rel=1e-6)
+
+
+def test_dco_agrees_with_a_reference_where_the_formula_as_written_overflows_too():
+    tuned, frozen = dco_inputs()
+    found = dco_loss(tuned, frozen, BETA)
+    differences = (tuned.detach().double() - frozen.double()).tolist()
+    assert found.tolist() == pytest.approx([dco_reference(d, BETA) for d in differences], rel=1e-5)
+    naive = -torch.log(torch.sigmoid(-BETA * (tuned - frozen)))
+    assert not naive.isfinite().all()
+    assert found.isfinite().all()
+
+
+def test_dco_is_exact_in_float64():
+    tuned, frozen = dco_inputs(torch.float64)
+    differences = (tuned.detach() - frozen).tolist()
+    found = dco_loss(tuned, frozen, BETA)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([dco_reference(d, BETA) for d in differences], rel=1e-9)
+
+
+def test_the_weight_of_dco_is_the_derivative_of_its_loss():
+    tuned, frozen = dco_inputs()
+    weight = dco_weight(tuned, frozen, BETA)
+    (derivative,) = torch.autograd.grad(dco_loss(tuned, frozen, BETA).sum(), tuned)
+    assert not weight.requires_grad
+    assert weight.shape == tuned.shape
+    assert weight.tolist() == pytest.approx(derivative.tolist(), rel=1e-5)
+    # Between letting a sample go and the whole of beta.
+    assert (float(weight.min()), float(weight.max())) == (0.0, BETA)
+
+
+def test_no_gradient_of_dco_reaches_the_frozen_model():
+    tuned, frozen = dco_inputs()
+    frozen.requires_grad_()
+    dco_loss(tuned, frozen, BETA).sum().backward()
+    assert frozen.grad is None
+    assert (tuned.grad > 0).any()
+
+
+def test_dco_passes_gradcheck():
+    tuned, frozen = (torch.rand(4, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
+    torch.autograd.gradcheck(lambda tuned: dco_loss(tuned, frozen, 3.0), tuned.requires_grad_())

@@ -4,7 +4,8 @@ import pytest
 import torch
 from models import HEADS, LAYOUTS, TEXT_WIDTH, WIDTH, make_batch, make_tuned, relative_difference
 
-from apt_hooks import AptConfig, AptError, AptObjective
+from apt_hooks import AptConfig, AptError, AptObjective, AptStep
+from apt_hooks.losses import dco_loss, dco_weight
 
 TIMESTEPS = torch.tensor([50, 350, 950, 70])
 COUNTED = torch.tensor([True, False, False, True])
@@ -375,3 +376,258 @@ def test_a_loss_that_is_a_mean_already_is_refused():
         step = objective.step(case.predict, case.target, TIMESTEPS)
         with pytest.raises(AptError, match=r"one number a sample, \(4,\); found \(\)"):
             step.loss(torch.tensor(1.0))
+
+
+# So small that no sample's weight is close to 0 or to beta: the stand-in's losses are some tenths apart.
+BETA = 4.0
+
+
+def hooks_of(unet):
+    return sum(len(m._forward_hooks) for m in unet.modules())
+
+
+def raw_losses(case):
+    """(tuned, frozen), [batch] each, by passes of its own."""
+    with torch.no_grad():
+        tuned = case.per_sample(case.predict())
+        with case.network.off():
+            return tuned, case.per_sample(case.predict())
+
+
+@pytest.mark.parametrize("objective", ["dco", "dreambooth"])
+def test_another_objective_takes_no_hook_moves_no_image_and_has_no_regularizer(objective):
+    case = Case()
+    made = make_objective(case.unet, case.network, objective=objective, lambda_attn=3.0)
+    assert (made.capture, hooks_of(case.unet)) == (None, 0)
+    images, timesteps = torch.rand(50, 3, 8, 8), torch.full((50,), 350)
+    assert not made.augments
+    assert made.augment(images, timesteps) is images
+    step = made.step(case.predict, case.target, TIMESTEPS)
+    assert (float(step.regularizer), step.regularizer.requires_grad) == (0.0, False)
+    assert step.values.keys() == {"loss_tuned", "loss_frozen", "loss_weight", "delta_noise"}
+
+
+def test_under_dco_a_weight_is_that_of_the_samples_own_raw_losses():
+    case = Case()
+    wanted = dco_weight(*raw_losses(case), BETA)
+    assert 0.01 * BETA < float(wanted.min()) < 0.5 * BETA < float(wanted.max()) < 0.99 * BETA
+    step, _, _ = case.run(objective="dco", dco_beta=BETA)
+    assert step.weight.tolist() == pytest.approx(wanted.tolist(), rel=1e-5)
+    assert float(step.values["loss_weight"]) == pytest.approx(float(wanted.mean()), rel=1e-5)
+    assert not step.weight.requires_grad
+
+
+def test_under_dco_the_beta_of_the_defaults_is_1000():
+    case = Case()
+    wanted = dco_weight(*(x.float() for x in raw_losses(case)), 1000.0)
+    step, _, _ = case.run(objective="dco")
+    assert step.weight.tolist() == pytest.approx(wanted.tolist(), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant"])
+def test_the_gradient_of_a_step_under_dco_is_that_of_dcos_loss(layout, checkpointing):
+    plain = Case(layout)
+    _, frozen = raw_losses(plain)
+    dco_loss(plain.per_sample(plain.predict()), frozen, BETA).mean().backward()
+    wanted = plain.network.gradient()
+    _, _, gradient = Case(layout, checkpointing).run(objective="dco", dco_beta=BETA)
+    assert wanted.norm() > 0
+    assert relative_difference(gradient, wanted) < 1e-5
+
+
+def test_under_dco_samples_that_do_not_count_weigh_what_a_sample_starts_with():
+    case = Case()
+    wanted = dco_weight(*raw_losses(case), BETA)
+    step, loss, gradient = case.run(counted=COUNTED, objective="dco", dco_beta=BETA)
+    assert step.weight[~COUNTED].tolist() == [BETA / 2] * 2
+    assert step.weight[COUNTED].tolist() == pytest.approx(wanted[COUNTED].tolist(), rel=1e-5)
+    assert float(step.values["loss_weight"]) == pytest.approx(float(wanted[COUNTED].mean()), rel=1e-5)
+    plain = Case()
+    weights = torch.where(COUNTED, wanted, BETA / 2)
+    reference = (weights * plain.per_sample(plain.predict())).mean()
+    reference.backward()
+    assert float(loss) == pytest.approx(float(reference.detach()), rel=1e-5)
+    assert relative_difference(gradient, plain.network.gradient()) < 1e-5
+
+
+def test_under_dco_a_batch_of_which_nothing_counts_weighs_what_a_sample_starts_with():
+    case = Case()
+    step, loss, _ = case.run(counted=torch.zeros(4, dtype=torch.bool), objective="dco", dco_beta=BETA)
+    assert (case.frozen_calls, step.counted, step.weight.tolist()) == (0, 0, [BETA / 2] * 4)
+    assert float(loss) == pytest.approx(BETA / 2 * float(raw_losses(case)[0].mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("counted", [None, COUNTED, torch.zeros(4, dtype=torch.bool)], ids=["all", "some", "none"])
+def test_monitor_only_under_dco_weighs_nothing(counted):
+    case = Case()
+    wanted = case.per_sample(case.predict()).mean()
+    wanted.backward()
+    wanted_gradient = case.network.gradient()
+    step, loss, gradient = case.run(counted=counted, objective="dco", monitor_only=True)
+    assert step.weight.tolist() == [1.0] * 4
+    assert torch.equal(loss, wanted.detach())
+    assert torch.equal(gradient, wanted_gradient)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("counted", [None, COUNTED], ids=["all", "some"])
+def test_dreambooth_is_the_plain_loss_bit_for_bit_and_tells_what_there_is_to_watch(layout, counted):
+    case = Case(layout)
+    wanted = case.per_sample(case.predict()).mean()
+    wanted.backward()
+    wanted_gradient = case.network.gradient()
+    step, loss, gradient = case.run(counted=counted, objective="dreambooth", lambda_attn=3.0)
+    assert torch.equal(loss, wanted.detach())
+    assert torch.equal(gradient, wanted_gradient)
+    assert step.weight.tolist() == [1.0] * 4
+    # The same numbers as APT has of this step.
+    acting, _, _ = Case(layout).run(counted=counted)
+    for name in ("loss_tuned", "loss_frozen", "delta_noise"):
+        assert float(step.values[name]) == pytest.approx(float(acting.values[name]), rel=1e-9)
+    assert torch.equal(step.gammas, acting.gammas)
+    assert float(step.gammas.max()) > 0.9
+
+
+@pytest.mark.parametrize("objective", ["dco", "dreambooth"])
+def test_the_indicator_goes_on_under_another_objective(objective):
+    states = []
+    for kind in ("apt", objective):
+        case = Case()
+        with make_objective(case.unet, case.network, objective=kind) as made:
+            made.step(case.predict, case.target, TIMESTEPS)
+            states.append(made.indicator.state_dict())
+    assert states[0] == states[1]
+
+
+def make_step(weight):
+    """A step that weighs and does nothing else."""
+    return AptStep(torch.zeros(0), weight, torch.zeros(()), torch.zeros(10), len(weight), {})
+
+
+def prediction_and_target(dtype):
+    """[4, 4, 6, 5] each; the first requires a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = (torch.randn((4, 4, 6, 5), generator=generator) for _ in range(2))
+    return prediction.to(dtype).requires_grad_(), target
+
+
+SNR_WEIGHTS = torch.tensor([0.1, 5.0, 1.0, 0.7])
+
+
+def per_sample_mse(prediction, target):
+    """As trainers have it, in float32."""
+    return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+
+
+LOSSES = {
+    "mse": (lambda x, y: torch.nn.functional.mse_loss(x.float(), y), per_sample_mse),
+    "mse weighted by sample": (
+        lambda x, y: (per_sample_mse(x, y) * SNR_WEIGHTS).mean(),
+        lambda x, y: per_sample_mse(x, y) * SNR_WEIGHTS,
+    ),
+    # With prior preservation the halves of a batch make two means.
+    "mean of halves": (
+        lambda x, y: per_sample_mse(x[:2], y[:2]).mean() / 2 + per_sample_mse(x[2:], y[2:]).mean() / 2,
+        per_sample_mse,
+    ),
+}
+PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+
+
+@PRECISIONS
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_mean_loss_of_a_weighed_prediction_has_the_gradient_of_the_weighted_loss(name, dtype, tolerance):
+    mean_loss, by_sample = LOSSES[name]
+    prediction, target = prediction_and_target(dtype)
+    step = make_step(torch.tensor([0.02, 1.0, 400.0, 0.5]))
+    (wanted,) = torch.autograd.grad(step.loss(by_sample(prediction, target)), prediction)
+    (found,) = torch.autograd.grad(mean_loss(step.weigh(prediction), target), prediction)
+    assert found.dtype == dtype
+    # Each sample by itself: next to the largest weight an error in a small one would not show.
+    for sample, reference in zip(found.float(), wanted.float(), strict=True):
+        assert relative_difference(sample, reference) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_weighing_keeps_the_value_and_with_weights_of_one_the_gradient_bit_for_bit(name, dtype):
+    mean_loss, _ = LOSSES[name]
+    prediction, target = prediction_and_target(dtype)
+    plain = mean_loss(prediction, target)
+    (gradient,) = torch.autograd.grad(plain, prediction)
+    weighed = make_step(torch.tensor([0.02, 1.0, 400.0, 0.5])).weigh(prediction)
+    assert (weighed.dtype, weighed.shape) == (prediction.dtype, prediction.shape)
+    assert torch.equal(weighed, prediction)
+    assert torch.equal(mean_loss(weighed, target), plain)
+    (of_ones,) = torch.autograd.grad(mean_loss(make_step(torch.ones(4)).weigh(prediction), target), prediction)
+    assert torch.equal(of_ones, gradient)
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
+@pytest.mark.parametrize("config", [{}, {"objective": "dco", "dco_beta": BETA}], ids=["apt", "dco"])
+def test_a_whole_step_by_weighing_the_prediction_has_the_gradient_of_its_loss(config, checkpointing):
+    _, _, wanted = Case(checkpointing=checkpointing).run(counted=COUNTED, **config)
+    case = Case(checkpointing=checkpointing)
+    with make_objective(case.unet, case.network, **config) as objective:
+        step = objective.step(case.predict, case.target, TIMESTEPS, counted=COUNTED)
+        loss = (step.weigh(step.prediction) - case.target).square().mean() + step.regularizer
+        loss.backward()
+    # The regularizers' share is not weighed.
+    assert relative_difference(case.network.gradient(), wanted) < 1e-9
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
+@pytest.mark.parametrize(
+    ("config", "counted"),
+    [({}, None), ({}, COUNTED), ({"monitor_only": True}, None), ({"objective": "dco"}, COUNTED)],
+    ids=["apt", "apt, some count", "monitor_only", "dco"],
+)
+def test_a_step_in_pieces_is_the_step(layout, checkpointing, config, counted):
+    whole, wanted_loss, wanted = Case(layout, checkpointing).run(counted=counted, **config)
+    case = Case(layout, checkpointing)
+    with make_objective(case.unet, case.network, **config) as objective:
+        with objective.frozen_pass() as before:
+            frozen = case.predict()
+        with objective.tuned_pass() as now:
+            tuned = case.predict()
+        passes = objective.join(tuned, frozen, now, before)
+        step = objective.assess(passes, case.target, TIMESTEPS, counted)
+        loss = step.loss(case.per_sample(step.prediction))
+        loss.backward()
+    for name in ("prediction", "weight", "regularizer", "gammas"):
+        assert torch.equal(getattr(step, name), getattr(whole, name)), name
+    assert step.counted == whole.counted
+    assert step.values == whole.values
+    assert torch.equal(loss, wanted_loss)
+    assert torch.equal(case.network.gradient(), wanted)
+
+
+def test_the_frozen_pass_alone_is_the_base_model_without_a_graph_and_puts_everything_back():
+    case = Case()
+    stream, modes = torch.get_rng_state(), [m.training for m in case.unet.modules()]
+    with torch.no_grad(), case.network.off():
+        wanted = case.predict()
+    with make_objective(case.unet, case.network) as objective:
+        with objective.frozen_pass() as features:
+            assert not case.unet.training
+            torch.rand(1)
+            prediction = case.predict()
+        assert torch.equal(prediction, wanted)
+        assert not any(x.requires_grad for x in (prediction, *features.queries.values(), *features.hidden.values()))
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert [m.training for m in case.unet.modules()] == modes
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("config", [{"objective": "dco"}, {"lambda_dist": 0, "lambda_attn": 0}])
+def test_without_hooks_the_passes_read_nothing(config):
+    case = Case()
+    objective = make_objective(case.unet, case.network, **config)
+    with objective.frozen_pass() as before:
+        frozen = case.predict()
+    with objective.tuned_pass() as now:
+        tuned = case.predict()
+    assert (before, now) == (None, None)
+    assert objective.join(tuned, frozen, now, before).tuned is tuned
