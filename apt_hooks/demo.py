@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .config import AptConfig
 from .errors import AptError
+from .integrations.peft import adapters_off
 from .objective import AptObjective
 from .run import AptRun
 
@@ -75,18 +75,10 @@ def run_demo(out: Path, *, steps: int, seed: int, say: Callable[[str], None]) ->
     schedule: Any = DDPMScheduler(num_train_timesteps=1000)
     pictures, caption = _pictures(), torch.randn(1, 8, 24)
 
-    @contextlib.contextmanager
-    def adapters_off() -> Iterator[None]:
-        unet.disable_adapters()
-        try:
-            yield
-        finally:
-            unet.enable_adapters()
-
     # A random U-Net is so far from any data that the paper's scale would put every bin at 1 within a few steps.
     config = AptConfig(indicator_scale=20.0)
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=2e-3)
-    objective = AptObjective(config, unet, adapters_off)
+    objective = AptObjective(config, unet, functools.partial(adapters_off, unet))
     run = AptRun(objective, log_path=out / "demo-apt.jsonl", augment_space="image", seed=seed)
     say(run.start_line())
     with objective:

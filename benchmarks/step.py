@@ -10,13 +10,13 @@ the peak memory.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
+import functools
 import importlib.metadata
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from peft import LoraConfig
 
 from apt_hooks import AptConfig, AptObjective
 from apt_hooks.frozen import frozen_base
+from apt_hooks.integrations.peft import adapters_off
 
 COLUMNS = ["what", "median_ms", "p20_ms", "p80_ms", "to_floor", "peak_mib", "width", "size", "batch", "rounds"]
 COLUMNS += ["device", "torch", "commit"]
@@ -67,13 +68,7 @@ def main() -> None:
     text = torch.randn(args.batch, 77, 2048, device=device)
     timesteps = torch.randint(1000, (args.batch,), device=device)
 
-    @contextlib.contextmanager
-    def adapters_off() -> Iterator[None]:
-        unet.disable_adapters()
-        try:
-            yield
-        finally:
-            unet.enable_adapters()
+    base = functools.partial(adapters_off, unet)
 
     def predict() -> torch.Tensor:
         return unet(noisy, timesteps, text).sample
@@ -82,7 +77,7 @@ def main() -> None:
         (predict() - target).square().mean().backward()
 
     def floor() -> None:
-        with frozen_base([unet], adapters_off):
+        with frozen_base([unet], base):
             predict()
         plain()
 
@@ -90,7 +85,7 @@ def main() -> None:
         step = objective.step(predict, target, timesteps)
         step.loss((step.prediction - target).square().mean(dim=(1, 2, 3))).backward()
 
-    with AptObjective(AptConfig(), unet, adapters_off) as objective:
+    with AptObjective(AptConfig(), unet, base) as objective:
         measured = measure({"plain": plain, "floor": floor, "apt": apt}, args.rounds, device, parameters)
     middle = {name: sorted(times)[len(times) // 2] for name, (times, _) in measured.items()}
     new = not args.out.exists()

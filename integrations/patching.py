@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from apt_hooks.errors import AptError
 
@@ -39,16 +39,32 @@ def insert(content: bytes, insertions: Iterable[Insertion], name: str) -> bytes:
     Raises:
         AptError: an anchor does not stand exactly once; the message names file, anchor and what was found.
     """
-    lines = strip(content).splitlines(keepends=True)
+    content = strip(content)
+    lines = content.splitlines(keepends=True)
+    places = []
     for insertion in insertions:
         block = range(len(lines)) if insertion.within is None else _block(lines, insertion.within, name)
         at = _only(lines, insertion.anchor, block, name)
-        ending = lines[at][len(lines[at].rstrip(b"\r\n")) :]
-        if not ending and insertion.after:
-            raise AptError(f"{name}: the line `{insertion.anchor.strip()}` ends the file without a newline; add one")
-        ending = ending or lines[0][len(lines[0].rstrip(b"\r\n")) :] or b"\n"
-        new = [f"{line}  {MARK}".encode("ascii") + ending for line in insertion.lines]
-        lines[at + insertion.after : at + insertion.after] = new
+        places.append((at + insertion.after, insertion.lines))
+    return insert_lines(content, places, name)
+
+
+def insert_lines(content: bytes, places: Iterable[tuple[int, Sequence[str]]], name: str) -> bytes:
+    """`content` with marked lines, each group before the line of that number, counted from 0; of one number in order.
+
+    Raises:
+        AptError: the line before a group ends the file without a newline.
+    """
+    lines = content.splitlines(keepends=True) or [b""]
+    common = lines[0][len(lines[0].rstrip(b"\r\n")) :] or b"\n"
+    for at, new in sorted(places, key=lambda place: place[0])[::-1]:
+        before = lines[at - 1] if at else common
+        ending = before[len(before.rstrip(b"\r\n")) :]
+        if not ending:
+            raise AptError(
+                f"{name}: the line `{before.decode(errors='replace').strip()}` ends the file without a newline; add one"
+            )
+        lines[at:at] = [f"{line}  {MARK}".encode() + ending for line in new]
     return b"".join(lines)
 
 

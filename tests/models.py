@@ -298,16 +298,6 @@ def make_diffusers_unet() -> nn.Module:
     return unet.requires_grad_(False)
 
 
-@contextlib.contextmanager
-def adapters_disabled(unet: nn.Module) -> Iterator[None]:
-    """The base model of a diffusers model that carries peft adapters."""
-    unet.disable_adapters()
-    try:
-        yield
-    finally:
-        unet.enable_adapters()
-
-
 def make_batch(unet: nn.Module, batch: int = 2, seed: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x, timesteps, context, target); `x` requires a gradient, as reentrant checkpointing needs."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,6 @@ from models import (
     LAYOUTS,
     TOKENS,
     WIDTH,
-    adapters_disabled,
     make_batch,
     make_diffusers_unet,
     make_tuned,
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from apt_hooks import AptError, FeatureCapture, attention_alignment_loss, representation_loss
 from apt_hooks.frozen import frozen_base
+from apt_hooks.integrations.peft import adapters_off
 from apt_hooks.losses import representation_statistics
 
 CHECKPOINTING = ("reentrant", "non_reentrant")
@@ -318,7 +318,7 @@ def test_gradients_of_a_real_diffusers_unet_do_not_depend_on_checkpointing():
             unet.enable_gradient_checkpointing()
         x, timesteps, context, target = make_batch(unet)
         with FeatureCapture(unet) as capture:
-            with frozen_base([unet], lambda unet=unet: adapters_disabled(unet)), capture.record() as frozen:
+            with frozen_base([unet], lambda unet=unet: adapters_off(unet)), capture.record() as frozen:
                 unet(x, timesteps, context)
             with capture.record() as tuned:
                 prediction = unet(x, timesteps, context).sample

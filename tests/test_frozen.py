@@ -1,17 +1,10 @@
 import pytest
 import torch
-from models import (
-    LAYOUTS,
-    adapters_disabled,
-    make_batch,
-    make_diffusers_unet,
-    make_tuned,
-    make_unet,
-    relative_difference,
-)
+from models import LAYOUTS, make_batch, make_diffusers_unet, make_tuned, make_unet, relative_difference
 from torch import nn
 
 from apt_hooks.frozen import frozen_base
+from apt_hooks.integrations.peft import adapters_off
 
 
 def state_of(*modules):
@@ -95,17 +88,17 @@ def test_pefts_adapters_come_back_with_the_requires_grad_they_had(way):
     base = unet(*make_batch(unet)[:3]).sample
     if way == "diffusers":
         unet.add_adapter(config)
-        model, adapters_off = unet, lambda: adapters_disabled(unet)
+        model, off = unet, lambda: adapters_off(unet)
     else:
         model = peft.get_peft_model(unet, config)
-        adapters_off = model.disable_adapter
+        off = model.disable_adapter
     lora = [(name, p) for name, p in model.named_parameters() if "lora_" in name]
     for name, parameter in lora:
         nn.init.normal_(parameter)
         # Only the B matrices are trained, as in LoRA-FA; peft switches both on when its adapters come back.
         parameter.requires_grad_("lora_B" in name)
     before = state_of(model)
-    with frozen_base([model], adapters_off):
+    with frozen_base([model], off):
         frozen = model(*make_batch(unet)[:3]).sample
     assert torch.equal(frozen, base)
     assert state_of(model) == before

@@ -7,7 +7,7 @@ import codecs
 import pytest
 
 from apt_hooks.errors import AptError
-from apt_hooks.integrations.patching import MARK, Insertion, diff, insert, is_patched, strip
+from apt_hooks.integrations.patching import MARK, Insertion, diff, insert, insert_lines, is_patched, strip
 
 PLAIN = b"""import os
 
@@ -162,3 +162,69 @@ def test_diff_shows_the_inserted_lines_and_reads_any_bytes() -> None:
     assert added == [f"+def helper():  {MARK}", f"+    return 1  {MARK}", f"+    config.pop(1)  {MARK}"]
     assert "a/x.py" in text and "b/x.py" in text
     assert diff(before, before, "x.py") == ""
+
+
+def marked(*lines: str, ending: bytes = b"\n") -> bytes:
+    return b"".join(f"{line}  {MARK}".encode() + ending for line in lines)
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_lines_go_before_the_line_of_their_number_and_behind_the_last(at: int) -> None:
+    lines = [b"zero\n", b"one\n", b"two\n"]
+    wanted = b"".join(lines[:at]) + marked("a", "b") + b"".join(lines[at:])
+    assert insert_lines(b"".join(lines), [(at, ("a", "b"))], "x.py") == wanted
+
+
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["at 0", "between", "at the end"])
+def test_groups_for_one_place_keep_their_order(at: int) -> None:
+    lines = [b"zero\n", b"one\n"]
+    groups = [(at, ("b", "a")), (at, ("d",)), (at, ()), (at, ["c", "c"])]
+    wanted = b"".join(lines[:at]) + marked("b", "a", "d", "c", "c") + b"".join(lines[at:])
+    assert insert_lines(b"".join(lines), groups, "x.py") == wanted
+
+
+def test_numbers_are_those_of_the_content_in_whatever_order_the_places_come() -> None:
+    places = [(2, ("c",)), (0, ("a",)), (1, ("b", "b")), (2, ("d",))]
+    wanted = marked("a") + b"zero\n" + marked("b", "b") + b"one\n" + marked("c", "d")
+    assert insert_lines(b"zero\none\n", iter(places), "x.py") == wanted
+
+
+def test_inserted_lines_end_as_the_line_before_and_at_0_as_the_first_line() -> None:
+    content = b"zero\r\none\ntwo\rthree\r\n"
+    patched = insert_lines(content, [(at, (str(at), "more")) for at in range(5)], "x.py")
+    groups = [
+        marked(str(at), "more", ending=ending) for at, ending in enumerate([b"\r\n", b"\r\n", b"\n", b"\r", b"\r\n"])
+    ]
+    lines = [b"zero\r\n", b"one\n", b"two\r", b"three\r\n", b""]
+    assert patched == b"".join(group + line for group, line in zip(groups, lines, strict=True))
+    assert strip(patched) == content
+
+
+def test_before_the_only_line_of_a_file_without_a_newline_there_is_room() -> None:
+    assert insert_lines(b"zero", [(0, ("a",))], "x.py") == marked("a") + b"zero"
+
+
+def test_behind_a_line_that_ends_the_file_without_a_newline_there_is_none() -> None:
+    with pytest.raises(AptError, match=r"^x\.py: the line `one` ends the file without a newline"):
+        insert_lines(b"zero\n  one", [(0, ("a",)), (2, ("b",))], "x.py")
+
+
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
+def test_strip_takes_out_lines_inserted_by_number(content: bytes) -> None:
+    count = len(content.splitlines())
+    patched = insert_lines(content, [(at, ("a", "b")) for at in range(count)], "x.py")
+    assert sum(is_patched(line) for line in patched.splitlines()) == 2 * count
+    assert strip(patched) == content
+
+
+def test_lines_go_into_an_empty_file() -> None:
+    assert insert_lines(b"", [(0, ("a", "b"))], "x.py") == marked("a", "b")
+
+
+def test_no_insertions_leave_an_empty_file_as_it_is() -> None:
+    assert insert(b"", [], "x.py") == b""
+
+
+def test_a_last_line_in_another_encoding_is_refused_as_any_other_without_a_newline() -> None:
+    with pytest.raises(AptError, match=r"^x\.py: .*ends the file without a newline"):
+        insert_lines("# 設定".encode("shift_jis"), [(1, ("a",))], "x.py")

@@ -8,9 +8,9 @@ import sys
 from typing import Any
 
 from apt_hooks.config import AptConfig
-from apt_hooks.errors import AptError
+from apt_hooks.errors import AptError, errors_in_one_line
 
-from .trainer import AptTrainer, errors_in_one_line
+from .trainer import AptTrainer
 
 logger = logging.getLogger("apt_hooks")
 

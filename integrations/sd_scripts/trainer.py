@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from apt_hooks.augmentation import Placement
 from apt_hooks.config import AptConfig
-from apt_hooks.errors import AptError
+from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.objective import AptObjective
 from apt_hooks.run import AptRun
 
+from ..accelerate_state import attach
 from .augment import black_latent, draw_timesteps, moved, timesteps_drawn
 from .conditioning import ClassCaptions, FrozenConditioning, TextEncoders
 from .lora import LoraSwitch
@@ -113,9 +113,7 @@ class AptTrainer:
         self._black = None
         if space == "latent" and objective.augments:
             self._black = black_latent(vae, accelerator.device)
-        accelerator.register_save_state_pre_hook(lambda models, weights, folder: self._save_state(accelerator, folder))
-        accelerator.register_load_state_pre_hook(lambda models, folder: self._load_state(folder))
-        accelerator.print(self.apt.start_line())
+        attach(self.apt, accelerator)
         if objective.augments and config.augment_space == "auto" and space == "latent":
             accelerator.print(f"apt-hooks: {_LATENTS_AUGMENTED}")
         return loaded
@@ -228,7 +226,7 @@ class AptTrainer:
     def post_process_loss(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().post_process_loss(loss, *args, **kwargs)  # type: ignore[misc]
         step = self._batch.step if self._batch is not None else None
-        if step is None or self.apt_config.monitor_only:
+        if step is None:
             return loss
         # The trainer takes the mean over the batch next, which leaves the regularizer as it is.
         return loss * step.weight.to(loss.dtype) + step.regularizer
@@ -271,14 +269,6 @@ class AptTrainer:
         self._black = black_latent(self._vae, device)
         logger.info("apt-hooks: %s", _LATENTS_AUGMENTED)
 
-    def _save_state(self, accelerator: Any, folder: str) -> None:
-        if accelerator.is_main_process:
-            self.apt.save(folder)
-
-    def _load_state(self, folder: str) -> None:
-        if self.apt.load(folder):
-            logger.info("apt-hooks: the indicator goes on from step %d", self.apt.step)
-
 
 @dataclasses.dataclass
 class _Batch:
@@ -297,12 +287,3 @@ def _counted(batch: dict[str, Any]) -> Tensor:
     if not attributes:  # a dataset class of the user's own
         return torch.ones(len(batch["loss_weights"]), dtype=torch.bool)
     return torch.tensor([not (a or {}).get(UNCOUNTED, False) for a in attributes])
-
-
-@contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """An `AptError` inside ends the program with its message, not with a traceback."""
-    try:
-        yield
-    except AptError as error:
-        sys.exit(f"apt-hooks: error: {error}")
