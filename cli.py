@@ -12,6 +12,7 @@ import typer
 
 from .config import AptConfig, preset_names, preset_text
 from .errors import AptError
+from .integrations.diffusers_dreambooth import patch as diffusers
 from .integrations.sd_scripts import patch as sd_scripts
 
 app = typer.Typer(
@@ -26,36 +27,72 @@ presets = typer.Typer(help="The presets that come with apt-hooks.", no_args_is_h
 app.add_typer(presets, name="presets")
 
 
-SD_SCRIPTS = "sd-scripts"
-Trainer = Annotated[str, typer.Argument(metavar="TRAINER", help=f"The trainer: {SD_SCRIPTS}.")]
-Folder = Annotated[Path, typer.Argument(metavar="PATH", help="The trainer's folder.")]
+SD_SCRIPTS, DIFFUSERS = "sd-scripts", "diffusers"
+Trainer = Annotated[str, typer.Argument(metavar="TRAINER", help=f"{SD_SCRIPTS} or {DIFFUSERS}.")]
+Place = Annotated[
+    Path, typer.Argument(metavar="PATH", help="sd-scripts' folder, or a DreamBooth-LoRA script of diffusers.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the diff and change nothing.")]
 
 
-@app.command(epilog="Example: `apt-hooks patch sd-scripts ~/sd-scripts --dry-run`")
-def patch(trainer: Trainer, path: Folder = Path(), dry_run: DryRun = False) -> None:
-    """Insert the lines that let a trainer read `[apt]`. Undone by `unpatch`; twice is once."""
-    _apply(sd_scripts.patch, trainer, path, dry_run, "patched", "already patched")
-    found = sd_scripts.status(path)
-    if found.version not in sd_scripts.TESTED:
-        typer.echo(f"note: {_version(found)} has the structure of the tested ones, but was not tested itself")
+@app.command(
+    epilog="Examples: `apt-hooks patch sd-scripts ~/sd-scripts --dry-run`, "
+    "`apt-hooks patch diffusers train_dreambooth_lora_sdxl.py`"
+)
+def patch(
+    trainer: Trainer,
+    path: Place = Path(),
+    dry_run: DryRun = False,
+    output: Annotated[
+        Path | None, typer.Option(help="diffusers: where to write the patched copy; SCRIPT_apt.py if not given.")
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="diffusers: change the script itself in place of a copy.")
+    ] = False,
+) -> None:
+    """Insert the lines that let a trainer take `[apt]`. Undone by `unpatch`; twice is once."""
+    if _is_script(trainer):
+        if output is not None and in_place:
+            raise AptError(f"both --output {output} and --in-place are given; keep one")
+        target = path if in_place else output or path.with_name(f"{path.stem}_apt{path.suffix}")
+        diff = diffusers.patch(path, target, dry_run=dry_run)
+        if dry_run:
+            typer.echo(diff or f"{path}: already patched")
+        else:
+            typer.echo(f"{target}: {'patched' if diff or target != path else 'already patched'}")
+        found: diffusers.Status | sd_scripts.Checkout = diffusers.status(path)
+    else:
+        if output is not None or in_place:
+            raise AptError(f"--output and --in-place are for {DIFFUSERS}; {SD_SCRIPTS} is always patched in its folder")
+        _apply(sd_scripts.patch, path, dry_run, "patched", "already patched")
+        found = sd_scripts.status(path)
+    if found.version not in _tested(found):
+        typer.echo(
+            f"note: {path.name or trainer}, {_version(found)}, has the structure of the tested ones, but was not tested"
+        )
 
 
 @app.command(epilog="Example: `apt-hooks unpatch sd-scripts ~/sd-scripts`")
-def unpatch(trainer: Trainer, path: Folder = Path(), dry_run: DryRun = False) -> None:
+def unpatch(trainer: Trainer, path: Place = Path(), dry_run: DryRun = False) -> None:
     """Take the inserted lines out again; the files are then what they were, to the byte."""
-    _apply(sd_scripts.unpatch, trainer, path, dry_run, "unpatched", "not patched, nothing to do")
+    change = diffusers.unpatch if _is_script(trainer) else sd_scripts.unpatch
+    _apply(change, path, dry_run, "unpatched", "not patched, nothing to do")
 
 
 @app.command(epilog="Example: `apt-hooks status sd-scripts && echo patched`")
-def status(trainer: Trainer, path: Folder = Path()) -> None:
+def status(trainer: Trainer, path: Place = Path()) -> None:
     """Say the trainer's version and which of its files are patched. Exit code 0 if all are, 1 if not."""
-    _known(trainer)
-    found = sd_scripts.status(path)
-    typer.echo(f"{_version(found)} in {path.resolve()}")
-    for name, state in found.state.items():
-        typer.echo(f"  {name}: {state}")
-    if not found.patched:
+    if _is_script(trainer):
+        script = diffusers.status(path)
+        typer.echo(f"{path}, {_version(script)}: {script.state}")
+        patched = script.patched
+    else:
+        found = sd_scripts.status(path)
+        typer.echo(f"{_version(found)} in {path.resolve()}")
+        for name, state in found.state.items():
+            typer.echo(f"  {name}: {state}")
+        patched = found.patched
+    if not patched:
         raise typer.Exit(1)
 
 
@@ -108,18 +145,26 @@ def demo(
     run_demo(out, steps=steps, seed=seed, say=typer.echo)
 
 
-def _version(found: sd_scripts.Checkout) -> str:
-    untested = "" if found.version in sd_scripts.TESTED else f" (tested: {', '.join(sd_scripts.TESTED)})"
-    return f"sd-scripts {found.version}{untested}"
+def _version(found: sd_scripts.Checkout | diffusers.Status) -> str:
+    name = f"{SD_SCRIPTS} {found.version}"
+    if isinstance(found, diffusers.Status):
+        known = found.version != "unknown"
+        name = f"for {DIFFUSERS} {found.version}" if known else f"for no stated version of {DIFFUSERS}"
+    return name if found.version in _tested(found) else f"{name} (tested: {', '.join(_tested(found))})"
 
 
-def _known(trainer: str) -> None:
-    if trainer != SD_SCRIPTS:
-        raise AptError(f"{trainer}: no such trainer; the one supported is {SD_SCRIPTS}")
+def _tested(found: sd_scripts.Checkout | diffusers.Status) -> tuple[str, ...]:
+    return diffusers.TESTED if isinstance(found, diffusers.Status) else sd_scripts.TESTED
 
 
-def _apply(change: Callable[..., str], trainer: str, path: Path, dry_run: bool, done: str, nothing: str) -> None:
-    _known(trainer)
+def _is_script(trainer: str) -> bool:
+    """Whether the trainer is a script of diffusers rather than a folder of sd-scripts."""
+    if trainer not in (SD_SCRIPTS, DIFFUSERS):
+        raise AptError(f"{trainer}: no such trainer; there are {SD_SCRIPTS} and {DIFFUSERS}")
+    return trainer == DIFFUSERS
+
+
+def _apply(change: Callable[..., str], path: Path, dry_run: bool, done: str, nothing: str) -> None:
     diff = change(path, dry_run=dry_run)
     if dry_run:
         typer.echo(diff or f"{path.resolve()}: {nothing}")

@@ -14,7 +14,7 @@ from .. import patching
 from ..patching import Insertion
 
 OLDEST = (0, 10, 0)
-TESTED = ("0.10.0", "0.10.1")
+TESTED: tuple[str, ...] = ("0.10.0", "0.10.1")
 
 _ADAPTER = (
     "def apt_hooks_adapter():",

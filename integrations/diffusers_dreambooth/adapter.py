@@ -1,0 +1,223 @@
+"""What the inserted lines of a DreamBooth-LoRA script call, in the order of a training step."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt_hooks.augmentation import Placement
+from apt_hooks.config import AptConfig
+from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.objective import AptObjective, AptStep, Passes
+from apt_hooks.run import AptRun
+
+from ..accelerate_state import attach
+from ..peft import adapters_off
+from .metadata import add_metadata
+
+logger = logging.getLogger("apt_hooks")
+
+WEIGHTS = "pytorch_lora_weights"
+"""The name under which diffusers saves a LoRA."""
+
+
+def start(args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_scheduler: Any) -> DreamBoothRun | None:
+    """The run for `--apt_config` or `--apt_preset`; None where the configuration has `enabled = false`.
+
+    To be called once the accelerator has prepared the models and before it loads a checkpoint. Ends the program with
+    one line where the configuration or the script's arguments rule APT out.
+    """
+    with errors_in_one_line():
+        if args.apt_config and args.apt_preset:
+            raise AptError(
+                f"both --apt_config {args.apt_config} and --apt_preset {args.apt_preset} are given; keep one, and name "
+                "the preset in the file if both are wanted"
+            )
+        config = AptConfig.from_toml(args.apt_config) if args.apt_config else AptConfig.preset(args.apt_preset)
+        if not config.enabled:
+            logger.info("apt-hooks: [apt] enabled = false, training without APT")
+            return None
+        _check(args, config, accelerator, unet)
+        return DreamBoothRun(config, args, accelerator, unet, noise_scheduler)
+
+
+class DreamBoothRun:
+    """APT in a script's own loop; its methods are called by the inserted lines, from top to bottom.
+
+    Attributes:
+        augments: whether images are augmented, so that the timesteps have to be drawn before they are encoded.
+        trains_text_encoders: whether the base model has to encode the text anew.
+    """
+
+    def __init__(
+        self, config: AptConfig, args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_scheduler: Any
+    ) -> None:
+        own = accelerator.unwrap_model(unet)
+        # accelerate has no public list of the models it prepared.
+        trained = [accelerator.unwrap_model(model) for model in accelerator._models]
+        self._text_encoders = [m for m in trained if m is not own and any(p.requires_grad for p in m.parameters())]
+        self._prior = bool(getattr(args, "with_prior_preservation", False))
+        self._accelerator = accelerator
+        objective = AptObjective(
+            config,
+            own,
+            lambda: adapters_off(own, *self._text_encoders),
+            num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+            also_frozen=self._text_encoders,
+        )
+        log_path = Path(args.output_dir or ".") / f"{WEIGHTS}-apt.jsonl"
+        self._run = AptRun(
+            objective,
+            log_path=log_path if accelerator.is_main_process else None,
+            augment_space="image",
+            seed=torch.initial_seed(),
+            rank=accelerator.process_index,
+        )
+        self.augments = objective.augments
+        self.trains_text_encoders = bool(self._text_encoders)
+        self._tuned_pass = contextlib.ExitStack()
+        self._timesteps: Tensor | None = None
+        self._placement: Placement | None = None
+        self._frozen: Any = None  # Features | None
+        self._tuned: Any = None  # Features | None
+        self._frozen_prediction: Any = None  # Tensor, between the two passes
+        self._passes: Passes | None = None
+        self._step: AptStep | None = None
+        attach(self._run, accelerator)
+        # Behind the script's own hook, which has saved the LoRA by then.
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.add_metadata(folder))
+        atexit.register(self.close)  # a run that is interrupted keeps its last step's line
+
+    def augment(self, images: Tensor, timesteps: Tensor) -> Tensor:
+        """`images` ([batch, channels, height, width] in [-1, 1]), some zoomed out and rotated."""
+        with errors_in_one_line():
+            self._timesteps = timesteps
+            self._placement = self._run.objective.draw_augmentation(
+                timesteps, self._counted(len(timesteps)), self._run.generator()
+            )
+            return self._placement.apply(images, -1.0)
+
+    def timesteps(self, timesteps: Tensor) -> Tensor:
+        """Those that `augment` was told, in place of those that the script drew since."""
+        return timesteps if self._timesteps is None else self._timesteps
+
+    @contextlib.contextmanager
+    def frozen_pass(self) -> Iterator[None]:
+        """Inside, U-Net and text encoders are those of the base model."""
+        called: set[nn.Module] = set()
+        with errors_in_one_line():
+            with contextlib.ExitStack() as stack:
+                for encoder in self._text_encoders:
+                    handle = encoder.register_forward_pre_hook(lambda module, _: called.add(module))
+                    stack.callback(handle.remove)
+                self._frozen = stack.enter_context(self._run.objective.frozen_pass())
+                yield
+            if len(called) < len(self._text_encoders):
+                raise AptError(
+                    "a text encoder is trained, but the lines that run it were not found when the script was patched, "
+                    "so the base model would read the trained one's text; call it by the name that accelerator.prepare "
+                    "gave it, next to the U-Net's call, and patch again"
+                )
+
+    def begin_tuned_pass(self, frozen_prediction: Tensor) -> None:
+        """What the base model predicted; the next pass of the U-Net is the one that is trained."""
+        self._frozen_prediction = frozen_prediction
+        self._tuned = self._tuned_pass.enter_context(self._run.objective.tuned_pass())
+
+    def end_tuned_pass(self, prediction: Tensor) -> Tensor:
+        """The prediction, to go on with in place of `prediction`."""
+        with errors_in_one_line():
+            self._tuned_pass.close()
+            self._passes = self._run.objective.join(prediction, self._frozen_prediction, self._tuned, self._frozen)
+            self._frozen = self._tuned = self._frozen_prediction = None
+            return self._passes.tuned
+
+    def assess(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
+        """The prediction, its gradient scaled by each sample's weight, whatever loss is taken of it."""
+        with errors_in_one_line():
+            passes, self._passes = self._passes, None
+            if passes is None or prediction is not passes.tuned:
+                raise AptError(
+                    "the script changes the U-Net's prediction before the loss, but not the base model's, so the two "
+                    "cannot be compared; take the loss of what the U-Net predicts"
+                )
+            if prediction.shape != target.shape:
+                raise AptError(
+                    f"the U-Net predicts {tuple(prediction.shape)} for a target of {tuple(target.shape)}; models that "
+                    "predict their variance are not supported"
+                )
+            self._step = self._run.objective.assess(passes, target, timesteps, self._counted(len(timesteps)))
+            return self._step.weigh(prediction)
+
+    def regularized(self, loss: Tensor) -> Tensor:
+        """The loss with the regularizers' gradient and its own value, which stays comparable with other runs'."""
+        with errors_in_one_line():
+            step, self._step = self._step, None
+            if step is None:  # a batch that the script did not ask the U-Net about
+                return loss
+            self._run.record(step, self._placement, ends_step=self._accelerator.sync_gradients)
+            self._placement = self._timesteps = None
+            # The objective's is for a mean over the whole batch; prior preservation adds the means of two halves.
+            regularizer = step.regularizer * (2 if self._prior else 1)
+            return loss + (regularizer - regularizer.detach())
+
+    def tracker_values(self) -> dict[str, float]:
+        """The last step's values for `accelerator.log`."""
+        return self._run.tracker_values()
+
+    def add_metadata(self, folder: str | Path) -> None:
+        """Write what is known of the run into the metadata of the LoRAs in a folder."""
+        with errors_in_one_line():
+            if self._accelerator.is_main_process:
+                for path in sorted(Path(folder).glob(f"{WEIGHTS}*.safetensors")):
+                    add_metadata(path, self._run.metadata())
+
+    def close(self) -> None:
+        """Write what is left of the log and take the hooks off; may be called again."""
+        with errors_in_one_line():
+            atexit.unregister(self.close)
+            self._run.close()
+
+    def _counted(self, batch: int) -> Tensor | None:
+        """With prior preservation the second half of a batch are class images, which APT leaves alone."""
+        if not self._prior:
+            return None
+        if batch % 2:
+            raise AptError(
+                f"--with_prior_preservation puts as many class images as instance images in a batch; found {batch}"
+            )
+        return torch.arange(batch) < batch // 2
+
+
+def _check(args: argparse.Namespace, config: AptConfig, accelerator: Any, unet: nn.Module) -> None:
+    if getattr(args, "do_edm_style_training", False):
+        raise AptError(
+            "--do_edm_style_training cannot be used with APT, which is defined over the timesteps of a DDPM schedule; "
+            "leave one of the two out"
+        )
+    engine = accelerator.distributed_type.value
+    if engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise AptError(
+            f"accelerate's {engine} cannot be used with APT (its engine owns the model); use plain processes"
+        )
+    if any(hasattr(model, "_orig_mod") for model in (unet, getattr(unet, "module", None))):
+        raise AptError(
+            "a compiled U-Net cannot be used with APT (hooks are lost in it); set accelerate's dynamo_backend to no"
+        )
+    if config.augment_space == "latent":
+        raise AptError(
+            '[apt] augment_space = "latent" is for trainers that cache latents, and this script has the images; '
+            'leave it out, or set "image"'
+        )
+    if config.identifier:
+        raise AptError(
+            "[apt] identifier and class_word are for sd-scripts, whose captions they are looked up in; leave them out"
+        )

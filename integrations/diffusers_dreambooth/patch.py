@@ -1,0 +1,198 @@
+"""Which lines go where in a DreamBooth-LoRA script, and writing them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+from apt_hooks.errors import AptError
+from apt_hooks.files import write_atomically
+
+from .. import patching
+from .script import Script, find
+
+TESTED: tuple[str, ...] = ("0.32.0", "0.35.0", "0.40.0")
+"""What the tested scripts ask diffusers for at least: those of the tags v0.32.1, v0.35.2 and v0.40.0."""
+
+RUN = "apt_hooks_run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What a script is.
+
+    Attributes:
+        path: where it is.
+        version: the diffusers that it asks for at least, or "unknown".
+        state: "patched", "not patched", or "patched, and edited since or by another version of apt-hooks".
+    """
+
+    path: Path
+    version: str
+    state: str
+
+    @property
+    def patched(self) -> bool:
+        """Whether it is patched as this version of apt-hooks does it."""
+        return self.state == "patched"
+
+
+def status(path: Path) -> Status:
+    """What the script is.
+
+    Raises:
+        AptError: it cannot be read, or is not patched and cannot be.
+    """
+    content = _read(path)
+    named = re.search(rb"""check_min_version\(["']([\d.]+)""", content)
+    patched = _patched(content, path.name)
+    state = "not patched"
+    if patching.is_patched(content):
+        state = "patched" if patched == content else "patched, and edited since or by another version of apt-hooks"
+    return Status(path, named.group(1).decode() if named else "unknown", state)
+
+
+def patch(path: Path, output: Path, *, dry_run: bool = False) -> str:
+    """Write the script with the lines inserted to `output`, which may be `path`; returns the diff from `path`.
+
+    Patching twice equals patching once.
+
+    Raises:
+        AptError: an anchor is missing, or `output` is another file that holds something else; nothing was changed.
+    """
+    content = _read(path)
+    new = _patched(content, path.name)
+    if not dry_run:
+        there = output.read_bytes() if output.exists() else None
+        if output != path and there not in (None, new):
+            raise AptError(
+                f"{output}: there already and not what would be written; delete it, name another --output, or patch "
+                "it --in-place"
+            )
+        if there != new:
+            write_atomically(output, new)
+    return patching.diff(content, new, path.name)
+
+
+def unpatch(path: Path, *, dry_run: bool = False) -> str:
+    """Take the lines out again; returns the diff. The script is then what it was, to the byte.
+
+    Raises:
+        AptError: the script cannot be read or written.
+    """
+    content = _read(path)
+    new = patching.strip(content)
+    if new != content and not dry_run:
+        write_atomically(path, new)
+    return patching.diff(content, new, path.name)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AptError(f"{path}: cannot be read: {error.strerror}; name a training script") from error
+
+
+def _patched(content: bytes, name: str) -> bytes:
+    plain = patching.strip(content)
+    new = patching.insert_lines(plain, _Lines(plain, name).places(find(plain, name)), name)
+    try:
+        ast.parse(new)
+    except (SyntaxError, ValueError) as error:
+        raise AptError(
+            f"{name}: the inserted lines do not fit ({error}); please report it. Nothing was changed"
+        ) from error
+    return new
+
+
+class _Lines:
+    def __init__(self, content: bytes, name: str) -> None:
+        self.lines = content.splitlines()
+        self.name = name
+
+    def places(self, found: Script) -> list[tuple[int, tuple[str, ...]]]:
+        """The lines of every anchor, with the number of the line that each group goes before."""
+        guard = f"if {RUN} is not None:"
+        text = _source(found.frozen_text)
+        encode_text = [f"if {RUN}.trains_text_encoders:", *_indented(text)] if text else []
+        frozen = [f"frozen_{name} = {name}" for name in found.live] + encode_text + _source([found.frozen_call])
+        step = f", step={found.step}" if found.step else ""
+        return [
+            self._before(
+                found.parse,
+                f'{found.parser}.add_argument("--apt_config", default=None, help="TOML file with an [apt] section")',
+                f'{found.parser}.add_argument("--apt_preset", default=None, help="preset of apt-hooks, such as sdxl")',
+            ),
+            self._after(
+                found.prepare,
+                f"{RUN} = None",
+                f"if {found.arguments}.apt_config or {found.arguments}.apt_preset:",
+                "    try:",
+                "        from apt_hooks.integrations.diffusers_dreambooth import adapter as apt_hooks_adapter",
+                "    except ModuleNotFoundError as e:",
+                '        raise SystemExit(f"--apt_config and --apt_preset need apt-hooks, not found here ({e}): '
+                'pip install apt-hooks")',
+                f"    {RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}, "
+                f"{found.schedule})",
+            ),
+            self._before(
+                found.encode,
+                f"if {RUN} is not None and {RUN}.augments:  # the timesteps first: the augmentation depends on them",
+                *_indented(_source(found.draw_copy)),
+                f"    {found.images} = {RUN}.augment({found.images}, {found.timesteps})",
+            ),
+            self._after(found.draw, guard, f"    {found.timesteps} = {RUN}.timesteps({found.timesteps})"),
+            self._before(
+                found.call,
+                guard,
+                f"    with {RUN}.frozen_pass():  # the same by the base model",
+                *_indented(_indented(frozen)),
+                f"    {RUN}.begin_tuned_pass(frozen_{found.prediction})",
+            ),
+            self._after(found.call, guard, f"    {found.prediction} = {RUN}.end_tuned_pass({found.prediction})"),
+            self._before(
+                found.compare,
+                f"{guard}  # scales the gradient of each sample",
+                f"    {found.prediction} = {RUN}.assess({found.prediction}, {found.target}, {found.timesteps})",
+            ),
+            self._before(found.backward, guard, f"    {found.loss} = {RUN}.regularized({found.loss})"),
+            self._after(found.log, guard, f"    {found.accelerator}.log({RUN}.tracker_values(){step})"),
+            self._after(found.loop, guard, f"    {RUN}.close()"),
+            self._after(found.save, guard, f"    {RUN}.add_metadata({found.folder})"),
+        ]
+
+    def _before(self, anchor: ast.stmt, *lines: str) -> tuple[int, tuple[str, ...]]:
+        at = anchor.lineno - 1
+        self._check(anchor)
+        while at and self.lines[at - 1].lstrip().startswith(b"#"):  # a comment stays with its statement
+            at -= 1
+        return at, self._placed(anchor, lines)
+
+    def _after(self, anchor: ast.stmt, *lines: str) -> tuple[int, tuple[str, ...]]:
+        self._check(anchor)
+        return anchor.end_lineno or anchor.lineno, self._placed(anchor, lines)
+
+    def _placed(self, anchor: ast.stmt, lines: tuple[str, ...]) -> tuple[str, ...]:
+        own = self.lines[anchor.lineno - 1]
+        indent = own[: len(own) - len(own.lstrip())].decode()
+        return tuple(indent + line for line in lines)
+
+    def _check(self, anchor: ast.stmt) -> None:
+        first, last = self.lines[anchor.lineno - 1], self.lines[(anchor.end_lineno or anchor.lineno) - 1]
+        rest = last[anchor.end_col_offset :].split(b"#")[0].strip()
+        if first[: anchor.col_offset].strip() or rest:
+            raise AptError(
+                f"{self.name}: looked for one statement in line {anchor.lineno}, found "
+                f"`{first.decode(errors='replace').strip()}`; put each on a line of its own. Nothing was changed"
+            )
+
+
+def _source(statements: tuple[ast.stmt, ...] | list[ast.stmt]) -> list[str]:
+    return [line for statement in statements for line in ast.unparse(statement).splitlines()]
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return ["    " + line for line in lines]

@@ -1,0 +1,364 @@
+"""Where the parts of a DreamBooth-LoRA script are, found by what they do rather than by name or line.
+
+Users copy these scripts and edit them, so nothing is looked up by the name of a local variable. The one thing taken as
+given is the order of a training step: images are encoded, noise is added, the U-Net predicts, a loss is taken of
+prediction and target, and the accelerator runs it backward.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+
+from apt_hooks.errors import AptError
+
+from .copies import AskOther, Renamed, asks_only_its_shape
+from .tree import Tree, assigned, called, changed, first_line, listed, made_from, owner, read, without_casts
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """The anchors: statements to insert lines at, and the names that those lines use.
+
+    Attributes:
+        parser, parse: name of the argument parser, and the statement that parses with it.
+        arguments, accelerator, unet, schedule: names (or expressions) in the training function.
+        prepare: after it, the accelerator has wrapped the U-Net.
+        encode: the statement of the step that encodes `images`, a name or a subscript.
+        draw, draw_copy, timesteps: the statement that draws the timesteps, what draws them before `encode`, their name.
+        call, prediction: the statement that calls the U-Net, and the name of what it returns.
+        frozen_text, frozen_call, live: the statements that encode the text with the base model's encoders and ask its
+            U-Net the same, everything they assign named `frozen_...`; what of that has to hold the tuned model's value
+            where `frozen_text` is left out.
+        target, compare: name of the target, and the first statement that does anything with it or with the prediction.
+        loss, backward: name of the loss, and the statement that differentiates it.
+        log, step: the statement that logs to the trackers, and the source of its step.
+        loop: the outermost loop of the training.
+        save, folder: after it, the LoRA is saved, in this folder (source).
+    """
+
+    parser: str
+    parse: ast.stmt
+    arguments: str
+    accelerator: str
+    unet: str
+    schedule: str
+    prepare: ast.stmt
+    encode: ast.stmt
+    images: str
+    draw: ast.stmt
+    draw_copy: tuple[ast.stmt, ...]
+    timesteps: str
+    call: ast.stmt
+    prediction: str
+    frozen_text: tuple[ast.stmt, ...]
+    frozen_call: ast.stmt
+    live: tuple[str, ...]
+    target: str
+    compare: ast.stmt
+    loss: str
+    backward: ast.stmt
+    log: ast.stmt
+    step: str | None
+    loop: ast.stmt
+    save: ast.stmt
+    folder: str
+
+
+def find(content: bytes, name: str) -> Script:
+    """Find the anchors.
+
+    Args:
+        content: of the script, without inserted lines.
+        name: of the script, for errors.
+
+    Raises:
+        AptError: it is no Python, or an anchor is missing; the message names the anchor and what was found instead.
+    """
+    try:
+        tree = ast.parse(content)
+    except (SyntaxError, ValueError) as error:
+        raise AptError(f"{name}: cannot be read as Python: {error}") from error
+    return _Finder(tree, name).find()
+
+
+class _Finder:
+    """The statements of a step that the others are found from, and then all."""
+
+    def __init__(self, tree: ast.Module, name: str) -> None:
+        self.tree = Tree(tree)
+        self.name = name
+        self.backward = self._backward()
+        self.accelerator = owner(self.backward)
+        self.loops = [node for node in self.tree.ancestors(self.backward) if isinstance(node, (ast.For, ast.While))]
+        self.function = self.tree.function(self.backward)
+        self.prepare, self.prepared = self._prepare()
+        self.noising = self._noising()
+        self.calls, self.prediction = self._unet_calls()
+        self.unet = called(self.calls[0])
+        self.encoding = self._encoding()
+        # The block of statements that a step is, from the images to the U-Net.
+        self.suite = self.tree.common_suite([self.encoding, *self.noising, *self.calls])
+        self.at_encode = self.tree.index(self.suite, self.encoding)
+        self.at_call = self.tree.index(self.suite, self.calls[-1])
+        if any(self.tree.index(self.suite, call) != self.at_call for call in self.calls):
+            raise self._missing("one call of the U-Net a step, or one in each branch of an `if`", listed(self.calls))
+
+    def find(self) -> Script:
+        for call in ("save_state", "load_state"):
+            if not self.tree.calls(self.function, call):
+                raise self._missing(f"the checkpoints, a call of {self.accelerator}.{call}(...)", "none")
+        images, timesteps = self._images(), self._timesteps()
+        at_draw, draw_copy = self._draw(timesteps, images)
+        frozen_text, frozen_call, live = self._frozen_copy()
+        target, at_compare = self._comparison()
+        log, step = self._log()
+        save, folder = self._save()
+        parser, parse = self._parser()
+        return Script(
+            parser=parser,
+            parse=parse,
+            arguments=self._arguments(),
+            accelerator=self.accelerator,
+            unet=self.unet,
+            schedule=owner(self.noising[0]),
+            prepare=self.prepare,
+            encode=self.suite[self.at_encode],
+            images=images,
+            draw=self.suite[at_draw],
+            draw_copy=draw_copy,
+            timesteps=timesteps,
+            call=self.suite[self.at_call],
+            prediction=self.prediction,
+            frozen_text=frozen_text,
+            frozen_call=frozen_call,
+            live=live,
+            target=target,
+            compare=self.suite[at_compare],
+            loss=ast.unparse(self.backward.args[0]),
+            backward=self.tree.statement(self.backward),
+            log=log,
+            step=step,
+            loop=self.loops[-1],
+            save=save,
+            folder=folder,
+        )
+
+    # -- one anchor each ---------------------------------------------------------------------------------------------
+
+    def _backward(self) -> ast.Call:
+        wanted = "the backward pass, `accelerator.backward(loss)` in a training loop"
+        found = [
+            call
+            for call in self.tree.calls(self.tree.root, "backward")
+            if any(isinstance(node, (ast.For, ast.While)) for node in self.tree.ancestors(call))
+        ]
+        if len(found) != 1:
+            raise self._missing(wanted, listed(found))
+        if len(found[0].args) != 1 or not isinstance(found[0].args[0], ast.Name):
+            raise self._missing(wanted + ", the loss a variable", listed(found))
+        return found[0]
+
+    def _prepare(self) -> tuple[ast.stmt, set[str]]:
+        calls = self.tree.calls(self.function, "prepare")
+        statements = [self.tree.statement(call) for call in calls if owner(call) == self.accelerator]
+        statements = [s for s in statements if isinstance(s, ast.Assign) and self.tree.function(s) is self.function]
+        if not statements:
+            raise self._missing(f"the models, assigned from `{self.accelerator}.prepare(...)`", listed(calls))
+        # At the level of the function, so that neither branch of an `if` is left out.
+        return self.tree.outermost(statements[-1], self.function), assigned(*statements)
+
+    def _noising(self) -> list[ast.Call]:
+        found = self.tree.calls(self.loops[0], "add_noise")
+        if not found:
+            raise self._missing(
+                "the noising, a call of .add_noise(...) in the training loop",
+                "none (flow-matching models are not supported)",
+            )
+        return found
+
+    def _unet_calls(self) -> tuple[list[ast.Call], str]:
+        wanted = "the call of the U-Net, `x = model(noisy, timesteps, ...)[0]` or `.sample`, of a prepared model"
+        inner = sorted(
+            (n for n in ast.walk(self.loops[0]) if isinstance(n, (ast.Assign, ast.Call))), key=lambda n: n.lineno
+        )
+        noisy = assigned(*map(self.tree.statement, self.noising))
+        for node in inner:
+            if isinstance(node, ast.Assign) and noisy & read(node.value):
+                noisy |= assigned(node)
+        calls = [n for n in inner if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+        calls = [call for call in calls if called(call) in self.prepared]
+        of_noisy = [call for call in calls if noisy & read(*call.args, *(k.value for k in call.keywords))]
+        if len({called(call) for call in of_noisy}) != 1:
+            raise self._missing(wanted, listed(calls))
+        names: set[str] = set()
+        for call in of_noisy:
+            statement, value = self.tree.statement(call), self.tree.parents[call]
+            plain = isinstance(statement, ast.Assign) and statement.value is value
+            if not plain or not isinstance(value, (ast.Subscript, ast.Attribute)):
+                raise self._missing(wanted, listed([call]))
+            names |= assigned(statement)
+        if len(names) != 1:
+            raise self._missing("one name for the U-Net's prediction", ", ".join(sorted(names)))
+        return of_noisy, names.pop()
+
+    def _images(self) -> str:
+        images = without_casts(self.encoding.args[0]) if self.encoding.args else self.encoding
+        if not isinstance(images, (ast.Name, ast.Subscript)):
+            raise self._missing("the images, as the variable that the VAE encodes", listed([self.encoding]))
+        return ast.unparse(images)
+
+    def _timesteps(self) -> str:
+        found = []
+        for call in self.calls:
+            given = call.args[1:2] + [k.value for k in call.keywords if k.arg in ("timestep", "timesteps")]
+            found.append(ast.unparse(given[0]) if given else "none")
+        if len(set(found)) != 1 or not found[0].isidentifier() or found[0] == "none":
+            raise self._missing("the timesteps, a variable given to the U-Net", ", ".join(f"`{f}`" for f in found))
+        return found[0]
+
+    def _encoding(self) -> ast.Call:
+        wanted = "the encoding of the images, `vae.encode(images).latent_dist` in the training loop"
+        found = [
+            node.value
+            for node in ast.walk(self.loops[0])
+            if isinstance(node, ast.Attribute) and node.attr == "latent_dist" and isinstance(node.value, ast.Call)
+        ]
+        if len(found) > 1:
+            noised = {name for call in self.noising for name in read(*call.args[:1])}
+            found = [call for call in found if noised & assigned(self.tree.statement(call))]
+        if len(found) != 1:
+            raise self._missing(wanted, listed(found))
+        return found[0]
+
+    def _draw(self, timesteps: str, images: str) -> tuple[int, tuple[ast.stmt, ...]]:
+        """Where the timesteps are complete, and what draws the same ones before the images are encoded.
+
+        The augmentation depends on the timesteps, and the VAE on the augmentation; the scripts draw last. So what the
+        draw is made from is gathered backwards; where it asks the latents for batch size or device, the images know
+        these too.
+        """
+        suite, at_encode = self.suite, self.at_encode
+        drawing = [i for i in range(self.at_call) if timesteps in assigned(suite[i])]
+        if not drawing:
+            raise self._missing(f"the draw of `{timesteps}` before the U-Net is called", "none beside the call")
+        if drawing[-1] < at_encode:
+            return drawing[-1], ()
+        latents = made_from(suite[at_encode : self.at_call], assigned(suite[at_encode]))
+        chosen: set[int] = set()
+        pending = set(drawing)
+        while pending:
+            i = pending.pop()
+            chosen.add(i)
+            for name in read(suite[i]):
+                makers = [j for j in range(at_encode, i) if name in assigned(suite[j])]
+                if not makers or (name in latents and asks_only_its_shape(suite[i], name)):
+                    continue
+                if at_encode in makers:
+                    raise self._missing(
+                        f"a draw of `{timesteps}` that takes no more than batch size and device from the latents",
+                        f"`{first_line(suite[i])}`, which needs `{name}`",
+                    )
+                pending |= set(makers) - chosen
+        swap = AskOther(latents, images)
+        return drawing[-1], tuple(swap.of(suite[i]) for i in sorted(chosen))
+
+    def _frozen_copy(self) -> tuple[tuple[ast.stmt, ...], ast.stmt, tuple[str, ...]]:
+        """The call of the U-Net once more, and the statements before it that it needs and that run a text encoder.
+
+        Everything assigned in it has another name, so that the tuned pass finds its own values.
+        """
+        suite = self.suite
+
+        def makers(names: set[str], before: int) -> set[int]:
+            return {j for j in range(before) if names & (assigned(suite[j]) | changed(suite[j]))}
+
+        needed: set[int] = set()
+        pending = {self.at_call}
+        while pending:
+            i = pending.pop()
+            needed.add(i)
+            pending |= makers(read(suite[i]), i) - needed
+        copied = {self.at_call}
+        encoded = self.prepared - {self.unet}
+        for i in sorted(needed):
+            if encoded & read(suite[i]):
+                copied.add(i)
+                encoded |= assigned(suite[i]) | changed(suite[i])
+        # What a copy changes in place has to be a copy too.
+        while missing := {j for i in copied for j in makers(changed(suite[i]), i)} - copied:
+            copied |= missing
+        renamer = Renamed(self.name)
+        text = renamer.statements([suite[i] for i in sorted(copied - {self.at_call})])
+        renamer.forget()
+        (call,) = renamer.statements([suite[self.at_call]])
+        return tuple(text), call, tuple(sorted(renamer.live))
+
+    def _comparison(self) -> tuple[str, int]:
+        suite, prediction = self.suite, self.prediction
+        wanted = f"the loss of `{prediction}`, such as `mse_loss({prediction}, target)`"
+        nodes = [n for s in suite[self.at_call + 1 :] for n in ast.walk(s) if isinstance(n, (ast.Call, ast.BinOp))]
+        nodes.sort(key=lambda n: n.lineno)
+        losses = [n for n in nodes if isinstance(n, ast.Call) and "loss" in ast.unparse(n.func)]
+        differences = [n for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub)]
+        pairs = [n.args[:2] for n in losses] + [[n.left, n.right] for n in differences]
+        names = [[side.id for side in map(without_casts, pair) if isinstance(side, ast.Name)] for pair in pairs]
+        target = next(
+            (n for pair in names if len(pair) == 2 and prediction in pair for n in pair if n != prediction), ""
+        )
+        if not target:
+            raise self._missing(wanted, listed(losses))
+        defined = [i for i, s in enumerate(suite) if target in assigned(s) and not {target, prediction} & read(s)]
+        if not defined:
+            raise self._missing(f"the assignment of the target `{target}` beside the U-Net's call", "none")
+        first = max(self.at_call, *defined) + 1
+        for i in range(first, len(suite)):
+            if {target, prediction} & read(suite[i]):
+                return target, i
+        raise self._missing(wanted, "none after the target is made")
+
+    def _log(self) -> tuple[ast.stmt, str | None]:
+        found = [call for call in self.tree.calls(self.loops[0], "log") if owner(call) == self.accelerator]
+        if not found:
+            raise self._missing(f"the log to the trackers, `{self.accelerator}.log(...)` in the training loop", "none")
+        call = found[-1]
+        steps = [keyword.value for keyword in call.keywords if keyword.arg == "step"] + call.args[1:2]
+        return self.tree.statement(call), ast.unparse(steps[0]) if steps else None
+
+    def _save(self) -> tuple[ast.stmt, str]:
+        found = [
+            c for c in self.tree.calls(self.function, "save_lora_weights") if self.tree.function(c) is self.function
+        ]
+        folders = [k.value for call in found for k in call.keywords if k.arg == "save_directory"]
+        folders = folders or [argument for call in found for argument in call.args[:1]]
+        if not folders:
+            wanted = "the saving of the LoRA, `.save_lora_weights(save_directory=...)` after training"
+            raise self._missing(wanted, listed(found))
+        suite = self.tree.suite(self.tree.statement(found[-1]))
+        # A copy in another format is written next to it, and is to carry the metadata too.
+        names = ("save_lora_weights", "save_file")
+        saving = [s for s in suite if any(isinstance(n, ast.Call) and called(n) in names for n in ast.walk(s))]
+        return saving[-1], ast.unparse(folders[-1])
+
+    def _parser(self) -> tuple[str, ast.stmt]:
+        found = [c for name in _PARSING for c in self.tree.calls(self.tree.root, name) if owner(c).isidentifier()]
+        if not found:
+            raise self._missing("the argument parser, `parser.parse_args()`", "none")
+        first = min(found, key=lambda call: call.lineno)
+        return owner(first), self.tree.outermost(first, self.tree.function(first))
+
+    def _arguments(self) -> str:
+        if isinstance(self.function, ast.FunctionDef) and self.function.args.args:
+            return self.function.args.args[0].arg
+        functions = [node for node in ast.walk(self.tree.root) if isinstance(node, ast.FunctionDef)]
+        parsing = {f.name for f in functions if any(self.tree.calls(f, name) for name in _PARSING)} | set(_PARSING)
+        for node in ast.walk(self.tree.root):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and called(node.value) in parsing:
+                return ast.unparse(node.targets[0])
+        raise self._missing("the arguments in the training function, `main(args)` or `args = parse_args()`", "neither")
+
+    def _missing(self, wanted: str, found: str) -> AptError:
+        return AptError(f"{self.name}: looked for {wanted}; found {found}. Nothing was changed")
+
+
+_PARSING = ("parse_args", "parse_known_args")

@@ -1,0 +1,75 @@
+"""Models and data for the scripts beside: diffusers' own classes, random weights, a step in milliseconds."""
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+WIDTH, TEXT_WIDTH, TOKENS, WORDS = 32, 16, 6, 40
+
+torch.set_num_threads(1)
+
+
+def make_unet(text_width=TEXT_WIDTH, **more):
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(WIDTH, WIDTH, WIDTH),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=text_width,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        **more,
+    )
+
+
+def make_vae():
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+
+
+def make_text_encoder():
+    config = CLIPTextConfig(
+        vocab_size=WORDS,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=0,
+        eos_token_id=WORDS - 1,
+        pad_token_id=1,
+    )
+    return CLIPTextModel(config)
+
+
+def make_scheduler(prediction_type="epsilon"):
+    return DDPMScheduler(prediction_type=prediction_type)
+
+
+class Photos(torch.utils.data.Dataset):
+    """Eight pictures of a class, the first four of one subject; the words of a prompt by number."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(7)
+        self.pixels = torch.rand(8, 3, 16, 16, generator=generator) * 2 - 1
+        self.words = torch.randint(2, WORDS - 1, (2, TOKENS), generator=generator)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return {"own": (self.pixels[i], self.words[0]), "of_class": (self.pixels[4 + i], self.words[1])}
+
+
+def collate(examples, with_prior_preservation=False):
+    """With prior preservation the class pictures make the second half of the batch."""
+    chosen = [e["own"] for e in examples]
+    if with_prior_preservation:
+        chosen += [e["of_class"] for e in examples]
+    return {"pixel_values": torch.stack([c[0] for c in chosen]), "input_ids": torch.stack([c[1] for c in chosen])}

@@ -1,0 +1,600 @@
+"""Whole runs of patched DreamBooth scripts: those of dreambooth_scripts, on real diffusers, peft and accelerate."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from apt_hooks.augmentation import Placement
+from apt_hooks.indicator import OverfittingIndicator
+from apt_hooks.integrations.diffusers_dreambooth import adapter
+from apt_hooks.integrations.diffusers_dreambooth.adapter import DreamBoothRun
+from apt_hooks.integrations.diffusers_dreambooth.patch import patch
+from apt_hooks.objective import AptObjective
+
+SCRIPTS = Path(__file__).with_name("dreambooth_scripts")
+WEIGHTS = "pytorch_lora_weights"
+NOTHING_ON = "loss_weighting = false\naugmentation = false\nlambda_dist = 0\nlambda_attn = 0"
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries beneath; what apt-hooks says is asserted
+
+
+@dataclasses.dataclass
+class Trained:
+    """What a run left behind."""
+
+    folder: Path
+
+    @property
+    def lora(self) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{WEIGHTS}.safetensors")
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        text = (self.folder / f"{WEIGHTS}-apt.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def metadata(self, name: str = f"{WEIGHTS}.safetensors") -> dict[str, str]:
+        with safe_open(self.folder / name, framework="pt") as file:
+            return file.metadata() or {}
+
+
+Train = Callable[..., Trained]
+
+
+@pytest.fixture(scope="module")
+def unpatched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Path]:
+    """Where the run of an unpatched script is kept, so that each is made once."""
+    folder = tmp_path_factory.mktemp("unpatched")
+    return lambda given: folder / str(abs(hash(given)))
+
+
+@pytest.fixture
+def train(
+    tmp_path: Path, unpatched: Callable[[tuple[str, ...]], Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Train]:
+    """Runs a script: `config` is what its [apt] holds, None leaves APT out; `edit` is done to the unpatched text."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    runs = 0
+
+    def run(
+        name: str,
+        *arguments: str,
+        config: str | None = None,
+        patched: bool = True,
+        edit: Callable[[str], str] = str,
+        folder: Path | None = None,
+    ) -> Trained:
+        nonlocal runs
+        runs += 1
+        if not patched and edit is str and folder is None:
+            folder = unpatched((name, *arguments))
+            if (folder / f"{WEIGHTS}.safetensors").exists():
+                return Trained(folder)
+        own = tmp_path / f"run{runs}"
+        own.mkdir()
+        script = own / f"{name}.py"
+        script.write_text(edit((SCRIPTS / f"{name}.py").read_text(encoding="utf-8")), encoding="utf-8")
+        if patched:
+            patch(script, script)
+        given = [*arguments, "--output_dir", str(folder or own / "out")]
+        if config is not None:
+            (own / "apt.toml").write_text(f"[apt]\n{config}\n", encoding="utf-8")
+            given += ["--apt_config", str(own / "apt.toml")]
+        monkeypatch.setattr(sys, "argv", [str(script), *given])
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        module = _load(script, f"script_{runs}")
+        module.main(module.parse_args())
+        return Trained(folder or own / "out")
+
+    yield run
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def _load(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_same(found: Trained, wanted: Trained) -> None:
+    assert found.lora.keys() == wanted.lora.keys()
+    assert all(torch.equal(found.lora[k], wanted.lora[k]) for k in wanted.lora)
+
+
+def refused(train: Train, name: str, *arguments: str, **options: Any) -> str:
+    """The one line with which a run ends."""
+    with pytest.raises(SystemExit) as error:
+        train(name, *arguments, **options)
+    line = error.value.code
+    assert isinstance(line, str) and line.startswith("apt-hooks: error: ") and "\n" not in line
+    return line
+
+
+@pytest.fixture
+def bases(monkeypatch: pytest.MonkeyPatch, train: Train) -> dict[str, Any]:
+    """Untouched copies of the models that the script makes, by kind; the originals by kind with "own_" before."""
+    import tiny
+
+    made: dict[str, Any] = {}
+
+    def kept(kind: str) -> None:
+        make = getattr(tiny, f"make_{kind}")
+
+        def make_and_keep(*args: Any, **kwargs: Any) -> Any:
+            made[f"own_{kind}"] = make(*args, **kwargs)
+            made[kind] = copy.deepcopy(made[f"own_{kind}"]).eval()
+            return made[f"own_{kind}"]
+
+        monkeypatch.setattr(tiny, f"make_{kind}", make_and_keep)
+
+    kept("unet")
+    kept("text_encoder")
+    return made
+
+
+# -- as it was ---------------------------------------------------------------------------------------------------------
+
+EVERYTHING = ("--train_text_encoder", "--with_prior_preservation", "--gradient_accumulation_steps", "2")
+EVERYTHING += ("--gradient_checkpointing", "--lora_dropout", "0.3", "--validation_epochs", "1")
+
+ARGUMENTS = {
+    "one_encoder": [(), EVERYTHING, ("--mixed_precision", "bf16")],
+    "two_encoders": [(), ("--train_text_encoder", "--with_prior_preservation", "--snr_gamma", "5")],
+}
+CASES = [(name, arguments) for name, cases in ARGUMENTS.items() for arguments in cases]
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_without_apt_arguments_a_patched_script_trains_the_lora_of_the_unpatched_one(
+    train: Train, name: str, arguments: tuple[str, ...]
+) -> None:
+    plain = train(name, *arguments, patched=False)
+    assert_same(train(name, *arguments), plain)
+    assert plain.metadata().keys() == train(name, *arguments).metadata().keys()
+
+
+@pytest.mark.parametrize(
+    "config", ["monitor_only = true", NOTHING_ON, 'objective = "dreambooth"', "enabled = false"], ids=str.split
+)
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_with_nothing_that_acts_a_run_trains_the_lora_of_the_unpatched_script(
+    train: Train, name: str, arguments: tuple[str, ...], config: str
+) -> None:
+    found = train(name, *arguments, config=config)
+    assert_same(found, train(name, *arguments, patched=False))
+    if config != "enabled = false":
+        assert len(found.lines) == 4 and found.lines[-1]["delta_noise"] > 0.0
+        assert found.lines[-1]["loss_weight"] == 1.0 and max(found.lines[-1]["gamma"]) > 0.0
+
+
+def test_without_apt_hooks_a_patched_script_runs_and_says_what_its_arguments_need(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "apt_hooks.integrations.diffusers_dreambooth", None)
+    train("one_encoder", "--max_train_steps", "1")
+    with pytest.raises(SystemExit, match=r"^--apt_config and --apt_preset need apt-hooks, not found here .*: pip"):
+        train("one_encoder", "--max_train_steps", "1", config="")
+
+
+# -- what acts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_apt_trains_another_lora_and_says_what_it_did(
+    train: Train, name: str, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments += ("--learning_rate", "1e-2")
+    found = train(name, *arguments, config="")
+    plain = train(name, *arguments, patched=False)
+    assert any(not torch.equal(found.lora[k], plain.lora[k]) for k in plain.lora)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("apt-hooks"))
+    assert " is on | no preset | no overrides | up-blocks 1, 2: 4 cross-attention layers, 4 hidden states |" in line
+    assert line.endswith(f" | augmentation of images | log {found.folder / WEIGHTS}-apt.jsonl")
+    assert [line["step"] for line in found.lines] == [1, 2, 3, 4]
+    first, last = found.lines[0], found.lines[-1]
+    assert first["gamma"] == [0.0] * 10 and max(last["gamma"]) > 0.0
+    assert first["l_attn"] < last["l_attn"] and first["l_mu"] < last["l_mu"]
+
+
+def test_a_preset_may_be_named_in_place_of_a_file(train: Train) -> None:
+    line = refused(train, "one_encoder", "--apt_preset", "sdxl")  # the tiny U-Net has other up-blocks
+    assert "up-block 0 has no attention layers here" in line
+    assert "preset must be one of" in refused(train, "one_encoder", "--apt_preset", "sdx")
+
+
+def by_hand(source: str) -> str:
+    """The script with APT written into it as README's own loop has it: per-sample losses, and no patch."""
+    call_at = source.index("                model_pred = unet(")
+    call_end = source.index("\n                if noise_scheduler.config.prediction_type", call_at)
+    call = source[call_at:call_end].rstrip()
+    loss_at = source.index("                if args.with_prior_preservation:\n                    model_pred, model")
+    loss_end = source.index("                accelerator.backward(loss)")
+    loss = """
+                n = len(timesteps) // 2 if args.with_prior_preservation else len(timesteps)
+                counted = torch.arange(len(timesteps)) < n
+                step = apt.step(predict, target, timesteps, counted=counted)
+                per_sample = (step.prediction - target).square().mean(dim=(1, 2, 3))
+                loss = (per_sample * step.weight)[:n].mean() + step.regularizer * (len(timesteps) / n)
+                if args.with_prior_preservation:
+                    loss = loss + args.prior_loss_weight * per_sample[n:].mean()
+"""
+    indented = "\n".join(f"    {line}" for line in call.splitlines())
+    source = source[:loss_at] + loss + source[loss_end:]
+    source = source.replace(
+        source[call_at:call_end], f"                def predict():\n{indented}\n                    return model_pred\n"
+    )
+    setup = """
+    from apt_hooks import AptConfig, AptObjective
+    from apt_hooks.integrations.peft import adapters_off
+    apt = AptObjective(AptConfig(augmentation=False), unet, lambda: adapters_off(unet))
+"""
+    return source.replace(
+        "    if accelerator.is_main_process:\n        accelerator.init",
+        setup + "    if True:\n        accelerator.init",
+    )
+
+
+@pytest.mark.parametrize("prior", [(), ("--with_prior_preservation",)], ids=["alone", "prior"])
+def test_a_patched_script_trains_what_apt_written_into_it_by_hand_does(train: Train, prior: tuple[str, ...]) -> None:
+    arguments = (*prior, "--max_train_steps", "6", "--learning_rate", "1e-2")
+    wanted = train("one_encoder", *arguments, patched=False, edit=by_hand).lora
+    found = train("one_encoder", *arguments, config="augmentation = false")
+    plain = train("one_encoder", *arguments, patched=False).lora
+    assert found.lines[-1]["loss_weight"] < 0.99 or max(found.lines[-1]["gamma"]) > 0.5
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found.lora[key], tensor, rtol=1e-3, atol=2e-5)
+    assert max(float((plain[k] - wanted[k]).abs().max()) for k in wanted) > 1e-3
+
+
+def test_the_loss_that_is_shown_stays_the_scripts_own(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, float]] = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step=None: shown.append({**values, "step": step}))
+    found = train("one_encoder", config="augmentation = false\nlambda_attn = 1000")
+    losses = [values["loss"] for values in shown if "loss" in values]
+    assert losses == [pytest.approx(line["loss_tuned"], rel=1e-6) for line in found.lines]
+    values = [values for values in shown if "apt/gamma/0" in values]
+    assert [v["step"] for v in values] == [1, 2, 3, 4]
+    assert values[-1]["apt/l_attn"] == found.lines[-1]["l_attn"] > 0.0
+    assert [values[-1][f"apt/gamma/{b}"] for b in range(10)] == found.lines[-1]["gamma"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS_NAMES := ["one_encoder", "two_encoders"])
+def test_class_images_are_neither_augmented_nor_counted(
+    train: Train, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    batches: list[tuple[Tensor, Tensor]] = []
+    counted: list[list[bool]] = []
+    augment, assess = DreamBoothRun.augment, AptObjective.assess
+
+    def spied_augment(self: DreamBoothRun, images: Tensor, timesteps: Tensor) -> Tensor:
+        batches.append((images.clone(), augment(self, images, timesteps)))
+        return batches[-1][1]
+
+    def spied_assess(self: AptObjective, *args: Any) -> Any:
+        counted.append(args[-1].tolist())
+        step = assess(self, *args)
+        assert step.weight[2:].tolist() == [1.0, 1.0] and step.counted == 2
+        return step
+
+    monkeypatch.setattr(DreamBoothRun, "augment", spied_augment)
+    monkeypatch.setattr(AptObjective, "assess", spied_assess)
+    monkeypatch.setattr(OverfittingIndicator, "gamma", lambda self, timesteps: torch.ones(len(timesteps)))
+    found = train(name, "--with_prior_preservation", config="augment_max_probability = 1.0")
+    assert counted == [[True, True, False, False]] * 4
+    for before, after in batches:
+        assert torch.equal(before[2:], after[2:]) and not torch.equal(before[0], after[0])
+        assert (after[0] == -1.0).any() and not (before[0] == -1.0).any()
+    assert found.lines[-1]["augmented"] == 1.0 and found.lines[-1]["loss_weight"] == 0.0
+
+
+def test_the_timesteps_of_the_augmentation_are_those_of_the_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[int]] = []
+    used: list[list[int]] = []
+    noised: list[list[int]] = []
+    import tiny
+
+    draw, assess, make = AptObjective.draw_augmentation, AptObjective.assess, tiny.make_scheduler
+
+    def spied_draw(self: AptObjective, timesteps: Tensor, *rest: Any) -> Placement:
+        drawn.append(timesteps.tolist())
+        return draw(self, timesteps, *rest)
+
+    def spied_assess(self: AptObjective, passes: Any, target: Tensor, timesteps: Tensor, *rest: Any) -> Any:
+        used.append(timesteps.tolist())
+        return assess(self, passes, target, timesteps, *rest)
+
+    def spied_scheduler(*args: Any) -> Any:
+        scheduler = make(*args)
+        add_noise = scheduler.add_noise
+        scheduler.add_noise = lambda x, noise, t: noised.append(t.tolist()) or add_noise(x, noise, t)
+        return scheduler
+
+    monkeypatch.setattr(AptObjective, "draw_augmentation", spied_draw)
+    monkeypatch.setattr(AptObjective, "assess", spied_assess)
+    monkeypatch.setattr(tiny, "make_scheduler", spied_scheduler)
+    train("two_encoders", config="")
+    assert drawn == used == noised and len(drawn) == 4 and len({t for batch in drawn for t in batch}) > 4
+
+
+@pytest.mark.parametrize("arguments", [(), EVERYTHING], ids=["plain", "everything"])
+def test_the_frozen_pass_is_the_base_models_text_encoder_included(
+    train: Train, bases: dict[str, Any], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    words: list[Tensor] = []
+    differences: list[float] = []
+    begin = DreamBoothRun.begin_tuned_pass
+
+    def spied(self: DreamBoothRun, frozen_prediction: Tensor) -> None:
+        if not asked:
+            bases["own_unet"].register_forward_pre_hook(lambda module, args: asked.append(args))
+            bases["own_text_encoder"].register_forward_pre_hook(lambda module, args: words.append(args[0]))
+        elif words:
+            with torch.no_grad():
+                noisy, timesteps, _ = asked[-1]
+                text = bases["text_encoder"](words[-1])[0]
+                base = bases["unet"](noisy, timesteps, text).sample
+            assert torch.equal(frozen_prediction, base)
+            differences.append(1.0)
+        begin(self, frozen_prediction)
+
+    monkeypatch.setattr(DreamBoothRun, "begin_tuned_pass", spied)
+    train("one_encoder", *arguments, "--learning_rate", "1e-1", config="")
+    assert len(differences) >= 3
+
+
+def test_nothing_is_left_on_the_models(train: Train, bases: dict[str, Any]) -> None:
+    train("one_encoder", *EVERYTHING, config="")
+    for model in (bases["own_unet"], bases["own_text_encoder"]):
+        for module in model.modules():
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            assert not [hook for hook in hooks if hook.__module__.startswith("apt_hooks")]
+        lora = [p.requires_grad for name, p in model.named_parameters() if "lora_" in name]
+        assert lora and all(lora)
+        assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name)
+
+
+def test_dco_trains_with_the_gradient_of_its_loss(train: Train) -> None:
+    def dco(source: str) -> str:
+        return by_hand(source).replace("AptConfig(augmentation=False)", 'AptConfig(objective="dco", dco_beta=50)')
+
+    wanted = train("one_encoder", patched=False, edit=dco).lora
+    found = train("one_encoder", config='objective = "dco"\ndco_beta = 50')
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found.lora[key], tensor, rtol=1e-3, atol=2e-5)
+    assert found.lines[0]["loss_weight"] == pytest.approx(25.0, rel=1e-3)
+    assert found.lines[0]["l_attn"] is None and found.lines[-1]["augmented"] == 0.0
+
+
+def test_a_script_that_a_user_edited_trains_alike(train: Train) -> None:
+    names = {
+        "model_pred": "guess",
+        "noise_scheduler": "ddpm",
+        "unet": "denoiser",
+        "target": "goal",
+        "timesteps": "when",
+    }
+    names |= {"accelerator": "acc", "model_input": "z", "encoder_hidden_states": "text", "loss": "total"}
+
+    def renamed(source: str) -> str:
+        import re
+
+        for old, new in names.items():
+            source = re.sub(rf"(?<![\w.\"'-]){old}\b(?!\"|=)|(?<=[(\s]){old}(?= = )", new, source)
+        return source.replace(
+            "                acc.backward(total)",
+            "                total = total + 0.1 * F.l1_loss(guess.float(), goal.float())\n"
+            "                acc.backward(total)",
+        )
+
+    def extra(source: str) -> str:
+        return source.replace(
+            "                accelerator.backward(loss)",
+            "                loss = loss + 0.1 * F.l1_loss(model_pred.float(), target.float())\n"
+            "                accelerator.backward(loss)",
+        )
+
+    wanted = train("one_encoder", config="", edit=extra)
+    found = train("one_encoder", config="", edit=renamed)
+    assert_same(found, wanted)
+    assert found.lines == wanted.lines
+    plain = train("one_encoder", config="")
+    assert any(not torch.equal(plain.lora[k], wanted.lora[k]) for k in plain.lora)
+
+
+# -- saving and resuming -----------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(train: Train, tmp_path: Path) -> None:
+    arguments = ("--checkpointing_steps", "4", "--max_train_steps", "8", "--train_text_encoder")
+    whole = train("one_encoder", *arguments, config="", folder=tmp_path / "whole")
+    halved = tmp_path / "halved"
+    train("one_encoder", "--checkpointing_steps", "4", "--train_text_encoder", config="", folder=halved)
+    resumed = train("one_encoder", *arguments, "--resume_from_checkpoint", "checkpoint-4", config="", folder=halved)
+    assert_same(resumed, whole)
+    assert resumed.lines == whole.lines and [line["step"] for line in whole.lines] == list(range(1, 9))
+    assert resumed.metadata()["ss_apt_gamma"] == whole.metadata()["ss_apt_gamma"]
+    assert max(json.loads(whole.metadata()["ss_apt_gamma"])) > 0.0
+
+
+def test_a_checkpoint_without_apt_resumes_with_a_warning_and_one_with_it_without_apt(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resume = ("--checkpointing_steps", "2", "--resume_from_checkpoint", "checkpoint-2")
+    plain = tmp_path / "plain"
+    train("one_encoder", "--checkpointing_steps", "2", "--max_train_steps", "2", patched=False, folder=plain)
+    with caplog.at_level(logging.WARNING, logger="apt_hooks"):
+        found = train("one_encoder", *resume, config="", folder=plain)
+    assert "was saved without apt-hooks; the overfitting indicator starts anew" in caplog.text
+    assert [line["step"] for line in found.lines] == [1, 2] and found.lines[0]["gamma"] == [0.0] * 10
+    caplog.clear()
+    with_apt = tmp_path / "with"
+    train("one_encoder", "--checkpointing_steps", "2", "--max_train_steps", "2", config="", folder=with_apt)
+    assert (with_apt / "checkpoint-2" / "apt-hooks.json").exists()
+    train("one_encoder", *resume, folder=with_apt)
+    assert not [record for record in caplog.records if record.name == "apt_hooks"]
+
+
+def test_every_lora_that_is_saved_carries_the_metadata(train: Train) -> None:
+    found = train("one_encoder", "--checkpointing_steps", "2", config='objective = "dco"')
+    half = found.metadata(f"checkpoint-2/{WEIGHTS}.safetensors")
+    assert (half["ss_apt_steps"], found.metadata()["ss_apt_steps"]) == ("2", "4")
+    assert json.loads(half["ss_apt_config"])["objective"] == "dco" and half["ss_apt_augment_space"] == "image"
+    two = train("two_encoders", "--output_kohya_format", config="")
+    names = sorted(path.name for path in two.folder.glob("*.safetensors"))
+    assert names == [f"{WEIGHTS}.safetensors", f"{WEIGHTS}_kohya.safetensors"]
+    assert two.metadata(names[0])["ss_apt_steps"] == two.metadata(names[1])["ss_apt_steps"] == "4"
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_done_is_refused_before_training(train: Train) -> None:
+    line = refused(train, "two_encoders", "--do_edm_style_training", config="")
+    assert "--do_edm_style_training cannot be used with APT" in line
+    assert "both --apt_config" in refused(train, "one_encoder", "--apt_preset", "sd15", config="")
+    assert 'augment_space = "latent" is for' in refused(train, "one_encoder", config='augment_space = "latent"')
+    words = 'identifier = "sks"\nclass_word = "toy"'
+    assert "identifier and class_word are for sd-scripts" in refused(train, "one_encoder", config=words)
+    assert "there is no such key" in refused(train, "one_encoder", config="lamda_attn = 1")
+    assert "looked for a section [apt]" in refused(train, "one_encoder", "--apt_config", os.devnull)
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("DEEPSPEED", None), ("FSDP", None), (None, "_orig_mod")])
+def test_engines_that_own_the_model_and_compiled_ones_are_refused(
+    train: Train, monkeypatch: pytest.MonkeyPatch, attribute: str | None, value: str | None
+) -> None:
+    start = adapter.start
+
+    def other(args: Any, accelerator: Any, unet: Any, schedule: Any) -> Any:
+        if value:
+            unet._orig_mod = torch.nn.Identity()
+        kind = type("Fake", (), {"value": attribute or "NO"})()
+        monkeypatch.setattr(Accelerator, "distributed_type", kind, raising=False)
+        try:
+            return start(args, accelerator, unet, schedule)
+        finally:
+            monkeypatch.undo()
+
+    monkeypatch.setattr(adapter, "start", other)
+    line = refused(train, "one_encoder", config="")
+    assert (attribute or "compiled U-Net") in line
+
+
+def test_a_prediction_that_the_script_changes_first_is_refused(train: Train) -> None:
+    def changed(source: str) -> str:
+        at = "                if noise_scheduler.config.prediction_type"
+        return source.replace(at, f"                model_pred = model_pred * 1.5\n{at}", 1)
+
+    assert "changes the U-Net's prediction before the loss" in refused(train, "one_encoder", config="", edit=changed)
+
+
+def test_a_trained_text_encoder_that_is_called_out_of_sight_is_refused(train: Train) -> None:
+    def hidden(source: str) -> str:
+        source = source.replace("                    text_encoder,\n", "                    encoders[0],\n")
+        return source.replace(
+            "    global_step, first_epoch", "    encoders = [text_encoder]\n    global_step, first_epoch"
+        )
+
+    line = refused(train, "one_encoder", "--train_text_encoder", config="", edit=hidden)
+    assert "the lines that run it were not found" in line
+    train("one_encoder", "--max_train_steps", "1", config="", edit=hidden)  # not trained: nothing to encode anew
+
+
+# -- several processes, and a GPU --------------------------------------------------------------------------------------
+
+DRIVER = """
+import importlib.util, json, sys
+from apt_hooks.integrations.diffusers_dreambooth.adapter import DreamBoothRun
+
+seen = {"losses": [], "gammas": []}
+regularized, close = DreamBoothRun.regularized, DreamBoothRun.close
+
+def keep(self, loss):
+    seen["losses"].append(loss.item())
+    return regularized(self, loss)
+
+def write(self):
+    seen["gammas"] = self._run.objective.indicator.gammas.tolist()
+    with open(f"rank{self._accelerator.process_index}.json", "w") as file:
+        json.dump(seen, file)
+    close(self)
+
+DreamBoothRun.regularized, DreamBoothRun.close = keep, write
+spec = importlib.util.spec_from_file_location("script", "script.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+script.main(script.parse_args())
+"""
+
+
+def test_two_processes_have_one_indicator_and_learn(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_bytes((SCRIPTS / "one_encoder.py").read_bytes())
+    patch(script, script)
+    (tmp_path / "driver.py").write_text(DRIVER, encoding="utf-8")
+    (tmp_path / "apt.toml").write_text("[apt]\n", encoding="utf-8")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "driver.py"]
+    arguments = ["--apt_config", "apt.toml", "--max_train_steps", "24", "--learning_rate", "1e-2"]
+    arguments += ["--train_batch_size", "1", "--train_text_encoder"]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [sys.executable, *launch, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0]["gammas"] == ranks[1]["gammas"] and max(ranks[0]["gammas"]) > 0.0
+    losses = [sum(pair) / 2 for pair in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+    assert ranks[0]["losses"] != ranks[1]["losses"]
+    assert sum(losses[-8:]) < sum(losses[:8])
+    assert len((tmp_path / "out" / f"{WEIGHTS}-apt.jsonl").read_text().splitlines()) == 24
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_on_a_gpu_a_run_has_finite_terms_and_monitoring_changes_nothing(
+    train: Train, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    arguments = ("--mixed_precision", precision, "--gradient_checkpointing")
+    lines = train("one_encoder", *arguments, config="").lines
+    assert len(lines) == 4 and all(line["l_attn"] is not None and line["delta_noise"] is not None for line in lines)
+    monitored = train("one_encoder", *arguments, config="monitor_only = true")
+    assert_same(monitored, train("one_encoder", *arguments, patched=False))
