@@ -54,7 +54,8 @@ def patch(
     if _is_script(trainer):
         if output is not None and in_place:
             raise AptError(f"both --output {output} and --in-place are given; keep one")
-        target = path if in_place else output or path.with_name(f"{path.stem}_apt{path.suffix}")
+        beside = path.parent / f"{path.stem}_apt{path.suffix}"
+        target = path if in_place else output or beside
         diff = diffusers.patch(path, target, dry_run=dry_run)
         if dry_run:
             typer.echo(diff or f"{path}: already patched")

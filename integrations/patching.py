@@ -49,7 +49,9 @@ def insert(content: bytes, insertions: Iterable[Insertion], name: str) -> bytes:
     return insert_lines(content, places, name)
 
 
-def insert_lines(content: bytes, places: Iterable[tuple[int, Sequence[str]]], name: str) -> bytes:
+def insert_lines(
+    content: bytes, places: Iterable[tuple[int, Sequence[str]]], name: str, encoding: str = "utf-8"
+) -> bytes:
     """`content` with marked lines, each group before the line of that number, counted from 0; of one number in order.
 
     Raises:
@@ -64,7 +66,7 @@ def insert_lines(content: bytes, places: Iterable[tuple[int, Sequence[str]]], na
             raise AptError(
                 f"{name}: the line `{before.decode(errors='replace').strip()}` ends the file without a newline; add one"
             )
-        lines[at:at] = [f"{line}  {MARK}".encode() + ending for line in new]
+        lines[at:at] = [f"{line}  {MARK}".encode(encoding) + ending for line in new]
     return b"".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ COMMANDS = list(commands(typer.main.get_command(app)))
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_help_of_every_command_shows_an_example_of_it(path: tuple[str, ...]) -> None:
     shown = " ".join(run(*path, "--help").replace("`", "").split())
-    assert f"Example: apt-hooks {' '.join(path)}" in shown
+    assert re.search(f"Examples?: (.*, )?apt-hooks {' '.join(path)} ", shown + " ")
 
 
 def test_the_commands_are_those_that_readme_names() -> None:
@@ -102,6 +103,97 @@ def test_a_version_that_was_not_tried_is_told(tmp_path: Path) -> None:
     folder = write_checkout(tmp_path)
     (folder / "README.md").write_text("Version 0.12.0\n")
     assert "sd-scripts 0.12.0 (tested: 0.10.0, 0.10.1) in" in run("status", "sd-scripts", folder, code=1)
+
+
+# -- patch, unpatch, status of a script of diffusers -------------------------------------------------------------------
+
+
+SCRIPT = (Path(__file__).parent / "dreambooth_scripts/two_encoders.py").read_bytes()
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_bytes(b'check_min_version("0.40.0")\n' + SCRIPT)
+    return path
+
+
+def test_a_script_is_patched_into_a_copy_beside_it(script: Path) -> None:
+    before, copy = script.read_bytes(), script.with_name("train_apt.py")
+    assert run("status", "diffusers", script, code=1) == f"{script}, for diffusers 0.40.0: not patched\n"
+    assert run("patch", "diffusers", script) == f"{copy}: patched\n"
+    assert script.read_bytes() == before
+    assert run("status", "diffusers", script, code=1) == f"{script}, for diffusers 0.40.0: not patched\n"
+    assert run("status", "diffusers", copy) == f"{copy}, for diffusers 0.40.0: patched\n"
+    once = copy.read_bytes()
+    assert run("patch", "diffusers", script).startswith(f"{copy}: ")
+    assert copy.read_bytes() == once
+    assert run("unpatch", "diffusers", copy) == f"{copy}: unpatched\n"
+    assert copy.read_bytes() == before
+    assert run("unpatch", "diffusers", copy) == f"{copy}: not patched, nothing to do\n"
+
+
+def test_a_script_is_patched_into_the_file_that_output_names(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(script.parent)
+    assert run("patch", "diffusers", "train.py", "--output", "mine.py") == "mine.py: patched\n"
+    assert sorted(path.name for path in script.parent.iterdir()) == ["mine.py", "train.py"]
+    assert MARK.encode() in Path("mine.py").read_bytes()
+
+
+def test_a_script_is_patched_in_place_where_asked(script: Path) -> None:
+    before = script.read_bytes()
+    assert run("patch", "diffusers", script, "--in-place") == f"{script}: patched\n"
+    once = script.read_bytes()
+    assert run("status", "diffusers", script) == f"{script}, for diffusers 0.40.0: patched\n"
+    assert run("patch", "diffusers", script, "--in-place") == f"{script}: already patched\n"
+    assert script.read_bytes() == once and list(script.parent.iterdir()) == [script]
+    assert run("unpatch", "diffusers", script) == f"{script}: unpatched\n"
+    assert script.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("how", "name"), [([], "train_apt.py"), (["--in-place"], "train.py"), (["--output", "x.py"], "x.py")]
+)
+def test_a_dry_run_of_a_script_prints_the_diff_and_changes_nothing(
+    script: Path, how: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(script.parent)
+    before, output = script.read_bytes(), script.with_name(name)
+    shown = run("patch", "diffusers", script, "--dry-run", *how)
+    assert script.read_bytes() == before and list(script.parent.iterdir()) == [script]
+    run("patch", "diffusers", script, *how)
+    lines = [line for line in output.read_text().splitlines() if line.endswith(MARK)]
+    assert shown.startswith("--- a/train.py\n+++ b/train.py\n")
+    assert [line[1:] for line in shown.splitlines() if line.endswith(MARK)] == lines != []
+    assert run("patch", "diffusers", output, "--in-place", "--dry-run") == f"{output}: already patched\n"
+    gone = run("unpatch", "diffusers", output, "--dry-run")
+    assert [line[1:] for line in gone.splitlines() if line.endswith(MARK)] == lines
+    assert MARK in output.read_text()
+
+
+def test_a_script_edited_since_is_told_and_exits_with_1(script: Path) -> None:
+    run("patch", "diffusers", script, "--in-place")
+    script.write_text(script.read_text().replace("regularized(loss)", "regularised(loss)"))
+    said = run("status", "diffusers", script, code=1)
+    assert said.endswith(": patched, and edited since or by another version of apt-hooks\n")
+    assert run("patch", "diffusers", script, "--in-place") == f"{script}: patched\n"
+    run("status", "diffusers", script)
+
+
+def test_a_script_for_a_version_that_was_not_tried_is_told(script: Path) -> None:
+    script.write_text(script.read_text().replace("0.40.0", "0.41.0"))
+    version = "for diffusers 0.41.0 (tested: 0.32.0, 0.35.0, 0.40.0)"
+    assert run("status", "diffusers", script, code=1) == f"{script}, {version}: not patched\n"
+    done, note = run("patch", "diffusers", script).splitlines()
+    assert done == f"{script.with_name('train_apt.py')}: patched"
+    assert note.startswith("note: ") and version in note and "has the structure of the tested ones" in note
+
+
+def test_a_script_that_names_no_version_is_told(script: Path) -> None:
+    script.write_bytes(SCRIPT)
+    version = "for no stated version of diffusers (tested: 0.32.0, 0.35.0, 0.40.0)"
+    assert run("status", "diffusers", script, code=1) == f"{script}, {version}: not patched\n"
+    assert version in run("patch", "diffusers", script).splitlines()[1]
 
 
 # -- presets and check -------------------------------------------------------------------------------------------------
@@ -249,8 +341,40 @@ def test_a_config_that_would_not_be_valid_is_refused_and_left_alone(
         (("patch", "sd-scripts", "nowhere"), "looked for kohya's sd-scripts"),
         (("unpatch", "sd-scripts", "nowhere"), "looked for kohya's sd-scripts"),
         (("status", "sd-scripts", "nowhere"), "looked for kohya's sd-scripts"),
-        (("patch", "diffusers"), "diffusers: no such trainer; the one supported is sd-scripts"),
-        (("status", "diffusers"), "no such trainer"),
+        (("patch", "sd-script"), "sd-script: no such trainer; there are sd-scripts and diffusers"),
+        (("unpatch", "sd-script"), "sd-script: no such trainer; there are sd-scripts and diffusers"),
+        (("status", "Diffusers"), "Diffusers: no such trainer; there are sd-scripts and diffusers"),
+        (("patch", "sd-scripts", ".", "--output", "x.py"), "--output and --in-place are for diffusers; sd-scripts is "),
+        (("patch", "sd-scripts", ".", "--in-place"), "--output and --in-place are for diffusers; sd-scripts is always"),
+        (
+            ("patch", "diffusers", "t.py", "--output", "x.py", "--in-place"),
+            "both --output x.py and --in-place are given",
+        ),
+        (
+            ("patch", "diffusers", "nowhere.py"),
+            "nowhere.py: cannot be read: No such file or directory; name a training",
+        ),
+        (("patch", "diffusers", "nowhere.py", "--in-place"), "nowhere.py: cannot be read: No such file"),
+        (("unpatch", "diffusers", "nowhere.py"), "nowhere.py: cannot be read: No such file"),
+        (("status", "diffusers", "nowhere.py"), "nowhere.py: cannot be read: No such file"),
+        (("patch", "diffusers", "folder"), "folder: cannot be read: Is a directory; name a training script"),
+        (("patch", "diffusers", "folder", "--in-place"), "folder: cannot be read: Is a directory; name a training"),
+        (("unpatch", "diffusers", "folder"), "folder: cannot be read: Is a directory; name a training script"),
+        (("status", "diffusers", "folder"), "folder: cannot be read: Is a directory; name a training script"),
+        (("patch", "diffusers", ".."), "cannot be read: Is a directory; name a training script"),
+        (("patch", "diffusers", "."), "cannot be read: Is a directory; name a training script"),
+        (("patch", "diffusers"), "name a training script"),
+        (("unpatch", "diffusers"), "name a training script"),
+        (("status", "diffusers"), "name a training script"),
+        (
+            ("patch", "diffusers", "other.py"),
+            "other.py: looked for the backward pass, `accelerator.backward(loss)` in a",
+        ),
+        (("status", "diffusers", "other.py"), "other.py: looked for the backward pass"),
+        (("patch", "diffusers", "section.toml"), "section.toml: looked for the backward pass"),
+        (("patch", "diffusers", "t.py", "--output", "folder"), "folder: "),
+        (("patch", "diffusers", "t.py", "--output", "nowhere/x.py"), "nowhere: cannot be written to: No such file"),
+        (("patch", "diffusers", "t.py", "--output", "other.py"), "other.py: there already and not what would be writt"),
         (("presets", "show", "sdx"), 'did you mean "sdxl"'),
         (("presets", "apply", "sdxl", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "nowhere.toml"), "nowhere.toml: cannot be read"),
@@ -274,7 +398,13 @@ def test_a_mistake_is_one_line_and_no_traceback(
     Path("section.toml").write_text("seed = 1\n")
     Path("mixed.toml").write_text("[apt]\nzoom_out = [1, 3.0]\n")
     Path("latin.toml").write_bytes("[apt]\nidentifier = 'é'\n".encode("latin-1"))
+    Path("folder").mkdir()
+    Path("other.py").write_text("print('no training')\n")
+    Path("t.py").write_bytes(SCRIPT)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert said in fail(monkeypatch, capsys, *arguments)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert list(Path("folder").iterdir()) == []
 
 
 def test_a_mistake_leaves_the_shell_exit_code_1_and_the_line_on_stderr(tmp_path: Path) -> None:

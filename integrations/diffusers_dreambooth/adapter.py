@@ -99,7 +99,7 @@ class DreamBoothRun:
     def augment(self, images: Tensor, timesteps: Tensor) -> Tensor:
         """`images` ([batch, channels, height, width] in [-1, 1]), some zoomed out and rotated."""
         with errors_in_one_line():
-            self._timesteps = timesteps
+            self._timesteps = timesteps.clone()  # which the script may change in place, and then again
             self._placement = self._run.objective.draw_augmentation(
                 timesteps, self._counted(len(timesteps)), self._run.generator()
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import io
 import re
+import tokenize
 from pathlib import Path
 
 from apt_hooks.errors import AptError
@@ -46,7 +48,7 @@ def status(path: Path) -> Status:
         AptError: it cannot be read, or is not patched and cannot be.
     """
     content = _read(path)
-    named = re.search(rb"""check_min_version\(["']([\d.]+)""", content)
+    named = re.search(rb"""check_min_version\(["'](\d+(?:\.\d+)*)""", content)
     patched = _patched(content, path.name)
     state = "not patched"
     if patching.is_patched(content):
@@ -65,14 +67,15 @@ def patch(path: Path, output: Path, *, dry_run: bool = False) -> str:
     content = _read(path)
     new = _patched(content, path.name)
     if not dry_run:
-        there = output.read_bytes() if output.exists() else None
-        if output != path and there not in (None, new):
+        there = _read(output) if output.exists() else None
+        if output.resolve() != path.resolve() and there not in (None, new):
             raise AptError(
                 f"{output}: there already and not what would be written; delete it, name another --output, or patch "
                 "it --in-place"
             )
         if there != new:
             write_atomically(output, new)
+            output.chmod(path.stat().st_mode & 0o777)
     return patching.diff(content, new, path.name)
 
 
@@ -98,7 +101,9 @@ def _read(path: Path) -> bytes:
 
 def _patched(content: bytes, name: str) -> bytes:
     plain = patching.strip(content)
-    new = patching.insert_lines(plain, _Lines(plain, name).places(find(plain, name)), name)
+    found = find(plain, name)
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(plain).readline)
+    new = patching.insert_lines(plain, _Lines(plain, name).places(found), name, encoding.removesuffix("-sig"))
     try:
         ast.parse(new)
     except (SyntaxError, ValueError) as error:
@@ -112,13 +117,22 @@ class _Lines:
     def __init__(self, content: bytes, name: str) -> None:
         self.lines = content.splitlines()
         self.name = name
+        tokens = tokenize.tokenize(io.BytesIO(content).readline)
+        comments = [t for t in tokens if t.type == tokenize.COMMENT and not t.line[: t.start[1]].strip()]
+        self.comments = {comment.start[0] for comment in comments}
 
     def places(self, found: Script) -> list[tuple[int, tuple[str, ...]]]:
         """The lines of every anchor, with the number of the line that each group goes before."""
         guard = f"if {RUN} is not None:"
-        text = _source(found.frozen_text)
-        encode_text = [f"if {RUN}.trains_text_encoders:", *_indented(text)] if text else []
-        frozen = [f"frozen_{name} = {name}" for name in found.live] + encode_text + _source([found.frozen_call])
+        frozen = found.frozen
+        prediction = frozen.prefix + found.prediction
+        text = _source(frozen.text)
+        if text and not frozen.always:
+            text = [f"if {RUN}.trains_text_encoders:", *_indented(text)]
+        repeated = [f"{frozen.prefix}{name} = {name}" for name in frozen.live]
+        for name in frozen.perhaps:
+            repeated += [f'if "{name}" in locals():', f"    {frozen.prefix}{name} = {name}"]
+        repeated += text + _source([frozen.call])
         step = f", step={found.step}" if found.step else ""
         return [
             self._before(
@@ -149,8 +163,8 @@ class _Lines:
                 found.call,
                 guard,
                 f"    with {RUN}.frozen_pass():  # the same by the base model",
-                *_indented(_indented(frozen)),
-                f"    {RUN}.begin_tuned_pass(frozen_{found.prediction})",
+                *_indented(_indented(repeated)),
+                f"    {RUN}.begin_tuned_pass({prediction})",
             ),
             self._after(found.call, guard, f"    {found.prediction} = {RUN}.end_tuned_pass({found.prediction})"),
             self._before(
@@ -167,7 +181,7 @@ class _Lines:
     def _before(self, anchor: ast.stmt, *lines: str) -> tuple[int, tuple[str, ...]]:
         at = anchor.lineno - 1
         self._check(anchor)
-        while at and self.lines[at - 1].lstrip().startswith(b"#"):  # a comment stays with its statement
+        while at in self.comments:  # a comment stays with its statement
             at -= 1
         return at, self._placed(anchor, lines)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from typing import Any
 
 from apt_hooks.errors import AptError
 
-from .copies import AskOther, Renamed, asks_only_its_shape
-from .tree import Tree, assigned, called, changed, first_line, listed, made_from, owner, read, without_casts
+from .repeats import FrozenCopy, Step, early_draw, frozen_copy
+from .tree import Tree, assigned, called, listed, missing, owner, read, without_casts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +24,11 @@ class Script:
     Attributes:
         parser, parse: name of the argument parser, and the statement that parses with it.
         arguments, accelerator, unet, schedule: names (or expressions) in the training function.
-        prepare: after it, the accelerator has wrapped the U-Net.
-        encode: the statement of the step that encodes `images`, a name or a subscript.
+        prepare: after it, the accelerator has wrapped the U-Net, and the schedule is made.
+        encode: the statement to augment `images` before, a name or a subscript, which the VAE then encodes.
         draw, draw_copy, timesteps: the statement that draws the timesteps, what draws them before `encode`, their name.
         call, prediction: the statement that calls the U-Net, and the name of what it returns.
-        frozen_text, frozen_call, live: the statements that encode the text with the base model's encoders and ask its
-            U-Net the same, everything they assign named `frozen_...`; what of that has to hold the tuned model's value
-            where `frozen_text` is left out.
+        frozen: the same asked of the base model.
         target, compare: name of the target, and the first statement that does anything with it or with the prediction.
         loss, backward: name of the loss, and the statement that differentiates it.
         log, step: the statement that logs to the trackers, and the source of its step.
@@ -51,9 +50,7 @@ class Script:
     timesteps: str
     call: ast.stmt
     prediction: str
-    frozen_text: tuple[ast.stmt, ...]
-    frozen_call: ast.stmt
-    live: tuple[str, ...]
+    frozen: FrozenCopy
     target: str
     compare: ast.stmt
     loss: str
@@ -78,7 +75,8 @@ def find(content: bytes, name: str) -> Script:
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError) as error:
-        raise AptError(f"{name}: cannot be read as Python: {error}") from error
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else error
+        raise AptError(f"{name}: cannot be read as Python: {where}") from error
     return _Finder(tree, name).find()
 
 
@@ -92,8 +90,8 @@ class _Finder:
         self.accelerator = owner(self.backward)
         self.loops = [node for node in self.tree.ancestors(self.backward) if isinstance(node, (ast.For, ast.While))]
         self.function = self.tree.function(self.backward)
-        self.prepare, self.prepared = self._prepare()
         self.noising = self._noising()
+        self.prepare, self.prepared = self._prepare()
         self.calls, self.prediction = self._unet_calls()
         self.unet = called(self.calls[0])
         self.encoding = self._encoding()
@@ -109,10 +107,10 @@ class _Finder:
             if not self.tree.calls(self.function, call):
                 raise self._missing(f"the checkpoints, a call of {self.accelerator}.{call}(...)", "none")
         images, timesteps = self._images(), self._timesteps()
-        at_draw, draw_copy = self._draw(timesteps, images)
-        frozen_text, frozen_call, live = self._frozen_copy()
+        step = Step(self.name, self.suite, self.at_encode, self.at_call)
+        at_draw, draw_copy = early_draw(step, timesteps, images)
         target, at_compare = self._comparison()
-        log, step = self._log()
+        log, log_step = self._log()
         save, folder = self._save()
         parser, parse = self._parser()
         return Script(
@@ -123,22 +121,20 @@ class _Finder:
             unet=self.unet,
             schedule=owner(self.noising[0]),
             prepare=self.prepare,
-            encode=self.suite[self.at_encode],
+            encode=self._augment_at(images),
             images=images,
             draw=self.suite[at_draw],
             draw_copy=draw_copy,
             timesteps=timesteps,
             call=self.suite[self.at_call],
             prediction=self.prediction,
-            frozen_text=frozen_text,
-            frozen_call=frozen_call,
-            live=live,
+            frozen=frozen_copy(step, self._text_encoders(), {self.tree.index(self.suite, c) for c in self.noising}),
             target=target,
             compare=self.suite[at_compare],
             loss=ast.unparse(self.backward.args[0]),
             backward=self.tree.statement(self.backward),
             log=log,
-            step=step,
+            step=log_step,
             loop=self.loops[-1],
             save=save,
             folder=folder,
@@ -162,11 +158,23 @@ class _Finder:
     def _prepare(self) -> tuple[ast.stmt, set[str]]:
         calls = self.tree.calls(self.function, "prepare")
         statements = [self.tree.statement(call) for call in calls if owner(call) == self.accelerator]
-        statements = [s for s in statements if isinstance(s, ast.Assign) and self.tree.function(s) is self.function]
+        statements = [s for s in statements if isinstance(s, ast.Assign) and self._before_the_loop(s)]
         if not statements:
             raise self._missing(f"the models, assigned from `{self.accelerator}.prepare(...)`", listed(calls))
-        # At the level of the function, so that neither branch of an `if` is left out.
-        return self.tree.outermost(statements[-1], self.function), assigned(*statements)
+        schedule = owner(self.noising[0])
+        making = [n for n in ast.walk(self.function) if isinstance(n, ast.Assign) and schedule in assigned(n)]
+        making = [n for n in making if self.tree.function(n) is self.function]
+        if any(not self._before_the_loop(n) for n in making):
+            raise self._missing(f"the schedule `{schedule}` before the training loop", "it made in the loop")
+        last = max([*statements, *making], key=lambda statement: statement.lineno)
+        for call in self.tree.calls(self.function, "load_state"):
+            if call.lineno < last.lineno:
+                raise self._missing(f"the models and `{schedule}` made before a checkpoint is loaded", listed([call]))
+        return self.tree.beside(last, self.loops[-1]), assigned(*statements)
+
+    def _before_the_loop(self, statement: ast.stmt) -> bool:
+        own = self.tree.function(statement) is self.function
+        return own and statement.lineno < self.loops[-1].lineno  # type: ignore[attr-defined]
 
     def _noising(self) -> list[ast.Call]:
         found = self.tree.calls(self.loops[0], "add_noise")
@@ -212,9 +220,10 @@ class _Finder:
         found = []
         for call in self.calls:
             given = call.args[1:2] + [k.value for k in call.keywords if k.arg in ("timestep", "timesteps")]
-            found.append(ast.unparse(given[0]) if given else "none")
-        if len(set(found)) != 1 or not found[0].isidentifier() or found[0] == "none":
-            raise self._missing("the timesteps, a variable given to the U-Net", ", ".join(f"`{f}`" for f in found))
+            found.append(ast.unparse(given[0]) if given else "")
+        if len(set(found)) != 1 or not found[0].isidentifier():
+            shown = ", ".join(f"`{text}`" for text in found if text) or listed(self.calls)
+            raise self._missing("the timesteps, a variable given to the U-Net", shown)
         return found[0]
 
     def _encoding(self) -> ast.Call:
@@ -231,68 +240,23 @@ class _Finder:
             raise self._missing(wanted, listed(found))
         return found[0]
 
-    def _draw(self, timesteps: str, images: str) -> tuple[int, tuple[ast.stmt, ...]]:
-        """Where the timesteps are complete, and what draws the same ones before the images are encoded.
+    def _augment_at(self, images: str) -> ast.stmt:
+        """The statement of the step that encodes the images; or the innermost, where they are made in it."""
+        whole, own = self.suite[self.at_encode], self.tree.statement(self.encoding)
+        between = [n for n in self.tree.ancestors(self.encoding) if isinstance(n, (ast.For, ast.While))]
+        if between[0] is not self.loops[0]:
+            raise self._missing("the encoding of the images in one call", "it in a loop of its own")
+        return own if images.split("[")[0] in assigned(whole) else whole
 
-        The augmentation depends on the timesteps, and the VAE on the augmentation; the scripts draw last. So what the
-        draw is made from is gathered backwards; where it asks the latents for batch size or device, the images know
-        these too.
-        """
-        suite, at_encode = self.suite, self.at_encode
-        drawing = [i for i in range(self.at_call) if timesteps in assigned(suite[i])]
-        if not drawing:
-            raise self._missing(f"the draw of `{timesteps}` before the U-Net is called", "none beside the call")
-        if drawing[-1] < at_encode:
-            return drawing[-1], ()
-        latents = made_from(suite[at_encode : self.at_call], assigned(suite[at_encode]))
-        chosen: set[int] = set()
-        pending = set(drawing)
-        while pending:
-            i = pending.pop()
-            chosen.add(i)
-            for name in read(suite[i]):
-                makers = [j for j in range(at_encode, i) if name in assigned(suite[j])]
-                if not makers or (name in latents and asks_only_its_shape(suite[i], name)):
-                    continue
-                if at_encode in makers:
-                    raise self._missing(
-                        f"a draw of `{timesteps}` that takes no more than batch size and device from the latents",
-                        f"`{first_line(suite[i])}`, which needs `{name}`",
-                    )
-                pending |= set(makers) - chosen
-        swap = AskOther(latents, images)
-        return drawing[-1], tuple(swap.of(suite[i]) for i in sorted(chosen))
-
-    def _frozen_copy(self) -> tuple[tuple[ast.stmt, ...], ast.stmt, tuple[str, ...]]:
-        """The call of the U-Net once more, and the statements before it that it needs and that run a text encoder.
-
-        Everything assigned in it has another name, so that the tuned pass finds its own values.
-        """
-        suite = self.suite
-
-        def makers(names: set[str], before: int) -> set[int]:
-            return {j for j in range(before) if names & (assigned(suite[j]) | changed(suite[j]))}
-
-        needed: set[int] = set()
-        pending = {self.at_call}
-        while pending:
-            i = pending.pop()
-            needed.add(i)
-            pending |= makers(read(suite[i]), i) - needed
-        copied = {self.at_call}
-        encoded = self.prepared - {self.unet}
-        for i in sorted(needed):
-            if encoded & read(suite[i]):
-                copied.add(i)
-                encoded |= assigned(suite[i]) | changed(suite[i])
-        # What a copy changes in place has to be a copy too.
-        while missing := {j for i in copied for j in makers(changed(suite[i]), i)} - copied:
-            copied |= missing
-        renamer = Renamed(self.name)
-        text = renamer.statements([suite[i] for i in sorted(copied - {self.at_call})])
-        renamer.forget()
-        (call,) = renamer.statements([suite[self.at_call]])
-        return tuple(text), call, tuple(sorted(renamer.live))
+    def _text_encoders(self) -> set[str]:
+        """The names that were prepared, but for the U-Net and what is stepped, counted or looped over."""
+        others = {owner(call) for name in ("step", "zero_grad") for call in self.tree.calls(self.function, name)}
+        for node in ast.walk(self.function):
+            if isinstance(node, ast.For):
+                others |= read(node.iter)
+            elif isinstance(node, ast.Call) and called(node) == "len":
+                others |= read(*node.args)
+        return self.prepared - others - {self.unet}
 
     def _comparison(self) -> tuple[str, int]:
         suite, prediction = self.suite, self.prediction
@@ -300,6 +264,7 @@ class _Finder:
         nodes = [n for s in suite[self.at_call + 1 :] for n in ast.walk(s) if isinstance(n, (ast.Call, ast.BinOp))]
         nodes.sort(key=lambda n: n.lineno)
         losses = [n for n in nodes if isinstance(n, ast.Call) and "loss" in ast.unparse(n.func)]
+        losses.sort(key=lambda n: called(n) not in _LOSSES)
         differences = [n for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub)]
         pairs = [n.args[:2] for n in losses] + [[n.left, n.right] for n in differences]
         names = [[side.id for side in map(without_casts, pair) if isinstance(side, ast.Name)] for pair in pairs]
@@ -308,12 +273,12 @@ class _Finder:
         )
         if not target:
             raise self._missing(wanted, listed(losses))
-        defined = [i for i, s in enumerate(suite) if target in assigned(s) and not {target, prediction} & read(s)]
-        if not defined:
+        if not any(target in assigned(s) and prediction not in read(s) for s in suite):
             raise self._missing(f"the assignment of the target `{target}` beside the U-Net's call", "none")
-        first = max(self.at_call, *defined) + 1
-        for i in range(first, len(suite)):
-            if {target, prediction} & read(suite[i]):
+        for i in range(self.at_call + 1, len(suite)):
+            # The first to take prediction or target in, once the target is complete.
+            making = any(target in assigned(s) and prediction not in read(s) for s in suite[i:])
+            if {target, prediction} & read(suite[i]) and not making:
                 return target, i
         raise self._missing(wanted, "none after the target is made")
 
@@ -344,21 +309,43 @@ class _Finder:
         found = [c for name in _PARSING for c in self.tree.calls(self.tree.root, name) if owner(c).isidentifier()]
         if not found:
             raise self._missing("the argument parser, `parser.parse_args()`", "none")
-        first = min(found, key=lambda call: call.lineno)
-        return owner(first), self.tree.outermost(first, self.tree.function(first))
+        found.sort(key=lambda call: call.lineno)
+        arguments = [owner(call) for call in self.tree.calls(self.tree.root, "add_argument")]
+        most = max(reversed(found), key=lambda call: arguments.count(owner(call)))
+        first = next(call for call in found if owner(call) == owner(most))
+        function: Any = self.tree.function(first)
+        making = [n for n in ast.walk(function) if isinstance(n, ast.Assign) and owner(first) in assigned(n)]
+        return owner(first), self.tree.beside(first, making[0] if making else function.body[0])
 
     def _arguments(self) -> str:
-        if isinstance(self.function, ast.FunctionDef) and self.function.args.args:
-            return self.function.args.args[0].arg
+        """What the arguments are called in the training function: that of which most of the parser's are asked."""
+        flags = [c.args[0].value for c in self.tree.calls(self.tree.root, "add_argument") if _is_text(c.args[:1])]
+        names = {flag.lstrip("-").replace("-", "_") for flag in flags}
+        asked = [n for n in ast.walk(self.function) if isinstance(n, ast.Attribute) and n.attr in names]
+        owners = [ast.unparse(n.value) for n in asked]
+        if owners:
+            return max(sorted(set(owners)), key=owners.count)
         functions = [node for node in ast.walk(self.tree.root) if isinstance(node, ast.FunctionDef)]
         parsing = {f.name for f in functions if any(self.tree.calls(f, name) for name in _PARSING)} | set(_PARSING)
-        for node in ast.walk(self.tree.root):
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and called(node.value) in parsing:
-                return ast.unparse(node.targets[0])
-        raise self._missing("the arguments in the training function, `main(args)` or `args = parse_args()`", "neither")
+        for function in (self.function, self.tree.root):
+            if isinstance(function, ast.FunctionDef) and function.args.args:
+                given = [argument.arg for argument in function.args.args if argument.arg != "self"]
+                of = [ast.unparse(n.value) for n in ast.walk(function) if isinstance(n, ast.Attribute)]
+                if given:
+                    return max(given, key=of.count)
+            for node in ast.walk(function):
+                own = isinstance(node, (ast.Assign, ast.AnnAssign)) and self.tree.function(node) is function
+                if own and assigned(node) and isinstance(node.value, ast.Call) and called(node.value) in parsing:  # type: ignore[attr-defined]
+                    return min(assigned(node))
+        raise self._missing("the parser's arguments in the training function, as in `args.output_dir`", "none")
 
     def _missing(self, wanted: str, found: str) -> AptError:
-        return AptError(f"{self.name}: looked for {wanted}; found {found}. Nothing was changed")
+        return missing(self.name, wanted, found)
+
+
+def _is_text(nodes: list[ast.expr]) -> bool:
+    return bool(nodes) and isinstance(nodes[0], ast.Constant) and isinstance(nodes[0].value, str)
 
 
 _PARSING = ("parse_args", "parse_known_args")
+_LOSSES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")

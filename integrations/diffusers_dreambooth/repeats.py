@@ -1,0 +1,182 @@
+"""What of a training step runs twice: the draw of the timesteps, and the pass that the base model makes.
+
+Both are found backwards from their end, by which statement makes what another reads. Where running statements again
+could change what the script does, or is not the same, the script is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+
+from .copies import RANDOM, AskOther, Renamed, asks_only_batch_size_and_device
+from .tree import (
+    Suite,
+    assigned,
+    called,
+    changed,
+    first_line,
+    made_from,
+    missing,
+    needs,
+    part_of,
+    read,
+    surely_assigned,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The block of statements that a training step is, with the place of the images' encoding and the U-Net's call."""
+
+    script: str
+    suite: Suite
+    at_encode: int
+    at_call: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenCopy:
+    """Statements that ask the base model what the script asks the one in training.
+
+    Attributes:
+        text, always: those that encode the text, and whether they are needed even if no text encoder is trained.
+        call: the call of the U-Net.
+        prefix: put before every name that they assign, so that the tuned pass finds its own values.
+        live, perhaps: names of which the copies begin with the tuned pass's value; those that may have none.
+    """
+
+    text: tuple[ast.stmt, ...]
+    always: bool
+    call: ast.stmt
+    prefix: str
+    live: tuple[str, ...]
+    perhaps: tuple[str, ...]
+
+
+def early_draw(step: Step, timesteps: str, images: str) -> tuple[int, tuple[ast.stmt, ...]]:
+    """Where the timesteps are complete, and what draws the same ones before the images are encoded.
+
+    The augmentation depends on the timesteps, and the VAE on the augmentation; the scripts draw last. So what the
+    draw is made from is gathered backwards; where it asks the latents for batch size or device, the images know
+    these too.
+    """
+    suite, at_encode = step.suite, step.at_encode
+
+    def makers(name: str, before: int) -> list[int]:
+        return [j for j in range(at_encode, before) if name in assigned(suite[j]) | changed(suite[j])]
+
+    drawing = [i for i in range(step.at_call) if timesteps in assigned(suite[i]) | changed(suite[i])]
+    if not any(timesteps in assigned(suite[i]) for i in drawing):
+        raise missing(step.script, f"the draw of `{timesteps}` before the U-Net is called", "none beside the call")
+    if drawing[-1] < at_encode:
+        return drawing[-1], ()
+    wanted = f"a draw of `{timesteps}` that takes no more than batch size and device from the latents"
+    latents = made_from(suite[at_encode : step.at_call], assigned(suite[at_encode]))
+    chosen: set[int] = set()
+    pending = {i for i in drawing if i >= at_encode}
+    while pending:
+        i = pending.pop()
+        chosen.add(i)
+        for name in read(suite[i]):
+            made = makers(name, i)
+            if not made or (name in latents and asks_only_batch_size_and_device(suite[i], name)):
+                continue
+            if at_encode in made:
+                raise missing(step.script, wanted, f"`{first_line(suite[i])}`, which needs `{name}`")
+            pending |= set(made) - chosen
+    ask = AskOther(latents, images)
+    copies = tuple(ask.of(suite[i]) for i in sorted(chosen))
+    _check_draw(step, chosen, copies, timesteps, wanted, ask.unlike)
+    return drawing[-1], copies
+
+
+def _check_draw(
+    step: Step, chosen: set[int], copies: tuple[ast.stmt, ...], timesteps: str, wanted: str, unlike: set[str]
+) -> None:
+    """The copy runs first and the statements themselves once more, which nobody must notice."""
+    if step.at_encode in chosen:
+        raise missing(step.script, wanted, "it in one block with the encoding of the images")
+    if unlike & read(*copies):
+        raise missing(step.script, wanted, f"`{min(unlike & read(*copies))}`, a width of theirs")
+    own = [step.suite[i] for i in sorted(chosen)]
+    older = changed(*own) - assigned(*own) - {timesteps}
+    if older:
+        raise missing(step.script, f"a draw of `{timesteps}` that changes nothing older", f"it changing `{min(older)}`")
+    drawn = [s for s in own if any(isinstance(n, ast.Call) and RANDOM.match(called(n)) for n in ast.walk(s))]
+    random = made_from(own, assigned(*drawn)) - {timesteps}
+    others = [s for i, s in enumerate(step.suite) if i > min(chosen) and i not in chosen]
+    if random & needs(others):
+        raise missing(
+            step.script,
+            f"a draw whose only random result is `{timesteps}`",
+            f"`{min(random & needs(others))}`, used later",
+        )
+
+
+def frozen_copy(step: Step, text_encoders: set[str], noising: set[int]) -> FrozenCopy:
+    """The call of the U-Net once more, and the statements before it that it needs and that run a text encoder."""
+    suite, at_call = step.suite, step.at_call
+    copied = _copied(step, text_encoders)
+    before = [suite[i] for i in sorted(copied - {at_call})]
+    taken = any(name.startswith("frozen_") for name in read(*suite) | assigned(*suite))
+    renamer = Renamed(step.script, "apt_frozen_" if taken else "frozen_")
+    text = renamer.statements(before)
+    always = bool(changed(suite[at_call]) & assigned(*before))
+    if not always:
+        renamer.forget()
+    (call,) = renamer.statements([suite[at_call]])
+    _check_frozen(step, copied, text_encoders, noising)
+    sure = surely_assigned(suite[:at_call])
+    live, perhaps = sorted(renamer.live & sure), sorted(renamer.live - sure)
+    return FrozenCopy(tuple(text), always, call, renamer.prefix, tuple(live), tuple(perhaps))
+
+
+def _copied(step: Step, text_encoders: set[str]) -> set[int]:
+    suite, encoded = step.suite, set(text_encoders)
+
+    def makers(names: set[str], before: int) -> set[int]:
+        return {j for j in range(before) if names & (assigned(suite[j]) | changed(suite[j]))}
+
+    needed: set[int] = set()
+    pending = {step.at_call}
+    while pending:
+        i = pending.pop()
+        needed.add(i)
+        pending |= makers(read(suite[i]), i) - needed
+    copied = {step.at_call}
+    for i in sorted(needed):
+        if encoded & read(suite[i]):
+            copied.add(i)
+            encoded |= assigned(suite[i]) | changed(suite[i])
+    # What a copy changes in place has to be a copy too.
+    while missing := {j for i in copied for j in makers(changed(suite[i]), i)} - copied:
+        copied |= missing
+    return copied
+
+
+def _check_frozen(step: Step, copied: set[int], text_encoders: set[str], noising: set[int]) -> None:
+    """The copies run where the call stands: what they read has to be then what it was, what they change their own."""
+    suite = step.suite
+    wanted = "text that is encoded from what does not change up to the U-Net's call"
+    for i in range(step.at_call):
+        if i not in copied and not isinstance(suite[i], ast.Expr) and text_encoders & read(suite[i]):
+            raise missing(step.script, "text encoders that encode for the U-Net's call", f"`{first_line(suite[i])}`")
+    for i in sorted(copied):
+        own = assigned(*(suite[j] for j in copied if j < i))
+        later = suite[i : step.at_call]
+        moved = (needs([suite[i]]) - own) & (assigned(*later) | changed(*later))
+        if moved:
+            raise missing(step.script, wanted, f"`{first_line(suite[i])}`, whose `{min(moved)}` changes")
+        foreign = (changed(suite[i]) & needs([suite[i]])) - own
+        if foreign:
+            raise missing(step.script, wanted, f"`{first_line(suite[i])}`, which changes `{min(foreign)}`")
+        if i in {step.at_encode, *noising}:
+            raise missing(step.script, wanted, "it in one block with the encoding or noising of the images")
+        for name in changed(suite[i]):
+            made = [suite[j] for j in copied if name in assigned(suite[j])]
+            second = [s for s in made if isinstance(part_of(getattr(s, "value", None)), ast.Name)]
+            rest = [s for j, s in enumerate(suite[: step.at_call]) if j not in copied]
+            second += [s for s in rest if name in read(s) and assigned(s) | changed(s)]
+            if second:
+                raise missing(step.script, wanted, f"`{first_line(second[0])}`, a second name for what is changed")

@@ -1,0 +1,1395 @@
+"""Patching DreamBooth-LoRA scripts of diffusers: what is found, inserted, refused, undone, and what it computes.
+
+The steps of small scripts are run here with fakes for models and accelerator; whole runs are elsewhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import itertools
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from apt_hooks.errors import AptError
+from apt_hooks.integrations import patching
+from apt_hooks.integrations.diffusers_dreambooth import adapter
+from apt_hooks.integrations.diffusers_dreambooth import patch as diffusers
+from apt_hooks.integrations.patching import MARK
+
+FOLDER = Path(__file__).parent / "dreambooth_scripts"
+STAND_INS = ("one_encoder", "two_encoders")
+both = pytest.mark.parametrize("name", STAND_INS)
+
+
+def source(name: str, *edits: tuple[str, str]) -> str:
+    """The text of a stand-in, every edit made wherever its text stands."""
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    for old, new in edits:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+def patched_bytes(folder: Path, content: bytes) -> bytes:
+    path, output = folder / "script.py", folder / "script_apt.py"
+    path.write_bytes(content)
+    output.unlink(missing_ok=True)
+    diffusers.patch(path, output)
+    assert path.read_bytes() == content
+    return output.read_bytes()
+
+
+def patched(folder: Path, text: str) -> str:
+    return patched_bytes(folder, text.encode()).decode()
+
+
+def refused(folder: Path, text: str | bytes, *said: str) -> str:
+    """Patching says all of `said` in one line that names the script, and writes nothing."""
+    path = folder / "script.py"
+    content = text.encode() if isinstance(text, str) else text
+    path.write_bytes(content)
+    (folder / "script_apt.py").unlink(missing_ok=True)
+    for output in (path, folder / "script_apt.py"):
+        with pytest.raises(AptError) as error:
+            diffusers.patch(path, output)
+        assert [part for part in said if part not in str(error.value)] == [], str(error.value)
+        assert "\n" not in str(error.value) and "script.py: " in str(error.value)
+        assert path.read_bytes() == content
+        assert list(folder.iterdir()) == [path]
+    return str(error.value)
+
+
+def bare(line: str) -> str:
+    return line.removesuffix(MARK).strip()
+
+
+def inserted(text: str) -> list[str]:
+    return [bare(line) for line in text.splitlines() if line.endswith(MARK)]
+
+
+def groups(text: str) -> list[tuple[str, list[str], str]]:
+    """Every run of inserted lines, with the line of code or comment above and below it."""
+    lines = [line for line in text.splitlines() if line.strip()] + [""]
+    found = []
+    for marked, numbers in itertools.groupby(range(len(lines)), key=lambda i: lines[i].endswith(MARK)):
+        at = list(numbers)
+        if marked:
+            found.append((lines[at[0] - 1].strip(), [bare(lines[i]) for i in at], lines[at[-1] + 1].strip()))
+    return found
+
+
+def group(text: str, fragment: str) -> tuple[str, list[str], str]:
+    (found,) = [found for found in groups(text) if any(fragment in line for line in found[1])]
+    return found
+
+
+def early_draw(text: str) -> list[str]:
+    """The lines that draw the timesteps before the images are encoded."""
+    _, lines, _ = group(text, "apt_hooks_run.augments:")
+    assert re.fullmatch(r".* = apt_hooks_run\.augment\(.*\)", lines[-1])
+    return lines[1:-1]
+
+
+def frozen(text: str) -> list[str]:
+    """The lines inside the base model's pass."""
+    _, lines, _ = group(text, "apt_hooks_run.frozen_pass()")
+    assert lines[0] == "if apt_hooks_run is not None:" and "apt_hooks_run.begin_tuned_pass(" in lines[-1]
+    return lines[2:-1]
+
+
+# -- the stand-ins -----------------------------------------------------------------------------------------------------
+
+
+@both
+def test_a_patched_script_is_valid_python_and_unpatched_it_is_what_it_was(tmp_path: Path, name: str) -> None:
+    content = source(name).encode()
+    new = patched_bytes(tmp_path, content)
+    ast.parse(new)
+    assert new != content and patching.strip(new) == content
+
+
+@both
+def test_only_whole_marked_lines_are_inserted(tmp_path: Path, name: str) -> None:
+    old = source(name)
+    new = patched(tmp_path, old)
+    assert [line for line in new.splitlines(keepends=True) if not line.endswith(f"  {MARK}\n")] == old.splitlines(
+        keepends=True
+    )
+
+
+@both
+def test_patching_in_place_twice_equals_once(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(source(name))
+    assert diffusers.patch(path, path)
+    once = path.read_bytes()
+    assert diffusers.patch(path, path) == ""
+    assert path.read_bytes() == once
+    assert patched_bytes(tmp_path, once) == once
+
+
+@both
+def test_without_an_argument_of_apt_hooks_nothing_of_it_is_imported(tmp_path: Path, name: str) -> None:
+    _, lines, _ = group(patched(tmp_path, source(name)), "import")
+    assert lines[:2] == ["apt_hooks_run = None", "if args.apt_config or args.apt_preset:"]
+    assert all("import" not in line for line in inserted(patched(tmp_path, source(name))) if line not in lines)
+
+
+# A fragment of the inserted lines, and the lines above and below them.
+PLACES = {
+    "one_encoder": [
+        ('parser.add_argument("--apt_config"', 'parser.add_argument("--resume_from_checkpoint"', "return parser."),
+        ("adapter.start(args, accelerator, unet, noise_scheduler)", "unet, optimizer, train_dataloader = accelerator.p",
+         "if accelerator.is_main_process:"),
+        ("pixel_values = apt_hooks_run.augment(pixel_values, timesteps)", "pixel_values = batch[", "if vae is not"),
+        ("timesteps = apt_hooks_run.timesteps(timesteps)", "timesteps = timesteps.long()", "noisy_model_input = "),
+        ("with apt_hooks_run.frozen_pass():", "class_labels = None", "# Predict the noise"),
+        ("model_pred = apt_hooks_run.end_tuned_pass(model_pred)", ")[0]", "if noise_scheduler.config."),
+        ("model_pred = apt_hooks_run.assess(model_pred, target, timesteps)", "raise ValueError(",
+         "if args.with_prior_preservation:"),
+        ("loss = apt_hooks_run.regularized(loss)", "loss = F.mse_loss(", "accelerator.backward(loss)"),
+        ("accelerator.log(apt_hooks_run.tracker_values(), step=global_step)", "accelerator.log(logs, step=global_step)",
+         "if global_step >= args.max_train_steps:"),
+        ("apt_hooks_run.close()", "break", "accelerator.wait_for_everyone()"),
+        ("apt_hooks_run.add_metadata(args.output_dir)", ")", "accelerator.end_training()"),
+    ],
+    "two_encoders": [
+        ('parser.add_argument("--apt_preset"', 'parser.add_argument("--resume_from_checkpoint"', "return parser."),
+        ("adapter.start(args, accelerator, unet, noise_scheduler)", "unet, optimizer, train_dataloader = accelerator.p",
+         "global_step = 0"),
+        ("pixel_values = apt_hooks_run.augment(pixel_values, timesteps)", "pixel_values = batch[",
+         "model_input = vae.encode(pixel_values)"),
+        ("timesteps = apt_hooks_run.timesteps(timesteps)", "timesteps = noise_scheduler.timesteps[indices]",
+         "noisy_model_input = noise_scheduler.add_noise("),
+        ("with apt_hooks_run.frozen_pass():", "repeats = bsz // 2", "# Predict the noise"),
+        ("model_pred = apt_hooks_run.end_tuned_pass(model_pred)", ")[0]", "weighting = None"),
+        ("model_pred = apt_hooks_run.assess(model_pred, target, timesteps)", "target = noise_scheduler.get_velocity(",
+         "if args.with_prior_preservation:"),
+        ("loss = apt_hooks_run.regularized(loss)", "loss = loss + args.prior_loss", "accelerator.backward(loss)"),
+        ("accelerator.log(apt_hooks_run.tracker_values(), step=global_step)", "accelerator.log(logs, step=global_step)",
+         "if global_step >= args.max_train_steps:"),
+        ("apt_hooks_run.close()", "break", "if accelerator.is_main_process:"),
+        ("apt_hooks_run.add_metadata(args.output_dir)", "save_file(saved,", "accelerator.end_training()"),
+    ],
+}  # fmt: skip
+
+
+@both
+def test_lines_stand_where_they_belong_and_nowhere_else(tmp_path: Path, name: str) -> None:
+    found = groups(patched(tmp_path, source(name)))
+    assert len(found) == len(PLACES[name])
+    for (above, lines, below), (fragment, wanted_above, wanted_below) in zip(found, PLACES[name], strict=True):
+        assert any(fragment in line for line in lines), (fragment, lines)
+        assert above.startswith(wanted_above) and below.startswith(wanted_below), (fragment, above, below)
+
+
+@both
+def test_a_group_of_lines_is_indented_as_its_neighbour(tmp_path: Path, name: str) -> None:
+    lines = patched(tmp_path, source(name)).splitlines()
+    indent = [len(line) - len(line.lstrip()) for line in lines]
+    at = {fragment: next(i for i, line in enumerate(lines) if fragment in line) for fragment, _, _ in PLACES[name]}
+    loop = next(i for i, line in enumerate(lines) if "for epoch in" in line or "while global_step" in line)
+    assert indent[at["apt_hooks_run.close()"] - 1] == indent[loop]
+    save = max(i for i, line in enumerate(lines) if "save_directory=args.output_dir" in line)
+    metadata = at["apt_hooks_run.add_metadata(args.output_dir)"]
+    assert indent[metadata - 1] == 8 and metadata > save
+
+
+def test_start_stands_between_both_branches_of_prepare_and_the_loading_of_a_checkpoint(tmp_path: Path) -> None:
+    for name in STAND_INS:
+        lines = patched(tmp_path, source(name)).splitlines()
+        start = next(i for i, line in enumerate(lines) if "apt_hooks_run = None" in line)
+        assert max(i for i, line in enumerate(lines) if "accelerator.prepare(" in line) < start
+        assert start < next(i for i, line in enumerate(lines) if "accelerator.load_state(" in line)
+        assert lines[start].startswith("    apt")
+
+
+def test_the_tokens_of_the_early_draw_are_those_of_the_script(tmp_path: Path) -> None:
+    assert early_draw(patched(tmp_path, source("one_encoder"))) == [
+        "bsz, channels, _height, _width = pixel_values.shape",
+        "timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (bsz,), device=pixel_values.device)",
+        "timesteps = timesteps.long()",
+    ]
+    draw = early_draw(patched(tmp_path, source("two_encoders")))
+    assert [line.split(" = ")[0] for line in draw] == [
+        "bsz", "if not args.do_edm_style_training:", "timesteps", "timesteps", "else:", "indices", "timesteps",
+    ]  # fmt: skip
+    assert "model_input" not in "".join(draw)
+
+
+# -- small scripts, and running them with fakes ------------------------------------------------------------------------
+
+SCRIPT = """\
+def parse_args():
+    parser = Parser()
+    args = parser.parse_args()
+    return args
+
+
+def main(args):
+    unet, text_encoder, text_encoder_two, optimizer, loader = accelerator.prepare(*make())
+    accelerator.load_state("checkpoint")
+    for epoch in range(1):
+        for step, batch in enumerate(loader):
+            with accelerator.accumulate(unet):
+@ENCODE@
+                noise = randn_like(latents)
+@DRAW@
+                noisy = scheduler.add_noise(latents, noise, timesteps)
+@CALL@
+                target = noise
+                loss = mse_loss(pred, target)
+                accelerator.backward(loss)
+            accelerator.log({"loss": loss}, step=step)
+    accelerator.save_state("checkpoint")
+    Pipeline.save_lora_weights(save_directory=args.output_dir)
+
+
+if __name__ == "__main__":
+    main(parse_args())
+"""
+ENCODE = 'images = batch["pixels"]\nlatents = vae.encode(images).latent_dist.sample()'
+DRAW = "timesteps = randint(0, 1000, (latents.shape[0],), device=latents.device)"
+CALL = 'emb = text_encoder(batch["ids"])[0]\npred = unet(noisy, timesteps, emb)[0]'
+
+
+def script(*, encode: str = ENCODE, draw: str = DRAW, call: str = CALL) -> str:
+    """`SCRIPT` with these lines in its step."""
+    parts = {"@ENCODE@": encode, "@DRAW@": draw, "@CALL@": call}
+    lines = []
+    for line in SCRIPT.splitlines():
+        new = parts[line].splitlines() if line in parts else [line]
+        lines += ["                " + part for part in new] if line in parts else new
+    return "\n".join(lines) + "\n"
+
+
+class Value:
+    """Stands for a tensor; its text says how it came about. Methods that end in _ and += change it in place."""
+
+    device = "cpu"
+
+    def __init__(self, text: str, shape: tuple[int, ...] = (2, 4, 8, 8)) -> None:
+        self.text, self.shape = text, shape
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __add__(self, other: object) -> Value:
+        return Value(f"({self}+{other})", self.shape)
+
+    def __iadd__(self, other: object) -> Value:
+        self.text = f"({self}+{other})"
+        return self
+
+    def __mul__(self, other: object) -> Value:
+        return Value(f"({self}*{other})", self.shape)
+
+    def __getitem__(self, key: object) -> Value:
+        return Value(f"{self}[{key}]", self.shape)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.text = f"{self} with [{key}]={value}"
+
+    def __iter__(self) -> Iterator[Value]:
+        return iter([self[0], self[1]])
+
+    def mul_(self, other: object) -> Value:
+        self.text = f"({self}*{other})"
+        return self
+
+    def size(self, axis: int) -> int:
+        return self.shape[axis]
+
+    def to(self, *_: object, **__: object) -> Value:
+        return self
+
+    def float(self) -> Value:
+        return self
+
+
+class World:
+    """The globals of a small script: models and accelerator that note what they are given.
+
+    Args:
+        base: the text encoders are the base model's all along, which is what the frozen pass has to come to.
+        flags: more attributes of `args`.
+    """
+
+    def __init__(self, *, base: bool = False, **flags: object) -> None:
+        self.base, self.phase = base, "plain"
+        self.calls: list[tuple[str, str]] = []  # what the U-Net was given in which phase
+        self.events: list[str] = []
+        self.options: list[str] = []  # what the parser was told, until now and until it parsed
+        self.options_parsed: list[str] = []
+        self.draws = 0
+        self.args = SimpleNamespace(**{"output_dir": "out", "apt_config": None, "apt_preset": None, **flags})
+
+    def encoder(self, name: str) -> Callable[[object], list[Value]]:
+        def encode(ids: object) -> list[Value]:
+            base = self.base or self.phase == "frozen"
+            return [Value(f"{'base' if base else 'tuned'}-{name}({ids})"), Value(f"pooled({ids})")]
+
+        return encode
+
+    def unet(self, *given: object, **named: object) -> Any:
+        self.calls.append((self.phase, repr((given, sorted(named.items())))))
+        prediction = Value(f"pred{len(self.calls)}")
+        return Output([prediction, Value("rest")])
+
+    def draw(self, *_: object, **__: object) -> Value:
+        self.draws += 1
+        return Value(f"random{self.draws}", (2,))
+
+    def namespace(self) -> dict[str, Any]:
+        def note(name: str, result: object = None) -> Callable[..., Any]:
+            def called(*given: object, **named: object) -> Any:
+                self.events.append(name)
+                return result
+
+            return called
+
+        def make() -> list[Any]:
+            batches = [{"pixels": Value(f"images{i}"), "ids": f"ids{i}", "ids_two": f"other{i}"} for i in range(2)]
+            return [self.unet, self.encoder("one"), self.encoder("two"), "optimizer", batches]
+
+        def parse_args() -> Any:
+            self.options_parsed = list(self.options)
+            return self.args
+
+        return {
+            "Parser": lambda: SimpleNamespace(
+                add_argument=lambda name, **_: self.options.append(name), parse_args=parse_args
+            ),
+            "make": make,
+            "accelerator": SimpleNamespace(
+                prepare=lambda *models: models,
+                accumulate=lambda model: contextlib.nullcontext(),
+                autocast=contextlib.nullcontext,
+                backward=note("backward"),
+                log=note("log"),
+                load_state=note("load_state"),
+                save_state=note("save_state"),
+                print=note("print"),
+            ),
+            "vae": SimpleNamespace(
+                encode=lambda images: SimpleNamespace(
+                    latent_dist=SimpleNamespace(sample=lambda: Value(f"latents of {images}"))
+                )
+            ),
+            "scheduler": SimpleNamespace(add_noise=lambda *given: Value(f"noised{given}"), timesteps=Value("table")),
+            "Pipeline": SimpleNamespace(save_lora_weights=note("save_lora_weights")),
+            "Value": Value,
+            "randn_like": self.draw,
+            "randint": self.draw,
+            "rand": self.draw,
+            "mse_loss": lambda *given: Value(f"loss{given}"),
+        }
+
+    def train(self, text: str) -> World:
+        exec(compile(text, "script.py", "exec"), {**self.namespace(), "__name__": "__main__"})
+        return self
+
+
+class Output(list):  # type: ignore[type-arg]
+    """What a U-Net returns: a tuple, or so it seems, with its first element by name."""
+
+    @property
+    def sample(self) -> Value:
+        return self[0]
+
+
+class Run:
+    """Stands for the adapter's run, and notes what it is told."""
+
+    def __init__(self, world: World, *, augments: bool, trains_text_encoders: bool) -> None:
+        self.augments, self.trains_text_encoders = augments, trains_text_encoders
+        self.world, self.given = world, None
+        self.told: list[tuple[str, str]] = []
+        self.started: list[tuple[Any, ...]] = []
+
+    def augment(self, images: Value, timesteps: Value) -> Value:
+        self.given = timesteps
+        self.told.append(("augment", repr((images, timesteps))))
+        return Value(f"augmented {images}", images.shape)
+
+    def timesteps(self, timesteps: Value) -> Value:
+        return timesteps if self.given is None else self.given
+
+    @contextlib.contextmanager
+    def frozen_pass(self) -> Iterator[None]:
+        self.world.phase = "frozen"
+        yield
+        self.world.phase = "between"
+
+    def begin_tuned_pass(self, prediction: Value) -> None:
+        assert repr(prediction) == f"pred{len(self.world.calls)}"
+        self.world.phase = "tuned"
+
+    def end_tuned_pass(self, prediction: Value) -> Value:
+        assert repr(prediction) == f"pred{len(self.world.calls)}"
+        self.world.phase = "plain"
+        return prediction
+
+    def assess(self, prediction: Value, target: Value, timesteps: Value) -> Value:
+        self.told.append(("assess", repr((prediction, target, timesteps))))
+        return Value(f"weighed {prediction}")
+
+    def regularized(self, loss: Value) -> Value:
+        self.told.append(("regularized", repr(loss)))
+        return loss
+
+    def tracker_values(self) -> dict[str, float]:
+        return {}
+
+    def add_metadata(self, folder: str) -> None:
+        self.told.append(("add_metadata", folder))
+
+    def close(self) -> None:
+        self.told.append(("close", ""))
+
+
+class Workshop:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch = folder, monkeypatch
+
+    def train(
+        self,
+        text: str,
+        *,
+        augments: bool = False,
+        trains_text_encoders: bool = True,
+        base: bool = False,
+        **flags: object,
+    ) -> tuple[World, Run]:
+        """A run of the patched script with APT."""
+        world = World(base=base, apt_config="apt.toml", **flags)
+        run = Run(world, augments=augments, trains_text_encoders=trains_text_encoders)
+        self.monkeypatch.setattr(adapter, "start", lambda *given: run.started.append(given) or run)
+        world.train(patched(self.folder, text))
+        assert world.options_parsed == ["--apt_config", "--apt_preset"]
+        ((args, accelerator, unet, schedule),) = run.started
+        assert args is world.args and unet == world.unet
+        assert hasattr(accelerator, "backward") and hasattr(schedule, "add_noise")
+        return world, run
+
+    def check_passes(self, text: str, **flags: object) -> None:
+        """The tuned pass sees what it sees without APT, the frozen one what it would with the base's text encoders."""
+        plain, base = World(**flags).train(text), World(base=True, **flags).train(text)
+        without = World(**flags).train(patched(self.folder, text))
+        assert (without.calls, without.events) == (plain.calls, plain.events)
+        for trained in (True, False):
+            # Untrained encoders are the base model's in the tuned pass too.
+            world, _ = self.train(text, trains_text_encoders=trained, base=not trained, **flags)
+            tuned = [given for phase, given in world.calls if phase == "tuned"]
+            frozen = [given for phase, given in world.calls if phase == "frozen"]
+            assert [phase for phase, _ in world.calls] == ["frozen", "tuned"] * len(plain.calls)
+            assert tuned == [given for _, given in (plain if trained else base).calls]
+            assert frozen == [given for _, given in base.calls]
+            assert world.draws == plain.draws
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    return Workshop(tmp_path, monkeypatch)
+
+
+def test_the_lines_are_called_in_the_order_of_a_training_step(workshop: Workshop) -> None:
+    world, run = workshop.train(script(), augments=True)
+    assert [name for name, _ in run.told] == ["augment", "assess", "regularized"] * 2 + ["close", "add_metadata"]
+    assert run.told[-1] == ("add_metadata", "out")
+    assert world.events == ["load_state", "backward", "log", "log", "backward", "log", "log", "save_state",
+                            "save_lora_weights"]  # fmt: skip
+    assess = [said for name, said in run.told if name == "assess"]
+    assert assess[0].startswith("(pred2, random2, random1")  # draws: timesteps, then noise
+    assert all("loss(weighed pred" in said for name, said in run.told if name == "regularized")
+
+
+# -- the early draw ----------------------------------------------------------------------------------------------------
+
+DRAWS = {
+    "unpacked shape": "bsz, c, h, w = latents.shape\ntimesteps = randint(0, 1000, (bsz,), device=latents.device)",
+    "shape[0]": "timesteps = randint(0, 1000, (latents.shape[0],))",
+    "shape[:1]": "timesteps = randint(0, 1000, latents.shape[:1])",
+    "size": "timesteps = randint(0, 1000, (latents.size(0),))",
+    "len": "timesteps = randint(0, 1000, (len(latents),))",
+    "of the noise": "timesteps = randint(0, 1000, (noise.shape[0],), device=noise.device)",
+    "of what is made of latents": "other = latents * 2\nn = len(other)\ntimesteps = randint(0, 1000, (n,))",
+    "several statements": "timesteps = randint(0, 1000, (len(latents),))\ntimesteps = timesteps * 1",
+    "augmented assignment": "timesteps = randint(0, 1000, (len(latents),))\ntimesteps += 1",
+    "own distribution": "u = rand(len(latents))\nu = u * u\ntimesteps = (u * 1000).to(int)",
+    "by path": "if args.half:\n    timesteps = randint(0, 500, (len(latents),))\n"
+    "else:\n    i = rand(len(noise))\n    timesteps = i * 1000",
+}
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["one path", "the other"])
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_the_augmentation_is_told_the_timesteps_that_the_step_then_uses(
+    workshop: Workshop, draw: str, half: bool
+) -> None:
+    world, run = workshop.train(script(draw=draw), augments=True, half=half)
+    told = [said for name, said in run.told if name == "augment"]
+    assess = [said for name, said in run.told if name == "assess"]
+    assert len(told) == len(assess) == 2
+    tuned = [given for phase, given in world.calls if phase == "tuned"]
+    for i in range(2):
+        timesteps = told[i].removeprefix(f"(images{i}, ").removesuffix(")")
+        assert "random" in timesteps and assess[i].endswith(f", {timesteps})")
+        # Noise and U-Net have the same ones, and the latents are of the augmented images.
+        assert tuned[i].startswith(f"((noised(latents of augmented images{i}, ") and tuned[i].count(timesteps) >= 2
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["one path", "the other"])
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_without_augmentation_nothing_is_drawn_twice(workshop: Workshop, draw: str, half: bool) -> None:
+    workshop.check_passes(script(draw=draw), half=half)
+
+
+def test_the_copy_of_the_draw_is_whole_and_asks_the_images(tmp_path: Path) -> None:
+    draws = {name: early_draw(patched(tmp_path, script(draw=draw))) for name, draw in DRAWS.items()}
+    assert draws["unpacked shape"] == [
+        "bsz, c, h, w = images.shape",
+        "timesteps = randint(0, 1000, (bsz,), device=images.device)",
+    ]
+    assert draws["len"] == ["timesteps = randint(0, 1000, (len(images),))"]
+    assert draws["of the noise"] == ["timesteps = randint(0, 1000, (images.shape[0],), device=images.device)"]
+    assert draws["own distribution"] == [
+        "u = rand(len(images))", "u = u * u", "timesteps = (u * 1000).to(int)",
+    ]  # fmt: skip
+    assert draws["by path"][0] == "if args.half:" and len(draws["by path"]) == 5
+
+
+def test_a_draw_before_the_encoding_needs_no_copy(workshop: Workshop) -> None:
+    text = script(encode="bsz = 2\ntimesteps = randint(0, 1000, (bsz,))\n" + ENCODE, draw="pass")
+    new = patched(workshop.folder, text)
+    assert early_draw(new) == []
+    above, _, below = group(new, "apt_hooks_run.timesteps(")
+    assert above.startswith("timesteps = randint") and below.startswith("images = ")
+    _, run = workshop.train(text, augments=True)
+    assert run.told[0] == ("augment", "(images0, random1)")
+    workshop.check_passes(text)
+
+
+def test_images_encoded_straight_from_the_batch_are_changed_there(workshop: Workshop) -> None:
+    encode = 'latents = vae.encode(batch["pixels"].to(dtype=weights)).latent_dist.sample() * vae.factor'
+    text = script(encode=encode)
+    new = patched(workshop.folder, text)
+    assert early_draw(new) == [DRAW.replace("latents", "batch['pixels']")]
+    _, lines, below = group(new, "apt_hooks_run.augments:")
+    assert lines[-1] == "batch['pixels'] = apt_hooks_run.augment(batch['pixels'], timesteps)"
+    assert below == encode
+
+
+def test_latents_of_the_cache_may_stand_beside_those_of_the_vae(tmp_path: Path) -> None:
+    encode = (
+        'images = batch["pixels"]\nif args.cached:\n    latents = cache[step].latent_dist.sample()\nelse:\n'
+        "    latents = vae.encode(images).latent_dist.sample()"
+    )
+    _, lines, below = group(patched(tmp_path, script(encode=encode)), "apt_hooks_run.augments:")
+    assert below == "if args.cached:" and lines[-1] == "images = apt_hooks_run.augment(images, timesteps)"
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (
+            "timesteps = (latents.mean() * 1000).long()",
+            "`timesteps = (latents.mean() * 1000).long()`, which needs `lat",
+        ),
+        ("timesteps = pick(noise, latents)", "which needs `"),
+        (
+            "level = latents.std()\ntimesteps = randint(0, level, (2,))",
+            "`level = latents.std()`, which needs `latents`",
+        ),
+        ("timesteps = rand(2, dtype=latents.dtype)", "which needs `latents`"),
+    ],
+)
+def test_a_draw_that_depends_on_what_the_latents_hold_is_refused(tmp_path: Path, draw: str, said: str) -> None:
+    wanted = "a draw of `timesteps` that takes no more than batch size and device from the latents"
+    refused(tmp_path, script(draw=draw), wanted, said)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        "timesteps = randint(0, latents.shape[2], (len(latents),))",
+        "bsz, c, h, w = latents.shape\ntimesteps = randint(0, h * w, (bsz,))",
+    ],
+)
+def test_a_draw_that_depends_on_the_latents_height_is_refused(tmp_path: Path, draw: str) -> None:
+    refused(tmp_path, script(draw=draw), "batch size and device")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        f"{DRAW}\ntimesteps[0] = 5",
+        f"{DRAW}\ntimesteps.mul_(5)",
+        "weights = rand(1000)\nweights[0] = 0\ntimesteps = weights * 1",
+    ],
+    ids=["item", "method", "weights"],
+)
+def test_a_draw_changed_in_place_is_copied_with_the_change(workshop: Workshop, draw: str) -> None:
+    plain = World().train(script(draw=draw))
+    _, run = workshop.train(script(draw=draw), augments=True)
+    told = re.sub(r"\d+", "N", run.told[0][1].removeprefix("(images0, ").removesuffix(")"))
+    used = re.search(r"noised\(latents of images0, random\d+, (.*?)\), ", plain.calls[0][1])
+    assert used and told == re.sub(r"\d+", "N", used.group(1))
+
+
+def test_a_draw_of_which_more_than_the_timesteps_is_used_later_is_refused(tmp_path: Path) -> None:
+    draw = "u = rand(len(latents))\ntimesteps = u * 1000"
+    text = script(draw=draw, call="pred = unet(noisy, timesteps, weight=u)[0]")
+    refused(tmp_path, text, "looked for a draw whose only random result is `timesteps`", "found `u`, used later")
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        'if args.cached:\n    latents = cache[step].sample()\nelse:\n    images = batch["pixels"]\n'
+        "    latents = vae.encode(images).latent_dist.sample()",
+        'with accelerator.autocast():\n    images = batch["pixels"]\n'
+        "    latents = vae.encode(images).latent_dist.sample()",
+        'images = batch["pixels"]\nlatents = Value("")\nfor i in range(2):\n'
+        "    latents = latents + vae.encode(images[i]).latent_dist.sample()",
+    ],
+    ids=["if", "with", "for"],
+)
+def test_images_made_where_they_are_encoded_are_augmented_there_or_refused(workshop: Workshop, encode: str) -> None:
+    text = script(encode=encode)
+    try:
+        patched(workshop.folder, text)
+    except AptError as error:
+        assert "images" in str(error) and "\n" not in str(error)
+        return
+    world, _ = workshop.train(text, augments=True, cached=False)
+    assert all("augmented images0" in given for _, given in world.calls[:2])
+    assert all("augmented images1" in given for _, given in world.calls[2:])
+
+
+# -- the frozen pass ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        'emb = cached(batch["ids"])\npred = unet(noisy, timesteps, emb)[0]',
+        "noisy2 = noisy * 2\nif args.labels:\n    labels = rand(2)\nelse:\n    labels = None\n"
+        "pred = unet(noisy2, timesteps, labels).sample",
+        "for i in range(2):\n    emb = cached(i)\npred = unet(noisy, timesteps, encoder_hidden_states=emb).sample",
+    ],
+)
+def test_without_a_trained_text_encoder_only_the_call_is_repeated(tmp_path: Path, call: str) -> None:
+    last = call.splitlines()[-1]
+    assert frozen(patched(tmp_path, script(call=call))) == [f"frozen_{last}"]
+
+
+def test_the_one_statement_of_a_text_encoder_is_repeated_under_other_names(tmp_path: Path) -> None:
+    assert frozen(patched(tmp_path, script())) == [
+        "frozen_emb = emb",
+        "if apt_hooks_run.trains_text_encoders:",
+        "frozen_emb = text_encoder(batch['ids'])[0]",
+        "frozen_pred = unet(noisy, timesteps, frozen_emb)[0]",
+    ]
+
+
+PASSES = {
+    "plain": CALL,
+    "two encoders": 'one, two = text_encoder(batch["ids"]), text_encoder_two(batch["ids_two"])\n'
+    "emb = one[0] + two[0]\npred = unet(noisy, timesteps, emb)[0]",
+    "list of encoders": 'parts = [encoder(batch["ids"])[0] for encoder in (text_encoder, text_encoder_two)]\n'
+    "pred = unet(noisy, timesteps, parts)[0]",
+    "random numbers besides": f"extra = rand(2)\n{CALL.replace('emb)', 'emb + extra)')}",
+    "what does not concern the call": f"{CALL.splitlines()[0]}\naccelerator.print(emb)\nother = rand(2)\n"
+    f"{CALL.splitlines()[1]}",
+    "keywords and sample": 'emb = text_encoder(batch["ids"])[0]\n'
+    'pred = unet(sample=noisy, timestep=timesteps, encoder_hidden_states=emb, more={"emb": emb}).sample',
+    "dict, item": 'cond = {"time": 3}\ncond["text"] = text_encoder(batch["ids"])[0]\n'
+    "pred = unet(noisy, timesteps, None, added=cond)[0]",
+    "dict, update": 'cond = {"time": 3}\ncond.update({"text": text_encoder(batch["ids"])[0]})\n'
+    'cond.update(late=4)\npred = unet(noisy, timesteps, None, added=cond)[0]',
+    "dict, changed before": 'cond = {"time": 3}\ncond["size"] = 4\ncond.update(text=text_encoder(batch["ids"])[0])\n'
+    "pred = unet(noisy, timesteps, None, added=cond)[0]",
+    "dict of dicts": 'cond = {"in": {}}\ncond["in"]["text"] = text_encoder(batch["ids"])[0]\n'
+    "pred = unet(noisy, timesteps, None, added=cond)[0]",
+    "list, append": 'parts = [1]\nparts.append(text_encoder(batch["ids"])[0])\npred = unet(noisy, timesteps, parts)[0]',
+    "in place": 'emb = text_encoder(batch["ids"])[0]\nemb.mul_(2)\nemb[0] = 7\npred = unet(noisy, timesteps, emb)[0]',
+    "augmented assignment": 'emb = text_encoder(batch["ids"])[0]\nemb += 1\nemb *= 2\n'
+    "pred = unet(noisy, timesteps, emb)[0]",
+    "assigned twice": 'emb = text_encoder(batch["ids"])[0]\nemb = emb * 2\nemb = emb + emb\n'
+    "pred = unet(noisy, timesteps, emb)[0]",
+    "annotated": 'emb: Value = text_encoder(batch["ids"])[0]\npred = unet(noisy, timesteps, emb)[0]',
+    "several targets": 'a = emb = text_encoder(batch["ids"])[0]\n(b, *c), d = (a, emb), emb\n'
+    "pred = unet(noisy, timesteps, emb, a=a, b=b, c=c, d=d)[0]",
+    "if and else": "if args.flag:\n    emb = text_encoder(batch['ids'])[0]\n"
+    "else:\n    emb = text_encoder(batch['ids_two'])[0] * 2\npred = unet(noisy, timesteps, emb)[0]",
+    "elif": "if args.flag is None:\n    emb = 3\nelif args.flag:\n    emb = text_encoder(batch['ids'])[0]\n"
+    "else:\n    emb = text_encoder(batch['ids_two'])[0] * 2\npred = unet(noisy, timesteps, emb)[0]",
+    "else raises": "if args.flag or True:\n    emb = text_encoder(batch['ids'])[0]\n"
+    "else:\n    raise ValueError(args.flag)\npred = unet(noisy, timesteps, emb)[0]",
+    "on one path only": "emb = 5\nif args.flag:\n    emb = text_encoder(batch['ids'])[0]\n"
+    "pred = unet(noisy, timesteps, emb)[0]",
+    "changed on one path": "emb = text_encoder(batch['ids'])[0]\nif args.flag:\n    emb = emb * 2\n"
+    "pred = unet(noisy, timesteps, emb)[0]",
+    "encoders per path": "if args.flag:\n    pred = unet(noisy, timesteps, text_encoder(batch['ids'])[0])[0]\n"
+    "else:\n    emb = text_encoder_two(batch['ids'])[0]\n    pred = unet(noisy, timesteps, emb)[0]",
+    "text before the paths": "emb = text_encoder(batch['ids'])[0]\nif args.flag:\n"
+    "    pred = unet(noisy, timesteps, emb * 2)[0]\nelse:\n    emb = emb + 1\n"
+    "    pred = unet(noisy, timesteps, emb)[0]",
+    "with": "with accelerator.autocast():\n    emb = text_encoder(batch['ids'])[0]\n"
+    "with accelerator.autocast() as cast:\n    pred = unet(noisy, timesteps, emb)[0]",
+    "names of a comprehension": "emb = text_encoder(batch['ids'])[0]\nparts = [part * 2 for part in emb]\n"
+    "pred = unet(noisy, timesteps, parts)[0]",
+    "f-string": "emb = text_encoder(f\"{batch['ids']}-{len(batch):>3}\")[0]\npred = unet(noisy, timesteps, emb)[0]",
+    "non-ASCII": "emb = text_encoder('naïve 写真 \\u2028 \\x85' + batch['ids'])[0]  # é\n"
+    "pred = unet(noisy, timesteps, emb)[0]",
+    "continued line": "emb = \\\n    text_encoder(batch['ids'])[0] \\\n    * 2\npred = unet(noisy, timesteps, emb)[0]",
+    "string of several lines": 'emb = text_encoder("""a\n  photo "of"\n  \'it\' """ + batch["ids"])[0]\n'
+    "pred = unet(noisy, timesteps, emb)[0]",
+    "nothing of the text is trained": 'pred = unet(noisy, timesteps, batch["ids"])[0]',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["one path", "the other"])
+@pytest.mark.parametrize("call", PASSES.values(), ids=PASSES)
+def test_the_tuned_pass_is_that_of_the_plain_script_and_the_frozen_one_the_same_by_the_base(
+    workshop: Workshop, call: str, flag: bool
+) -> None:
+    workshop.check_passes(script(call=call), flag=flag)
+
+
+WRONG_PASSES = {
+    # a copied statement reads what was assigned anew between it and the call
+    "ids assigned anew": 'ids = batch["ids"]\none = text_encoder(ids)[0]\nids = batch["ids_two"]\n'
+    "two = text_encoder_two(ids)[0]\npred = unet(noisy, timesteps, one + two)[0]",
+    "encoded under its own name": 'emb = batch["ids"]\nemb = text_encoder(emb)[0]\n'
+    "pred = unet(noisy, timesteps, emb)[0]",
+    "added to what was there": 'emb = Value("start")\nemb = emb + text_encoder(batch["ids"])[0]\n'
+    "pred = unet(noisy, timesteps, emb)[0]",
+    "added in place to what was there": 'emb = Value("start")\nemb += text_encoder(batch["ids"])[0]\n'
+    "pred = unet(noisy, timesteps, emb)[0]",
+    # what is changed in place is older than the step, so that the copy changes the tuned pass's own
+    "item of the batch": 'batch["emb"] = text_encoder(batch["ids"])[0]\npred = unet(noisy, timesteps, batch["emb"])[0]',
+    "attribute": 'args.emb = text_encoder(batch["ids"])[0]\npred = unet(noisy, timesteps, args.emb)[0]',
+    # a second name for what is changed in place
+    "alias changed": 'cond = {}\nsame = cond\nsame["text"] = text_encoder(batch["ids"])[0]\n'
+    "pred = unet(noisy, timesteps, None, added=cond)[0]",
+    "held before it is changed": 'cond = {}\nnamed = {"added": cond}\ncond["text"] = text_encoder(batch["ids"])[0]\n'
+    "pred = unet(noisy, timesteps, None, **named)[0]",
+    "taken out of the batch": 'emb = text_encoder(batch.pop("ids"))[0]\npred = unet(noisy, timesteps, emb)[0]',
+    "item deleted": 'cond = {"text": text_encoder(batch["ids"])[0], "extra": 1}\ndel cond["extra"]\n'
+    "pred = unet(noisy, timesteps, None, added=cond)[0]",
+    # names that are assigned within expressions, or mean something else there
+    "walrus": 'emb = (states := text_encoder(batch["ids"]))[0]\npred = unet(noisy, timesteps, emb, more=states[0])[0]',
+    "comprehension's name is an older one": 'e = text_encoder(batch["ids"])[0]\nparts = [e * 2 for e in e]\n'
+    "more = [e * 3 for e in parts]\npred = unet(noisy, timesteps, more)[0]",
+    "parameter of a lambda": 'e = text_encoder(batch["ids"])[0]\ntwice = lambda e: e * 2\n'
+    "pred = unet(noisy, timesteps, e, more=twice(3))[0]",
+    "function of the step": "emb = text_encoder(batch['ids'])[0]\ndef more():\n    return emb * 2\n"
+    "pred = unet(noisy, timesteps, more())[0]",
+    # a name of one path is asked for on the other
+    "assigned on one path and used there": "emb = text_encoder(batch['ids'])[0]\nif args.flag:\n    more = emb * 2\n"
+    "added = more if args.flag else None\npred = unet(noisy, timesteps, emb, added=added)[0]",
+    "assigned on each path and used there": "if args.flag:\n    one = text_encoder(batch['ids'])[0]\n"
+    "else:\n    two = text_encoder(batch['ids'])[0] * 2\n"
+    "if args.flag:\n    pred = unet(noisy, timesteps, one)[0]\nelse:\n    pred = unet(noisy, timesteps, two)[0]",
+    # what the branch of the call changes in place is the tuned pass's own
+    "list lengthened beside the call": "parts = [1]\nif args.flag:\n    parts.append(2)\n"
+    "    pred = unet(noisy, timesteps, parts)[0]\nelse:\n    pred = unet(noisy, timesteps, parts)[0]",
+    # the optimizer and the data loader are prepared too, but encode no text
+    "asks the data loader": 'extra = rand(len(loader))\nemb = text_encoder(batch["ids"])[0]\n'
+    "pred = unet(noisy, timesteps, emb, extra=extra)[0]",
+    # the script's own variable has the name of a copy
+    "frozen_ is taken": 'frozen_emb = Value("cached")\nemb = text_encoder(batch["ids"])[0]\n'
+    "pred = unet(noisy, timesteps, emb, other=frozen_emb)[0]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["one path", "the other"])
+@pytest.mark.parametrize("call", WRONG_PASSES.values(), ids=WRONG_PASSES)
+def test_passes_that_are_hard_to_repeat_are_repeated_right_or_refused(
+    workshop: Workshop, call: str, flag: bool
+) -> None:
+    text = script(call=call)
+    try:
+        patched(workshop.folder, text)
+    except AptError as error:
+        assert "\n" not in str(error) and "Nothing was changed" in str(error)
+        return
+    workshop.check_passes(text, flag=flag)
+
+
+@pytest.mark.parametrize(
+    ("statement", "shown"),
+    [
+        ("for part in range(2):\n    emb = emb + part", "for part in range(2):"),
+        ("while not emb:\n    emb = emb + 1", "while not emb:"),
+        ("try:\n    emb = emb + 1\nexcept TypeError:\n    pass", "try:"),
+        ("with accelerator.autocast():\n    for part in range(2):\n        emb = emb + part", "for part in range(2):"),
+    ],
+)
+def test_statements_that_the_base_model_cannot_repeat_are_refused(tmp_path: Path, statement: str, shown: str) -> None:
+    emb, pred = CALL.splitlines()
+    call = f"{emb}\n{statement}\n{pred}"
+    found = refused(
+        tmp_path, script(call=call), "looked for assignments and `if` between the text encoding and the U-N"
+    )
+    assert f"found `{shown}`" in found
+
+
+def test_other_statements_may_stand_between_where_they_are_not_repeated(workshop: Workshop) -> None:
+    emb, pred = CALL.splitlines()
+    workshop.check_passes(script(call=f"for i in range(2):\n    extra = i\n{emb}\ntry:\n    other = 1\n"
+                                      f"except TypeError:\n    pass\n{pred}"))  # fmt: skip
+
+
+def test_a_block_that_draws_and_encodes_text_is_repeated_right_or_refused(workshop: Workshop) -> None:
+    draw = f"with accelerator.autocast():\n    {DRAW}\n    {CALL.splitlines()[0]}"
+    text = script(draw=draw, call=CALL.splitlines()[1])
+    try:
+        patched(workshop.folder, text)
+    except AptError as error:
+        assert "\n" not in str(error) and "Nothing was changed" in str(error)
+        return
+    workshop.check_passes(text)
+
+
+# -- what users make of their scripts ----------------------------------------------------------------------------------
+
+NAMES = {
+    "unet": "denoiser", "model_pred": "guess", "target": "goal", "noise_scheduler": "ddpm", "accelerator": "acc",
+    "args": "options", "timesteps": "ts", "loss": "total", "vae": "coder", "pixel_values": "photos", "parser": "cli",
+    "model_input": "z", "noise": "eps", "bsz": "n", "batch": "data", "text_encoder": "words", "global_step": "count",
+    "text_encoder_one": "words_a", "prompt_embeds": "p", "conditions": "given",
+}  # fmt: skip
+
+
+def renamed(text: str, names: dict[str, str]) -> str:
+    """All variables of these names, and their copies, but no attribute."""
+    for old, new in names.items():
+        text = re.sub(rf"(?<!the )(?<![\w.\"'])((?:frozen_)?){old}(?![\w\"'])", rf"\g<1>{new}", text)
+    return text
+
+
+@pytest.mark.parametrize(
+    "names", [NAMES, *({old: new} for old, new in NAMES.items())], ids=lambda names: ",".join(names)
+)
+@both
+def test_the_names_of_variables_do_not_matter(tmp_path: Path, name: str, names: dict[str, str]) -> None:
+    old = source(name)
+    assert renamed(old, names) != old or len(names) == 1
+    ast.parse(renamed(old, names))
+    assert patched(tmp_path, renamed(old, names)) == renamed(patched(tmp_path, old), names)
+
+
+@pytest.mark.parametrize("loss", ["F.smooth_l1_loss", "F.huber_loss", "my_loss", "losses.robust", "diffusion_loss"])
+@both
+def test_another_loss_of_the_prediction_is_found(tmp_path: Path, name: str, loss: str) -> None:
+    edit = ("F.mse_loss", loss)
+    assert inserted(patched(tmp_path, source(name, edit))) == inserted(patched(tmp_path, source(name)))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "loss = ((pred.float() - target.float()) ** 2).mean()",
+        "loss = (target - pred).abs()",
+        "loss = mse_loss(target, pred)",
+        "loss = weights * mse_loss(pred.to(float), target.to(float), reduction='none')",
+        "error = target - pred\nloss = error * error",
+        "huber = True\nif huber:\n    loss = huber_loss(pred, target)\nelse:\n    loss = mse_loss(pred, target)",
+    ],
+)
+def test_prediction_and_target_are_assessed_before_whatever_loss_is_taken_of_them(tmp_path: Path, loss: str) -> None:
+    text = script().replace("loss = mse_loss(pred, target)", loss.replace("\n", "\n" + 16 * " "))
+    _, lines, below = group(patched(tmp_path, text), "apt_hooks_run.assess(")
+    assert lines[1] == "pred = apt_hooks_run.assess(pred, target, timesteps)"
+    assert below == next(line for line in loss.splitlines() if not line.startswith("huber ="))
+
+
+def test_an_extra_term_of_the_loss_is_part_of_what_is_regularized(tmp_path: Path) -> None:
+    extra = "extra = extra_loss(model_pred, model_input)\n                loss = loss + 0.1 * extra\n"
+    text = source("one_encoder", ("accelerator.backward(loss)", f"{extra}                accelerator.backward(loss)"))
+    new = patched(tmp_path, text)
+    above, _, below = group(new, "apt_hooks_run.regularized(loss)")
+    assert (above, below) == ("loss = loss + 0.1 * extra", "accelerator.backward(loss)")
+    assert "assess(model_pred, target, timesteps)" in new
+
+
+def test_an_extra_loss_above_does_not_make_its_other_side_the_target(tmp_path: Path) -> None:
+    extra = "extra = extra_loss(pred, noisy)\n                loss = mse_loss(pred, target) + extra"
+    text = script().replace("loss = mse_loss(pred, target)", extra)
+    try:
+        new = patched(tmp_path, text)
+    except AptError as error:
+        assert "target" in str(error) and "noisy" in str(error)
+    else:
+        assert "assess(pred, target, timesteps)" in new
+
+
+def test_a_target_that_is_the_noise_itself_needs_no_assignment_of_its_own(workshop: Workshop) -> None:
+    text = (
+        script()
+        .replace("                target = noise\n", "")
+        .replace("mse_loss(pred, target)", "mse_loss(pred, noise)")
+    )
+    _, run = workshop.train(text)
+    assert [said for name, said in run.told if name == "assess"] == [
+        "(pred2, random1, random2)",
+        "(pred4, random3, random4)",
+    ]
+
+
+def test_the_prediction_may_be_called_sample(tmp_path: Path) -> None:
+    new = patched(tmp_path, source("one_encoder", ("return_dict=False,\n                )[0]", ").sample")))
+    assert any(re.fullmatch(r"frozen_model_pred = unet\(.*\)\.sample", line) for line in inserted(new))
+
+
+@both
+def test_tabs_stay_tabs(tmp_path: Path, name: str) -> None:
+    def tabbed(text: str) -> str:
+        return re.sub(r"^(?: {4})+", lambda found: "\t" * (len(found[0]) // 4), text, flags=re.MULTILINE)
+
+    new = patched(tmp_path, tabbed(source(name)))
+    ast.parse(new)
+    assert patching.strip(new.encode()).decode() == tabbed(source(name))
+    assert ast.dump(ast.parse(new)) == ast.dump(ast.parse(patched(tmp_path, source(name))))
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
+@both
+def test_line_endings_and_byte_order_mark_are_kept(tmp_path: Path, name: str, newline: str, start: bytes) -> None:
+    content = start + source(name).replace("\n", newline).encode()
+    new = patched_bytes(tmp_path, content)
+    assert new == start + patched(tmp_path, source(name)).replace("\n", newline).encode()
+    assert patching.strip(new) == content
+    ast.parse(new)
+
+
+def test_text_in_any_language_is_kept_and_hides_no_statement(workshop: Workshop) -> None:
+    text = script(
+        call="emb = text_encoder('写真 ' + batch['ids'])[0]  # é; 学習\npred = unet(noisy, timesteps, emb)[0]  # ü"
+    )
+    text = text.replace('{"loss": loss}, step=step)', '{"損失": loss}, step=step)  # ; 記録')
+    workshop.check_passes(text)
+    refused(
+        workshop.folder, text.replace("  # ; 記録", "; x = 1"), '`accelerator.log({"損失": loss}, step=step); x = 1`'
+    )
+
+
+def test_the_encoding_that_a_script_declares_is_kept_or_refused(workshop: Workshop) -> None:
+    call = "emb = text_encoder('é' + batch['ids'])[0]\npred = unet(noisy, timesteps, emb)[0]"
+    content = f"# -*- coding: latin-1 -*-\n{script(call=call)}".encode("latin-1")
+    try:
+        new = patched_bytes(workshop.folder, content)
+    except AptError as error:
+        assert "latin-1" in str(error) or "UTF-8" in str(error)
+    else:
+        assert "text_encoder('é' + " in group(new.decode("latin-1"), "frozen_pass")[1][4]
+
+
+COMMENTED = {
+    "unet, text_encoder, text_encoder_two, optimizer, loader = ": None,
+    "latents = vae.encode(": "apt_hooks_run.augments:",
+    "pred = unet(": "apt_hooks_run.frozen_pass()",
+    "loss = mse_loss(": "apt_hooks_run.assess(",
+    "accelerator.backward(": "apt_hooks_run.regularized(",
+    "args = parser.parse_args()": '"--apt_config"',
+}
+
+
+@pytest.mark.parametrize("anchor", COMMENTED)
+def test_comments_stay_with_the_statement_below_them(workshop: Workshop, anchor: str) -> None:
+    comment = ["# first of two", "# second"]
+    text = re.sub(
+        rf"^( *)({re.escape(anchor)})", rf"\1{comment[0]}\n\1{comment[1]}\n\1\2", script(), flags=re.MULTILINE
+    )
+    new = patched(workshop.folder, text)
+    if COMMENTED[anchor]:
+        assert group(new, COMMENTED[anchor])[2] == comment[0]
+    plain = [line for line in new.splitlines() if line.strip() not in comment]
+    assert plain == patched(workshop.folder, script()).splitlines()
+
+
+def test_a_string_that_ends_like_a_comment_is_not_written_into(workshop: Workshop) -> None:
+    emb, pred = CALL.splitlines()
+    text = script(call=f'{emb}\nnote = """\n# all of it"""\n{pred}')
+    workshop.check_passes(text)
+
+
+def lines_between(text: str, first: str, last: str) -> list[str]:
+    lines = text.splitlines()
+    return lines[lines.index(first) + 1 : lines.index(last)]
+
+
+def body() -> list[str]:
+    """What main() does, without indentation."""
+    return [line[4:] for line in lines_between(script(), "def main(args):", 'if __name__ == "__main__":')]
+
+
+def indented(lines: list[str]) -> list[str]:
+    return ["    " + line for line in lines]
+
+
+PARSE = ["parser = Parser()", "args = parser.parse_args()"]
+MAINS = {
+    "main parses": script()
+    .replace("def main(args):", "def main():\n    args = parse_args()")
+    .replace("main(parse_args())", "main()"),
+    "main has the parser": "\n".join(["def main():", *indented(PARSE + body()), "main()"]) + "\n",
+    "no main": "\n".join(PARSE + body()) + "\n",
+    "main and a global": script().replace("    main(parse_args())", "    args = parse_args()\n    main(args)"),
+    "main with more": script().replace("main(args):", "main(args, more=None):"),
+}
+
+
+@pytest.mark.parametrize("text", MAINS.values(), ids=MAINS)
+def test_the_arguments_are_found_wherever_they_are_parsed(workshop: Workshop, text: str) -> None:
+    workshop.check_passes(text)
+
+
+HARD_MAINS = {
+    "main parses under another name": script().replace("def main(args):", "def main():\n    options = parse_args()")
+    .replace("args.output_dir", "options.output_dir").replace("main(parse_args())", "main()"),
+    "all under the guard": "\n".join(['if __name__ == "__main__":', *indented(PARSE + body())]) + "\n",
+    "parser outside, the rest under the guard": "\n".join([*PARSE, 'if __name__ == "__main__":', *indented(body())])
+    + "\n",
+    "parser under the guard": script().replace("    main(parse_args())", "\n".join(indented([*PARSE, "main(args)"])))
+    .replace("\n".join(script().splitlines()[:4]), ""),
+    "all in try": "\n".join(
+        ["def main(args):", "    try:", *indented(indented(body())), "    finally:", "        pass",
+         *script().splitlines()[:4], "main(parse_args())"]
+    ) + "\n",
+    "all in with": "\n".join(
+        ["def main(args):", "    with accelerator.autocast():", *indented(indented(body())),
+         *script().splitlines()[:4], "main(parse_args())"]
+    ) + "\n",
+    "method": "\n".join(
+        ["class Trainer:", "    def main(self, args):", *indented(indented(body())),
+         *script().splitlines()[:4], "Trainer().main(parse_args())"]
+    ) + "\n",
+    "method that keeps the arguments": "\n".join(
+        ["class Trainer:", "    def main(self):", *indented(indented(body())),
+         *script().splitlines()[:4], "trainer = Trainer()", "trainer.args = parse_args()", "trainer.main()"]
+    ).replace("args.output_dir", "self.args.output_dir") + "\n",
+    "the arguments second": script().replace("main(args):", "main(rank, args):").replace("main(parse", "main(0, parse"),
+    "a parser of something else first": "def configure():\n    other = OtherParser()\n    return other.parse_args()\n\n"
+    "configure()\n" + script(),
+    "schedule made after prepare": script().replace("    accelerator.load_state(",
+    "    schedule = scheduler\n    accelerator.load_state(").replace("scheduler.add_noise", "schedule.add_noise"),
+    "schedule made in the loop": script(draw=f"schedule = scheduler\n{DRAW}").replace(
+        "scheduler.add_noise", "schedule.add_noise"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HARD_MAINS.values(), ids=HARD_MAINS)
+def test_scripts_put_together_otherwise_run_or_are_refused(workshop: Workshop, text: str) -> None:
+    other = SimpleNamespace(add_argument=lambda *_, **__: None, parse_args=lambda: None)
+    namespace = World.namespace
+    workshop.monkeypatch.setattr(World, "namespace", lambda world: {**namespace(world), "OtherParser": lambda: other})
+    World().train(text)
+    try:
+        patched(workshop.folder, text)
+    except AptError as error:
+        assert "\n" not in str(error) and "Nothing was changed" in str(error)
+        return
+    workshop.check_passes(text)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+MISSING = {
+    "own backward": ("accelerator.backward(loss)", "loss.backward()",
+                     "the backward pass, `accelerator.backward(loss)` in a training loop, the loss a variable",
+                     "found `loss.backward()` in line "),
+    "no backward": ("accelerator.backward(loss)", "pass", "the backward pass", "found none"),
+    "two backward passes": ("accelerator.backward(loss)", "accelerator.backward(loss)\n" + 16 * " " +
+                            "accelerator.backward(more)", "the backward pass",
+                            "found `accelerator.backward(loss)` in line ", ", `accelerator.backward(more)` in line "),
+    "sum in backward": ("accelerator.backward(loss)", "accelerator.backward(loss + 1)", "the loss a variable",
+                        "found `accelerator.backward(loss + 1)`"),
+    "no prepare": ("accelerator.prepare(", "my_prepare(", "models, assigned from `accelerator.prepare(...)`", "none"),
+    "another's prepare": ("accelerator.prepare(", "other.prepare(", "assigned from `accelerator.prepare(...)`",
+                          "found `other.prepare(unet, text_encoder, optimizer, train_dataloader)` in line "),
+    "no noising": (".add_noise(", ".scale_noise(", "the noising, a call of .add_noise(...) in the training loop",
+                   "found none (flow-matching models are not supported)"),
+    "another U-Net": ("model_pred = unet(", "model_pred = other(", "the call of the U-Net", "of a prepared model",
+                      "found none"),
+    "U-Net is given no noise": ("                    noisy_model_input,\n", "                    noise,\n",
+                                "the call of the U-Net", "found `unet(noise, timesteps, "),
+    "two calls": ("                class_labels = None\n", "                class_labels = None\n"
+                  "                model_pred = unet(noisy_model_input, timesteps)[0]\n",
+                  "one call of the U-Net a step", "found `unet(noisy_model_input, timesteps)` in line ", ", `unet("),
+    "two predictions": ("                class_labels = None\n", "                class_labels = None\n"
+                        "                other_pred = unet(noisy_model_input, timesteps)[0]\n",
+                        "one name for the U-Net's prediction", "found model_pred, other_pred"),
+    "output as a whole": (")[0]\n\n", ")\n\n", "`x = model(noisy, timesteps, ...)[0]` or `.sample`", "found `unet("),
+    "no encoding": (".latent_dist.sample()", ".latents", "the encoding of the images, `vae.encode(images).latent_dist`",
+                    "found none"),
+    "images an expression": ("vae.encode(pixel_values)", "vae.encode(pixel_values * 2)",
+                             "the images, as the variable that the VAE encodes", "`vae.encode(pixel_values * 2)`"),
+    "timesteps inline": ("                    timesteps,\n", "                    timesteps.long(),\n",
+                         "the timesteps, a variable given to the U-Net", "found `timesteps.long()`"),
+    "timesteps drawn elsewhere": ("timesteps = t", "drawn = t", "the draw of `timesteps` before the U-Net is called",
+                                  "found none beside the call"),
+    "no loss": ("F.mse_loss(", "F.distance(", "the loss of `model_pred`, such as `mse_loss(model_pred, ", "none"),
+    "loss of another": ("F.mse_loss(model_pred.f", "F.mse_loss(my_pred.f", "the loss of `model_pred`",
+                        "found `F.mse_loss(my_pred.float(), target.float(), reduction='mean')` in line "),
+    "no target": (" target = noise", " goal = noise", "the assignment of the target `target` beside the U-Net's call",
+                  "found none"),
+    "no log": ("accelerator.log(", "print(", "the log to the trackers, `accelerator.log(...)`", "none"),
+    "no saving of states": ("accelerator.save_state(", "print(", "a call of accelerator.save_state(...)", "none"),
+    "no loading of states": ("accelerator.load_state(", "print(", "a call of accelerator.load_state(...)", "none"),
+    "no LoRA saved": ("save_lora_weights(\n            save_directory=", "save(\n            save_directory=",
+                      "the saving of the LoRA, `.save_lora_weights(save_directory=...)` after training", "found none"),
+    "LoRA saved without a folder": ("            save_directory=args.output_dir,\n", "", "save_directory=...",
+                                    "found `StableDiffusionLoraLoaderMixin.save_lora_weights(unet_lora_layers="),
+    "no parsing": ("parser.parse_args(", "parser.parse(", "the argument parser, `parser.parse_args()`", "found none"),
+    "two on a line": ("accelerator.backward(loss)", "accelerator.backward(loss); x = 1", "one statement in line ",
+                      "found `accelerator.backward(loss); x = 1`; put each on a line of its own"),
+    "second on a line": ("accelerator.backward(loss)", "x = 1; accelerator.backward(loss)", "one statement in line "),
+    "behind an if": ("accelerator.backward(loss)", "if loss: accelerator.backward(loss)", "one statement in line "),
+    "no Python": ("def main(args):", "def main(args:", "cannot be read as Python"),
+    "Python 2": ("accelerator.end_training()", "print 'done'", "cannot be read as Python"),
+    "null byte": ("accelerator.end_training()", "\0", "cannot be read as Python"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [(o, n, s) for o, n, *s in MISSING.values()], ids=MISSING)
+def test_a_missing_or_ambiguous_anchor_is_refused_with_what_was_found(
+    tmp_path: Path, old: str, new: str, said: list[str]
+) -> None:
+    edits = [(old, new)]
+    if new == "def main():":
+        edits.append(("    args = parse_args()\n    main(args)", "    main()"))
+    refused(tmp_path, source("one_encoder", *edits), *said)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "x = 1\n"], ids=["empty", "newline", "comment", "statement"])
+def test_another_program_is_refused(tmp_path: Path, text: str) -> None:
+    refused(
+        tmp_path, text, "looked for the backward pass, `accelerator.backward(loss)` in a training loop; found none. "
+    )
+
+
+def test_a_broken_script_is_told_with_its_line(tmp_path: Path) -> None:
+    said = refused(tmp_path, "x = 1\ny = (\n", "cannot be read as Python", "line 2")
+    assert "<unknown>" not in said
+
+
+def test_an_anchor_that_ends_the_file_without_a_newline_is_refused(tmp_path: Path) -> None:
+    text = MAINS["no main"].rstrip("\n")
+    assert text.endswith("save_lora_weights(save_directory=args.output_dir)")
+    refused(tmp_path, text, "ends the file without a newline; add one")
+
+
+@pytest.mark.parametrize("act", [lambda path: diffusers.patch(path, path), diffusers.unpatch, diffusers.status])
+@pytest.mark.parametrize("name", ["missing.py", "."])
+def test_what_is_no_file_is_refused(tmp_path: Path, act: Callable[[Path], object], name: str) -> None:
+    with pytest.raises(AptError, match=re.escape(f"{tmp_path / name}: cannot be read: ")) as error:
+        act(tmp_path / name)
+    assert "\n" not in str(error.value) and "name a training script" in str(error.value)
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(source("one_encoder"))
+    return path
+
+
+def test_a_copy_leaves_the_script_alone_and_unpatched_is_the_script(path: Path) -> None:
+    before, output = path.read_bytes(), path.with_name("copy.py")
+    shown = diffusers.patch(path, output)
+    assert path.read_bytes() == before and output.read_bytes() != before
+    assert all(f"+{line}" in shown.splitlines() for line in output.read_text().splitlines() if line.endswith(MARK))
+    assert diffusers.unpatch(output)
+    assert output.read_bytes() == before
+
+
+def test_in_place_and_copy_are_the_same(path: Path) -> None:
+    output = path.with_name("copy.py")
+    assert diffusers.patch(path, output) == diffusers.patch(path, path)
+    assert path.read_bytes() == output.read_bytes()
+
+
+def test_a_file_that_holds_something_else_is_not_written_over(path: Path) -> None:
+    output = path.with_name("copy.py")
+    output.write_text("mine\n")
+    with pytest.raises(AptError) as error:
+        diffusers.patch(path, output)
+    assert output.read_text() == "mine\n"
+    assert str(error.value).startswith(
+        f"{output}: there already and not what would be written; delete it, name another"
+    )
+    assert "\n" not in str(error.value)
+
+
+def test_an_equal_copy_is_not_written_again(path: Path) -> None:
+    output = path.with_name("copy.py")
+    shown = diffusers.patch(path, output)
+    found = output.stat()
+    assert diffusers.patch(path, output) == shown
+    assert (output.stat().st_ino, output.stat().st_mtime_ns) == (found.st_ino, found.st_mtime_ns)
+
+
+def test_dry_runs_write_nothing_and_show_the_same(path: Path) -> None:
+    before, output = path.read_bytes(), path.with_name("copy.py")
+    shown = diffusers.patch(path, output, dry_run=True)
+    assert shown == diffusers.patch(path, path, dry_run=True)
+    assert path.read_bytes() == before and not output.exists()
+    assert diffusers.patch(path, path) == shown
+    new = path.read_bytes()
+    gone = diffusers.unpatch(path, dry_run=True)
+    assert path.read_bytes() == new
+    assert diffusers.unpatch(path) == gone
+    changed = [line for line in shown.splitlines() if line.endswith(MARK)]
+    assert changed and ["-" + line[1:] for line in changed] == [x for x in gone.splitlines() if x.endswith(MARK)]
+
+
+def test_unpatching_what_is_not_patched_changes_nothing(path: Path) -> None:
+    found = path.stat()
+    assert diffusers.unpatch(path) == ""
+    assert path.stat().st_ino == found.st_ino and path.stat().st_mtime_ns == found.st_mtime_ns
+
+
+def test_the_mode_of_a_script_patched_in_place_is_kept(path: Path) -> None:
+    path.chmod(0o751)
+    diffusers.patch(path, path)
+    assert path.stat().st_mode & 0o777 == 0o751
+    diffusers.unpatch(path)
+    assert path.stat().st_mode & 0o777 == 0o751
+
+
+def test_a_copy_of_a_program_is_a_program(path: Path) -> None:
+    path.chmod(0o755)
+    diffusers.patch(path, path.with_name("copy.py"))
+    assert path.with_name("copy.py").stat().st_mode & 0o100
+
+
+def test_a_folder_cannot_be_the_output(path: Path) -> None:
+    with pytest.raises(AptError, match=re.escape(f"{path.parent}: ")):
+        diffusers.patch(path, path.parent)
+
+
+def test_a_folder_that_is_missing_cannot_hold_the_output(path: Path) -> None:
+    with pytest.raises(AptError, match=re.escape(f"{path.parent / 'nowhere'}: cannot be written to")):
+        diffusers.patch(path, path.parent / "nowhere" / "copy.py")
+
+
+def test_the_script_itself_by_another_name_is_no_other_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    before = path.read_bytes()
+    try:
+        diffusers.patch(Path(path.name), path)
+    except AptError as error:
+        assert "delete it" not in str(error) and path.read_bytes() == before
+    else:
+        assert patching.is_patched(path.read_bytes())
+
+
+def test_users_edits_survive_unpatching(path: Path) -> None:
+    before = path.read_text()
+    diffusers.patch(path, path)
+    text = path.read_text()
+    edits = [
+        ("logs = {", "logs = {'mine': 1, "),
+        ("# Predict the noise", "# Guess the noise"),
+        ("def main(", "X = 1\n\n\ndef main("),
+    ]
+    for old, new in edits:
+        assert old in text
+        text, before = text.replace(old, new), before.replace(old, new)
+    path.write_text(text)
+    diffusers.unpatch(path)
+    assert path.read_text() == before
+
+
+def test_the_status_tells_patched_from_not_patched_and_from_edited_since(path: Path) -> None:
+    found = diffusers.status(path)
+    assert (found.path, found.state, found.patched) == (path, "not patched", False)
+    diffusers.patch(path, path)
+    assert (diffusers.status(path).state, diffusers.status(path).patched) == ("patched", True)
+    path.write_text(path.read_text().replace("# Predict the noise", "# An edit that matters to no line"))
+    assert diffusers.status(path).patched
+    right = path.read_text()
+    edited = "patched, and edited since or by another version of apt-hooks"
+    for text in (
+        right.replace("class_labels=class_labels,\n", ""),  # the base model's call still has it
+        right.replace("regularized(loss)", "regularised(loss)"),
+        "".join(line for line in right.splitlines(True) if "close()" not in line),
+        f"x = 1  {MARK}\n{right}",
+    ):
+        assert text != right
+        path.write_text(text)
+        assert (diffusers.status(path).state, diffusers.status(path).patched) == (edited, False)
+        before = path.read_bytes()
+        assert diffusers.patch(path, path)
+        assert diffusers.status(path).patched
+        assert patching.strip(before) == patching.strip(path.read_bytes())
+
+
+def test_the_status_of_a_script_that_cannot_be_patched_says_why(path: Path) -> None:
+    path.write_text(path.read_text().replace("accelerator.backward(loss)", "loss.backward()"))
+    with pytest.raises(
+        AptError, match=r"train\.py: looked for the backward pass.*found `loss\.backward\(\)` in line \d+"
+    ):
+        diffusers.status(path)
+
+
+@pytest.mark.parametrize("line", ['check_min_version("0.35.0")', "check_min_version('0.35.0')  # at least"])
+def test_the_version_is_the_one_that_the_script_asks_for(path: Path, line: str) -> None:
+    assert diffusers.status(path).version == "unknown"
+    path.write_text(path.read_text().replace("def parse_args", f"{line}\n\n\ndef parse_args"))
+    assert diffusers.status(path).version == "0.35.0"
+
+
+def test_the_version_of_a_script_from_the_main_branch_is_told(path: Path) -> None:
+    path.write_text(path.read_text().replace("def parse_args", 'check_min_version("0.36.0.dev0")\n\n\ndef parse_args'))
+    assert diffusers.status(path).version in ("0.36.0.dev0", "0.36.0")
+
+
+# -- the scripts themselves --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_trainer
+@pytest.mark.skipif(not os.environ.get("DIFFUSERS_DIR"), reason="needs a git clone of diffusers: set DIFFUSERS_DIR")
+@pytest.mark.parametrize("name", ["train_dreambooth_lora.py", "train_dreambooth_lora_sdxl.py"])
+@pytest.mark.parametrize("tag", ["v0.32.1", "v0.35.2", "v0.40.0"])
+def test_the_scripts_of_diffusers_are_patched_once_and_restored(tmp_path: Path, tag: str, name: str) -> None:
+    command = ["git", "-C", os.environ["DIFFUSERS_DIR"], "show", f"{tag}:examples/dreambooth/{name}"]
+    content = subprocess.run(command, capture_output=True, check=True).stdout
+    new = patched_bytes(tmp_path, content)
+    ast.parse(new)
+    assert patching.strip(new) == content
+    assert patched_bytes(tmp_path, new) == new
+    assert diffusers.status(tmp_path / "script.py").version in diffusers.TESTED
+    once = [
+        "add_argument(\"--apt_config\"", "adapter.start(args, accelerator, unet, noise_scheduler)",
+        "pixel_values = apt_hooks_run.augment(pixel_values, timesteps)",
+        "timesteps = apt_hooks_run.timesteps(timesteps)",
+        "apt_hooks_run.begin_tuned_pass(frozen_model_pred)", "model_pred = apt_hooks_run.end_tuned_pass(model_pred)",
+        "model_pred = apt_hooks_run.assess(model_pred, target, timesteps)", "loss = apt_hooks_run.regularized(loss)",
+        "accelerator.log(apt_hooks_run.tracker_values(), step=global_step)", "apt_hooks_run.close()",
+        "apt_hooks_run.add_metadata(args.output_dir)",
+    ]  # fmt: skip
+    lines = inserted(new.decode())
+    at = [[i for i, line in enumerate(lines) if fragment in line] for fragment in once]
+    assert all(len(found) == 1 for found in at) and at == sorted(at)
+    assert any(re.match(r"frozen_\w+.* = .*text_encoder", line) for line in frozen(new.decode()))
