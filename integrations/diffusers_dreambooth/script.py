@@ -174,7 +174,7 @@ class _Finder:
 
     def _before_the_loop(self, statement: ast.stmt) -> bool:
         own = self.tree.function(statement) is self.function
-        return own and statement.lineno < self.loops[-1].lineno  # type: ignore[attr-defined]
+        return own and statement.lineno < self.loops[-1].lineno
 
     def _noising(self) -> list[ast.Call]:
         found = self.tree.calls(self.loops[0], "add_noise")
@@ -319,8 +319,8 @@ class _Finder:
 
     def _arguments(self) -> str:
         """What the arguments are called in the training function: that of which most of the parser's are asked."""
-        flags = [c.args[0].value for c in self.tree.calls(self.tree.root, "add_argument") if _is_text(c.args[:1])]
-        names = {flag.lstrip("-").replace("-", "_") for flag in flags}
+        given = [argument for call in self.tree.calls(self.tree.root, "add_argument") for argument in call.args]
+        names = {str(a.value).lstrip("-").replace("-", "_") for a in given if isinstance(a, ast.Constant)}
         asked = [n for n in ast.walk(self.function) if isinstance(n, ast.Attribute) and n.attr in names]
         owners = [ast.unparse(n.value) for n in asked]
         if owners:
@@ -341,10 +341,6 @@ class _Finder:
 
     def _missing(self, wanted: str, found: str) -> AptError:
         return missing(self.name, wanted, found)
-
-
-def _is_text(nodes: list[ast.expr]) -> bool:
-    return bool(nodes) and isinstance(nodes[0], ast.Constant) and isinstance(nodes[0].value, str)
 
 
 _PARSING = ("parse_args", "parse_known_args")
