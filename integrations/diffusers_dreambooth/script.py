@@ -329,10 +329,10 @@ class _Finder:
         parsing = {f.name for f in functions if any(self.tree.calls(f, name) for name in _PARSING)} | set(_PARSING)
         for function in (self.function, self.tree.root):
             if isinstance(function, ast.FunctionDef) and function.args.args:
-                given = [argument.arg for argument in function.args.args if argument.arg != "self"]
+                own_names = [argument.arg for argument in function.args.args if argument.arg != "self"]
                 of = [ast.unparse(n.value) for n in ast.walk(function) if isinstance(n, ast.Attribute)]
-                if given:
-                    return max(given, key=of.count)
+                if own_names:
+                    return max(own_names, key=of.count)
             for node in ast.walk(function):
                 own = isinstance(node, (ast.Assign, ast.AnnAssign)) and self.tree.function(node) is function
                 if own and assigned(node) and isinstance(node.value, ast.Call) and called(node.value) in parsing:  # type: ignore[attr-defined]

@@ -103,8 +103,8 @@ def _names(node: ast.AST, own: frozenset[str]) -> Iterator[tuple[str, type[ast.e
             yield node.name, ast.Store
         inner = own | {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
         body: list[ast.stmt] | list[ast.expr] = node.body if isinstance(node, ast.FunctionDef) else [node.body]
-        for part in body:
-            yield from ((name, kind) for name, kind in _names(part, inner) if kind is ast.Load)
+        for inside in body:
+            yield from ((name, kind) for name, kind in _names(inside, inner) if kind is ast.Load)
     else:
         if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
             yield node.target.id, ast.Load
