@@ -34,6 +34,7 @@ UNSEEN = {"captions": ["sks dog in the sea", "sks dog at home"], "validation": T
 
 WEIGHTS_ONLY = {"augmentation": False, "lambda_dist": 0.0, "lambda_attn": 0.0}
 ALL_OFF = {**WEIGHTS_ONLY, "loss_weighting": False}
+DREAMBOOTH = {"objective": "dreambooth"}
 ALWAYS_SMALLER = {"augment_max_probability": 1.0, "zoom_out": [3.0, 3.0], "rotation_degrees": 0.0}
 
 
@@ -228,7 +229,7 @@ def test_monitoring_and_all_terms_off_give_the_plain_trainers_lora_bit_for_bit(
     train: Train, setting: dict[str, Any]
 ) -> None:
     plain = train(**setting, name="plain")
-    for name, apt in {"monitor": {"monitor_only": True}, "off": ALL_OFF}.items():
+    for name, apt in {"monitor": {"monitor_only": True}, "off": ALL_OFF, "dreambooth": DREAMBOOTH}.items():
         run = train(apt, **setting, name=name)
         assert run.same_lora(plain), name
         assert [line["loss/current"] for line in run.tracked] == [line["loss/current"] for line in plain.tracked], name
@@ -479,6 +480,21 @@ def test_the_weight_multiplies_the_loss_after_all_else(train: Train) -> None:
         assert (seen.before_weights < 0.9 * seen.squares).all(), "min-SNR is to have its say"
         assert seen.loss == pytest.approx(0.5 * float(seen.before_weights.mean()), rel=1e-5)
     assert [line["loss_weight"] for line in run.log] == [pytest.approx(0.5)] * 3
+
+
+def test_dco_weighs_a_sample_by_how_much_better_than_the_base_it_does(train: Train) -> None:
+    run = train(
+        {"objective": "dco", "dco_beta": 100.0}, spy=Spy, subsets=(OWN, REG), train_batch_size=1, max_train_steps=8
+    )
+    owns = [not uncounted(seen).item() for seen in run.trainer.seen]
+    assert set(owns) == {True, False}
+    for seen, line, own in zip(run.trainer.seen, run.log, owns, strict=True):
+        weight = 50.0  # what every sample starts with, and regularization images stay with
+        if own:
+            weight = 100.0 / (1.0 + math.exp(-100.0 * (line["loss_tuned"] - line["loss_frozen"])))
+            assert line["loss_weight"] == pytest.approx(weight, rel=1e-3)
+        assert seen.loss == pytest.approx(weight * float(seen.before_weights.mean()), rel=1e-3)
+        assert line["l_attn"] is None and not line["augmented"]
 
 
 def test_gamma_comes_from_the_raw_losses(train: Train) -> None:
