@@ -306,11 +306,13 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, factor: Tensor) -> Tensor:
         ctx.factor = factor
-        return prediction.view_as(prediction)
+        return prediction.clone()  # which a script may change in place; a view would refuse
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient * ctx.factor.reshape(-1, *[1] * (gradient.ndim - 1))).to(gradient.dtype), None
+        return (gradient * ctx.factor.to(gradient.device).reshape(-1, *[1] * (gradient.ndim - 1))).to(
+            gradient.dtype
+        ), None
 
 
 def _statistics_distance(h: Tensor, frozen: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Switching peft's adapters off for the frozen pass."""
+"""peft's adapters: switched off for the frozen pass, and what of a model they are."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -19,15 +20,7 @@ def adapters_off(*models: nn.Module) -> Iterator[None]:
     Raises:
         AptError: the models carry no adapters.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    layers = [
-        module
-        for model in models
-        for module in model.modules()
-        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
-    ]
+    layers = _layers(models)
     if not layers:
         names = ", ".join(type(model).__name__ for model in models)
         raise AptError(f"looked for LoRA layers of peft in {names}, found none: call add_adapter before the training")
@@ -39,3 +32,44 @@ def adapters_off(*models: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def check_trained(parameters: Iterable[nn.Parameter], *models: nn.Module) -> None:
+    """Check that without its adapters a model is the one that the training began with.
+
+    Args:
+        parameters: all that the optimizers train.
+        models: those whose adapters `adapters_off` switches.
+
+    Raises:
+        AptError: something else is trained, or an adapter is active that is not.
+    """
+    layers = _layers(models)
+    own = {id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith(_BASE)}
+    foreign = [p for p in parameters if p.requires_grad and id(p) not in own]
+    if foreign:
+        raise AptError(
+            f"{len(foreign)} tensors are trained that are no LoRA of the prepared models (the first is "
+            f"{tuple(foreign[0].shape)}), so the base model cannot be had: train LoRA only, and give every model that "
+            "has one to accelerator.prepare"
+        )
+    for layer in layers:
+        for adapter in getattr(layer, "active_adapters", ()):
+            tensors = [p for name, p in layer.named_parameters() if f".{adapter}." in f".{name}."]
+            if tensors and not any(p.requires_grad for p in tensors):
+                raise AptError(
+                    f"the adapter {adapter!r} is active but not trained, and would be missing from the base model; "
+                    "merge it into the weights (fuse_lora) before add_adapter, or unload it"
+                )
+
+
+_BASE = ("base_layer.", "original_module.")
+"""Where an adapter's layer keeps the model's own weights."""
+
+
+def _layers(models: Iterable[nn.Module]) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    return [module for model in models for module in model.modules() if isinstance(module, kinds)]

@@ -510,10 +510,11 @@ def test_engines_that_own_the_model_and_compiled_ones_are_refused(
     assert (attribute or "compiled U-Net") in line
 
 
-def test_a_prediction_that_the_script_changes_first_is_refused(train: Train) -> None:
+@pytest.mark.parametrize("change", ["model_pred = model_pred * 1.5", "model_pred *= 1.5"])
+def test_a_prediction_that_the_script_changes_first_is_refused(train: Train, change: str) -> None:
     def changed(source: str) -> str:
         at = "                if noise_scheduler.config.prediction_type"
-        return source.replace(at, f"                model_pred = model_pred * 1.5\n{at}", 1)
+        return source.replace(at, f"                {change}\n{at}", 1)
 
     assert "changes the U-Net's prediction before the loss" in refused(train, "one_encoder", config="", edit=changed)
 
@@ -528,6 +529,90 @@ def test_a_trained_text_encoder_that_is_called_out_of_sight_is_refused(train: Tr
     line = refused(train, "one_encoder", "--train_text_encoder", config="", edit=hidden)
     assert "the lines that run it were not found" in line
     train("one_encoder", "--max_train_steps", "1", config="", edit=hidden)  # not trained: nothing to encode anew
+
+
+def test_images_that_are_not_encoded_in_a_step_cannot_be_augmented_and_that_is_said(train: Train) -> None:
+    def cached(source: str) -> str:
+        old = "                if vae is not None:\n"
+        assert old in source
+        source = source.replace(old, "                if global_step == 0:\n")
+        return source.replace("model_input = pixel_values", "model_input = torch.ones(2, 4, 8, 8)")
+
+    assert "the images were not encoded in this step" in refused(train, "one_encoder", config="", edit=cached)
+    train("one_encoder", config="augmentation = false", edit=cached)
+
+
+@pytest.mark.parametrize("part", ["unet.conv_out.bias", "text_encoder.final_layer_norm.bias"])
+def test_weights_that_are_trained_beside_the_lora_leave_no_base_model(train: Train, part: str) -> None:
+    def trained(source: str) -> str:
+        at = "    optimizer = torch.optim.AdamW("
+        return source.replace(at, f"    params_to_optimize.append({part}.requires_grad_(True))\n{at}")
+
+    line = refused(train, "one_encoder", "--train_text_encoder", config="", edit=trained)
+    assert "1 tensors are trained that are no LoRA of the prepared models" in line
+
+
+def test_a_text_encoder_that_was_not_prepared_leaves_no_base_model(train: Train) -> None:
+    def unprepared(source: str) -> str:
+        prepared = "unet, text_encoder, optimizer, train_dataloader"
+        return source.replace(prepared, "unet, optimizer, train_dataloader")
+
+    line = refused(train, "one_encoder", "--train_text_encoder", config="", edit=unprepared)
+    assert "give every model that has one to accelerator.prepare" in line
+
+
+def test_an_adapter_that_is_active_but_not_trained_is_refused(train: Train) -> None:
+    def styled(source: str) -> str:
+        at = "    params_to_optimize = ["
+        style = "    unet.add_adapter(LoraConfig(r=2, target_modules=['to_v']), 'style')\n"
+        style += "    unet.set_adapters(['default', 'style'])\n"
+        style += "    [p.requires_grad_(False) for n, p in unet.named_parameters() if '.style.' in n]\n"
+        return source.replace(at, style + at, 1)
+
+    line = refused(train, "one_encoder", config="", edit=styled)
+    assert "the adapter 'style' is active but not trained" in line
+
+
+def test_one_timestep_for_the_whole_batch_counts_for_every_sample(train: Train) -> None:
+    found = train("one_encoder", config="", edit=lambda source: source.replace("(bsz,), device", "(1,), device"))
+    assert len(found.lines) == 4 and found.lines[-1]["delta_noise"] > 0.0
+    both = train(
+        "one_encoder", "--with_prior_preservation", config="", edit=lambda s: s.replace("(bsz,), d", "(1,), d")
+    )
+    assert len(both.lines) == 4
+
+
+def test_a_script_may_change_the_prediction_in_place_once_it_is_assessed(train: Train) -> None:
+    def masked(change: str) -> Callable[[str], str]:
+        at = "                if args.with_prior_preservation:\n                    model_pred, model"
+        return lambda source: source.replace(at, f"                {change}\n{at}")
+
+    found = train("one_encoder", config="", edit=masked("model_pred *= 0.5"))
+    assert_same(found, train("one_encoder", config="", edit=masked("model_pred = model_pred * 0.5")))
+
+
+def test_a_step_that_the_script_breaks_off_is_forgotten(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = train("one_encoder", config="")
+    frozen_pass = DreamBoothRun.frozen_pass
+
+    def after_another(self: DreamBoothRun) -> Any:
+        with frozen_pass(self):
+            self._run.objective.frozen_modules[0](torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 6, 16))
+        self.begin_tuned_pass(torch.zeros(1))  # in which the memory ran out
+        return frozen_pass(self)
+
+    monkeypatch.setattr(DreamBoothRun, "frozen_pass", after_another)
+    found = train("one_encoder", config="")
+    assert_same(found, wanted)
+    assert found.lines == wanted.lines
+
+
+def test_a_lora_under_another_name_is_said_to_have_no_metadata(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    named = "            unet_lora_layers=get_peft_model_state_dict(unet),\n"
+    train(
+        "one_encoder", config="", edit=lambda s: s.replace(named, f'{named}            weight_name="my.safetensors",\n')
+    )
+    assert f"no {WEIGHTS}*.safetensors in" in caplog.text
 
 
 # -- several processes, and a GPU --------------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from apt_hooks.augmentation import Placement
+from apt_hooks.capture import Features
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.objective import AptObjective, AptStep, Passes
 from apt_hooks.run import AptRun
 
 from ..accelerate_state import attach
-from ..peft import adapters_off
+from ..peft import adapters_off, check_trained
 from .metadata import add_metadata
 
 logger = logging.getLogger("apt_hooks")
@@ -36,12 +37,13 @@ def start(args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_sch
     one line where the configuration or the script's arguments rule APT out.
     """
     with errors_in_one_line():
-        if args.apt_config and args.apt_preset:
+        file, preset = (getattr(args, name, None) for name in ("apt_config", "apt_preset"))
+        if file and preset:
             raise AptError(
-                f"both --apt_config {args.apt_config} and --apt_preset {args.apt_preset} are given; keep one, and name "
-                "the preset in the file if both are wanted"
+                f"both --apt_config {file} and --apt_preset {preset} are given; keep one, and name the preset in the "
+                "file if both are wanted"
             )
-        config = AptConfig.from_toml(args.apt_config) if args.apt_config else AptConfig.preset(args.apt_preset)
+        config = AptConfig.from_toml(file) if file else AptConfig.preset(str(preset))
         if not config.enabled:
             logger.info("apt-hooks: [apt] enabled = false, training without APT")
             return None
@@ -61,9 +63,11 @@ class DreamBoothRun:
         self, config: AptConfig, args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_scheduler: Any
     ) -> None:
         own = accelerator.unwrap_model(unet)
-        # accelerate has no public list of the models it prepared.
+        # accelerate has no public list of the models and optimizers that it prepared.
         trained = [accelerator.unwrap_model(model) for model in accelerator._models]
         self._text_encoders = [m for m in trained if m is not own and any(p.requires_grad for p in m.parameters())]
+        optimizers = [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
+        check_trained((p for group in optimizers for p in group["params"]), own, *self._text_encoders)
         self._prior = bool(getattr(args, "with_prior_preservation", False))
         self._accelerator = accelerator
         objective = AptObjective(
@@ -86,10 +90,11 @@ class DreamBoothRun:
         self._tuned_pass = contextlib.ExitStack()
         self._timesteps: Tensor | None = None
         self._placement: Placement | None = None
-        self._frozen: Any = None  # Features | None
-        self._tuned: Any = None  # Features | None
-        self._frozen_prediction: Any = None  # Tensor, between the two passes
+        self._frozen: Features | None = None
+        self._tuned: Features | None = None
+        self._frozen_prediction: Tensor | None = None
         self._passes: Passes | None = None
+        self._version = 0
         self._step: AptStep | None = None
         attach(self._run, accelerator)
         # Behind the script's own hook, which has saved the LoRA by then.
@@ -101,19 +106,20 @@ class DreamBoothRun:
         with errors_in_one_line():
             self._timesteps = timesteps.clone()  # which the script may change in place, and then again
             self._placement = self._run.objective.draw_augmentation(
-                timesteps, self._counted(len(timesteps)), self._run.generator()
+                _one_each(timesteps, images), self._counted(images), self._run.generator()
             )
             return self._placement.apply(images, -1.0)
 
     def timesteps(self, timesteps: Tensor) -> Tensor:
         """Those that `augment` was told, in place of those that the script drew since."""
-        return timesteps if self._timesteps is None else self._timesteps
+        return timesteps if self._timesteps is None else self._timesteps.to(timesteps.device)
 
     @contextlib.contextmanager
     def frozen_pass(self) -> Iterator[None]:
         """Inside, U-Net and text encoders are those of the base model."""
         called: set[nn.Module] = set()
         with errors_in_one_line():
+            self._give_up()
             with contextlib.ExitStack() as stack:
                 for encoder in self._text_encoders:
                     handle = encoder.register_forward_pre_hook(lambda module, _: called.add(module))
@@ -136,15 +142,17 @@ class DreamBoothRun:
         """The prediction, to go on with in place of `prediction`."""
         with errors_in_one_line():
             self._tuned_pass.close()
+            assert self._frozen_prediction is not None  # begin_tuned_pass was called
             self._passes = self._run.objective.join(prediction, self._frozen_prediction, self._tuned, self._frozen)
             self._frozen = self._tuned = self._frozen_prediction = None
+            self._version = self._passes.tuned._version
             return self._passes.tuned
 
     def assess(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
         """The prediction, its gradient scaled by each sample's weight, whatever loss is taken of it."""
         with errors_in_one_line():
             passes, self._passes = self._passes, None
-            if passes is None or prediction is not passes.tuned:
+            if passes is None or prediction is not passes.tuned or prediction._version != self._version:
                 raise AptError(
                     "the script changes the U-Net's prediction before the loss, but not the base model's, so the two "
                     "cannot be compared; take the loss of what the U-Net predicts"
@@ -154,7 +162,13 @@ class DreamBoothRun:
                     f"the U-Net predicts {tuple(prediction.shape)} for a target of {tuple(target.shape)}; models that "
                     "predict their variance are not supported"
                 )
-            self._step = self._run.objective.assess(passes, target, timesteps, self._counted(len(timesteps)))
+            if self.augments and self._placement is None:
+                raise AptError(
+                    "the images were not encoded in this step (cached latents?), so they could not be augmented; "
+                    "encode them in every step, or set [apt] augmentation = false"
+                )
+            timesteps = _one_each(timesteps, prediction)
+            self._step = self._run.objective.assess(passes, target, timesteps, self._counted(prediction))
             return self._step.weigh(prediction)
 
     def regularized(self, loss: Tensor) -> Tensor:
@@ -177,8 +191,11 @@ class DreamBoothRun:
         """Write what is known of the run into the metadata of the LoRAs in a folder."""
         with errors_in_one_line():
             if self._accelerator.is_main_process:
-                for path in sorted(Path(folder).glob(f"{WEIGHTS}*.safetensors")):
+                paths = sorted(Path(folder).glob(f"{WEIGHTS}*.safetensors"))
+                for path in paths:
                     add_metadata(path, self._run.metadata())
+                if not paths:
+                    logger.warning("apt-hooks: no %s*.safetensors in %s yet, so no metadata in it", WEIGHTS, folder)
 
     def close(self) -> None:
         """Write what is left of the log and take the hooks off; may be called again."""
@@ -186,15 +203,27 @@ class DreamBoothRun:
             atexit.unregister(self.close)
             self._run.close()
 
-    def _counted(self, batch: int) -> Tensor | None:
+    def _give_up(self) -> None:
+        """Forget a step that the script broke off between the passes, as one does that ran out of memory."""
+        given_up = RuntimeError("the step was broken off")
+        self._tuned_pass.__exit__(RuntimeError, given_up, None)
+        self._passes = self._step = None
+
+    def _counted(self, samples: Tensor) -> Tensor | None:
         """With prior preservation the second half of a batch are class images, which APT leaves alone."""
         if not self._prior:
             return None
+        batch = len(samples)
         if batch % 2:
             raise AptError(
                 f"--with_prior_preservation puts as many class images as instance images in a batch; found {batch}"
             )
         return torch.arange(batch) < batch // 2
+
+
+def _one_each(timesteps: Tensor, samples: Tensor) -> Tensor:
+    """A timestep for each sample, where a script may have drawn one for all."""
+    return timesteps.reshape(-1).expand(len(samples)) if timesteps.numel() == 1 else timesteps
 
 
 def _check(args: argparse.Namespace, config: AptConfig, accelerator: Any, unet: nn.Module) -> None:

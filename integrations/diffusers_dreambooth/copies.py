@@ -11,7 +11,7 @@ from apt_hooks.errors import AptError
 
 from .tree import assigned, called, first_line, missing, read
 
-RANDOM = re.compile(r"rand|normal|uniform|bernoulli|multinomial|dropout|choice|shuffle|sample_")
+_RANDOM = re.compile(r"\b(rand|normal|uniform|bernoulli|binomial|multinomial|choice|shuffle|sample)|drop|random")
 """Names of functions that draw random numbers."""
 
 
@@ -133,7 +133,7 @@ class Renamed:
                 own |= assigned(inner.target)
             if isinstance(inner, ast.Lambda):
                 own |= {argument.arg for argument in ast.walk(inner.args) if isinstance(argument, ast.arg)}
-            if isinstance(inner, ast.Call) and RANDOM.match(called(inner)):
+            if isinstance(inner, ast.Call) and _RANDOM.search(ast.unparse(inner.func)):
                 raise self._refused("nothing drawn at random", node)
         if own & (self._now | self._perhaps):
             raise self._refused(f"no second `{min(own & (self._now | self._perhaps))}`", node)

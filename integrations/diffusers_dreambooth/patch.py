@@ -143,7 +143,7 @@ class _Lines:
             self._after(
                 found.prepare,
                 f"{RUN} = None",
-                f"if {found.arguments}.apt_config or {found.arguments}.apt_preset:",
+                f'if getattr({found.arguments}, "apt_config", None) or getattr({found.arguments}, "apt_preset", None):',
                 "    try:",
                 "        from apt_hooks.integrations.diffusers_dreambooth import adapter as apt_hooks_adapter",
                 "    except ModuleNotFoundError as e:",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 
-from .copies import RANDOM, AskOther, Renamed, asks_only_batch_size_and_device
+from .copies import AskOther, Renamed, asks_only_batch_size_and_device
 from .tree import (
     Suite,
     assigned,
@@ -97,13 +97,17 @@ def _check_draw(
     """The copy runs first and the statements themselves once more, which nobody must notice."""
     if step.at_encode in chosen:
         raise missing(step.script, wanted, "it in one block with the encoding of the images")
+    between = [s for i, s in enumerate(step.suite) if min(chosen) < i < max(chosen) and i not in chosen]
+    early = [s for s in between if timesteps in read(s)]
+    if early:
+        raise missing(step.script, f"`{timesteps}` complete before it is used", f"`{first_line(early[0])}`")
     if unlike & read(*copies):
         raise missing(step.script, wanted, f"`{min(unlike & read(*copies))}`, a width of theirs")
     own = [step.suite[i] for i in sorted(chosen)]
     older = changed(*own) - assigned(*own) - {timesteps}
     if older:
         raise missing(step.script, f"a draw of `{timesteps}` that changes nothing older", f"it changing `{min(older)}`")
-    drawn = [s for s in own if any(isinstance(n, ast.Call) and RANDOM.match(called(n)) for n in ast.walk(s))]
+    drawn = [s for s in own if any(isinstance(n, ast.Call) and called(n) not in _SURE for n in ast.walk(s))]
     random = made_from(own, assigned(*drawn)) - {timesteps}
     others = [s for i, s in enumerate(step.suite) if i > min(chosen) and i not in chosen]
     if random & needs(others):
@@ -133,7 +137,7 @@ def frozen_copy(step: Step, text_encoders: set[str], noising: set[int]) -> Froze
 
 
 def _copied(step: Step, text_encoders: set[str]) -> set[int]:
-    suite, encoded = step.suite, set(text_encoders)
+    suite = step.suite
 
     def makers(names: set[str], before: int) -> set[int]:
         return {j for j in range(before) if names & (assigned(suite[j]) | changed(suite[j]))}
@@ -144,11 +148,12 @@ def _copied(step: Step, text_encoders: set[str]) -> set[int]:
         i = pending.pop()
         needed.add(i)
         pending |= makers(read(suite[i]), i) - needed
-    copied = {step.at_call}
+    copied, texts = {step.at_call}, set[str]()
     for i in sorted(needed):
-        if encoded & read(suite[i]):
+        made = assigned(suite[i]) | changed(suite[i])
+        if (text_encoders | texts) & read(suite[i]) or texts & made:
             copied.add(i)
-            encoded |= assigned(suite[i]) | changed(suite[i])
+            texts |= made
     # What a copy changes in place has to be a copy too.
     while missing := {j for i in copied for j in makers(changed(suite[i]), i)} - copied:
         copied |= missing
@@ -180,3 +185,7 @@ def _check_frozen(step: Step, copied: set[int], text_encoders: set[str], noising
             second += [s for s in rest if name in read(s) and assigned(s) | changed(s)]
             if second:
                 raise missing(step.script, wanted, f"`{first_line(second[0])}`, a second name for what is changed")
+
+
+_SURE = ("len", "size", "to", "long", "int", "float")
+"""What gives the same when it is called again; any other function may draw random numbers or count its calls."""

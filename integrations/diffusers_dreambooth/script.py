@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from typing import Any
 
 from apt_hooks.errors import AptError
 
+from .arguments import find_arguments, find_parser
 from .repeats import FrozenCopy, Step, early_draw, frozen_copy
+from .target import comparison
 from .tree import Tree, assigned, called, listed, missing, owner, read, without_casts
+
+PRIOR = "with_prior_preservation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,17 +109,19 @@ class _Finder:
         for call in ("save_state", "load_state"):
             if not self.tree.calls(self.function, call):
                 raise self._missing(f"the checkpoints, a call of {self.accelerator}.{call}(...)", "none")
+        self._check_prior()
         images, timesteps = self._images(), self._timesteps()
         step = Step(self.name, self.suite, self.at_encode, self.at_call)
         at_draw, draw_copy = early_draw(step, timesteps, images)
-        target, at_compare = self._comparison()
+        noise = {name for call in self.noising for name in read(*call.args[1:2])}
+        target, at_compare = comparison(step, self.prediction, noise, self.noising)
         log, log_step = self._log()
         save, folder = self._save()
-        parser, parse = self._parser()
+        parser, parse = find_parser(self.tree, self.name)
         return Script(
             parser=parser,
             parse=parse,
-            arguments=self._arguments(),
+            arguments=find_arguments(self.tree, self.function, self.name),
             accelerator=self.accelerator,
             unet=self.unet,
             schedule=owner(self.noising[0]),
@@ -177,7 +182,7 @@ class _Finder:
         return own and statement.lineno < self.loops[-1].lineno
 
     def _noising(self) -> list[ast.Call]:
-        found = self.tree.calls(self.loops[0], "add_noise")
+        found = [c for c in self.tree.calls(self.loops[0], "add_noise") if c.lineno < self.backward.lineno]
         if not found:
             raise self._missing(
                 "the noising, a call of .add_noise(...) in the training loop",
@@ -195,7 +200,7 @@ class _Finder:
             if isinstance(node, ast.Assign) and noisy & read(node.value):
                 noisy |= assigned(node)
         calls = [n for n in inner if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-        calls = [call for call in calls if called(call) in self.prepared]
+        calls = [call for call in calls if called(call) in self.prepared and call.lineno < self.backward.lineno]
         of_noisy = [call for call in calls if noisy & read(*call.args, *(k.value for k in call.keywords))]
         if len({called(call) for call in of_noisy}) != 1:
             raise self._missing(wanted, listed(calls))
@@ -209,6 +214,15 @@ class _Finder:
         if len(names) != 1:
             raise self._missing("one name for the U-Net's prediction", ", ".join(sorted(names)))
         return of_noisy, names.pop()
+
+    def _check_prior(self) -> None:
+        """The class half of a batch is told by the scripts' own argument, which a user may have renamed."""
+        halved = [c for c in self.tree.calls(self.function, "chunk") if c.args and self.prediction in read(c.args[0])]
+        asked = {n.attr for n in ast.walk(self.function) if isinstance(n, ast.Attribute)}
+        if halved and PRIOR not in asked:
+            raise self._missing(
+                f"the argument `{PRIOR}`, which tells that half of a batch are class images", listed(halved)
+            )
 
     def _images(self) -> str:
         images = without_casts(self.encoding.args[0]) if self.encoding.args else self.encoding
@@ -227,60 +241,39 @@ class _Finder:
         return found[0]
 
     def _encoding(self) -> ast.Call:
-        wanted = "the encoding of the images, `vae.encode(images).latent_dist` in the training loop"
+        wanted = "encoding of the images, `vae.encode(images).latent_dist` in the training loop"
         found = [
             node.value
             for node in ast.walk(self.loops[0])
             if isinstance(node, ast.Attribute) and node.attr == "latent_dist" and isinstance(node.value, ast.Call)
         ]
-        if len(found) > 1:
-            noised = {name for call in self.noising for name in read(*call.args[:1])}
-            found = [call for call in found if noised & assigned(self.tree.statement(call))]
-        if len(found) != 1:
-            raise self._missing(wanted, listed(found))
+        found = [call for call in found if call.lineno < self.backward.lineno]
+        if len(found) != 1:  # another picture, such as a masked one, would have to be moved alike
+            raise self._missing(f"{'one' if found else 'the'} {wanted}", listed(found))
         return found[0]
 
     def _augment_at(self, images: str) -> ast.stmt:
-        """The statement of the step that encodes the images; or the innermost, where they are made in it."""
+        """The innermost statement that encodes the images, so that cached ones are not counted as augmented; or the
+        outermost, where another path takes the images as they are."""
         whole, own = self.suite[self.at_encode], self.tree.statement(self.encoding)
         between = [n for n in self.tree.ancestors(self.encoding) if isinstance(n, (ast.For, ast.While))]
         if between[0] is not self.loops[0]:
             raise self._missing("the encoding of the images in one call", "it in a loop of its own")
-        return own if images.split("[")[0] in assigned(whole) else whole
+        name = images.split("[")[0]
+        readers = [n for n in ast.walk(whole) if isinstance(n, ast.stmt) and n not in self.tree.ancestors(own)]
+        elsewhere = any(name in read(n) for n in readers if n is not own and not any(m is n for m in ast.walk(own)))
+        return whole if elsewhere and name not in assigned(whole) else own
 
     def _text_encoders(self) -> set[str]:
-        """The names that were prepared, but for the U-Net and what is stepped, counted or looped over."""
+        """The names that were prepared, but for U-Net and VAE and what is stepped, counted or looped over."""
         others = {owner(call) for name in ("step", "zero_grad") for call in self.tree.calls(self.function, name)}
         for node in ast.walk(self.function):
-            if isinstance(node, ast.For):
-                others |= read(node.iter)
-            elif isinstance(node, ast.Call) and called(node) == "len":
-                others |= read(*node.args)
-        return self.prepared - others - {self.unet}
-
-    def _comparison(self) -> tuple[str, int]:
-        suite, prediction = self.suite, self.prediction
-        wanted = f"the loss of `{prediction}`, such as `mse_loss({prediction}, target)`"
-        nodes = [n for s in suite[self.at_call + 1 :] for n in ast.walk(s) if isinstance(n, (ast.Call, ast.BinOp))]
-        nodes.sort(key=lambda n: n.lineno)
-        losses = [n for n in nodes if isinstance(n, ast.Call) and "loss" in ast.unparse(n.func)]
-        losses.sort(key=lambda n: called(n) not in _LOSSES)
-        differences = [n for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub)]
-        pairs = [n.args[:2] for n in losses] + [[n.left, n.right] for n in differences]
-        names = [[side.id for side in map(without_casts, pair) if isinstance(side, ast.Name)] for pair in pairs]
-        target = next(
-            (n for pair in names if len(pair) == 2 and prediction in pair for n in pair if n != prediction), ""
-        )
-        if not target:
-            raise self._missing(wanted, listed(losses))
-        if not any(target in assigned(s) and prediction not in read(s) for s in suite):
-            raise self._missing(f"the assignment of the target `{target}` beside the U-Net's call", "none")
-        for i in range(self.at_call + 1, len(suite)):
-            # The first to take prediction or target in, once the target is complete.
-            making = any(target in assigned(s) and prediction not in read(s) for s in suite[i:])
-            if {target, prediction} & read(suite[i]) and not making:
-                return target, i
-        raise self._missing(wanted, "none after the target is made")
+            counted = node.iter if isinstance(node, ast.For) else node
+            if isinstance(counted, ast.Call) and (counted is not node or called(counted) == "len"):
+                others |= {argument.id for argument in counted.args if isinstance(argument, ast.Name)}
+            elif counted is not node and isinstance(counted, ast.Name):
+                others.add(counted.id)
+        return self.prepared - others - {self.unet, owner(self.encoding)}
 
     def _log(self) -> tuple[ast.stmt, str | None]:
         found = [call for call in self.tree.calls(self.loops[0], "log") if owner(call) == self.accelerator]
@@ -305,43 +298,5 @@ class _Finder:
         saving = [s for s in suite if any(isinstance(n, ast.Call) and called(n) in names for n in ast.walk(s))]
         return saving[-1], ast.unparse(folders[-1])
 
-    def _parser(self) -> tuple[str, ast.stmt]:
-        found = [c for name in _PARSING for c in self.tree.calls(self.tree.root, name) if owner(c).isidentifier()]
-        if not found:
-            raise self._missing("the argument parser, `parser.parse_args()`", "none")
-        found.sort(key=lambda call: call.lineno)
-        arguments = [owner(call) for call in self.tree.calls(self.tree.root, "add_argument")]
-        most = max(reversed(found), key=lambda call: arguments.count(owner(call)))
-        first = next(call for call in found if owner(call) == owner(most))
-        function: Any = self.tree.function(first)
-        making = [n for n in ast.walk(function) if isinstance(n, ast.Assign) and owner(first) in assigned(n)]
-        return owner(first), self.tree.beside(first, making[0] if making else function.body[0])
-
-    def _arguments(self) -> str:
-        """What the arguments are called in the training function: that of which most of the parser's are asked."""
-        given = [argument for call in self.tree.calls(self.tree.root, "add_argument") for argument in call.args]
-        names = {str(a.value).lstrip("-").replace("-", "_") for a in given if isinstance(a, ast.Constant)}
-        asked = [n for n in ast.walk(self.function) if isinstance(n, ast.Attribute) and n.attr in names]
-        owners = [ast.unparse(n.value) for n in asked]
-        if owners:
-            return max(sorted(set(owners)), key=owners.count)
-        functions = [node for node in ast.walk(self.tree.root) if isinstance(node, ast.FunctionDef)]
-        parsing = {f.name for f in functions if any(self.tree.calls(f, name) for name in _PARSING)} | set(_PARSING)
-        for function in (self.function, self.tree.root):
-            if isinstance(function, ast.FunctionDef) and function.args.args:
-                own_names = [argument.arg for argument in function.args.args if argument.arg != "self"]
-                of = [ast.unparse(n.value) for n in ast.walk(function) if isinstance(n, ast.Attribute)]
-                if own_names:
-                    return max(own_names, key=of.count)
-            for node in ast.walk(function):
-                own = isinstance(node, (ast.Assign, ast.AnnAssign)) and self.tree.function(node) is function
-                if own and assigned(node) and isinstance(node.value, ast.Call) and called(node.value) in parsing:  # type: ignore[attr-defined]
-                    return min(assigned(node))
-        raise self._missing("the parser's arguments in the training function, as in `args.output_dir`", "none")
-
     def _missing(self, wanted: str, found: str) -> AptError:
         return missing(self.name, wanted, found)
-
-
-_PARSING = ("parse_args", "parse_known_args")
-_LOSSES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
