@@ -49,22 +49,26 @@ def patch(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="diffusers: change the script itself in place of a copy.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="diffusers: replace a copy that holds something else.")
+    ] = False,
 ) -> None:
     """Insert the lines that let a trainer take `[apt]`. Undone by `unpatch`; twice is once."""
     if _is_script(trainer):
         if output is not None and in_place:
             raise AptError(f"both --output {output} and --in-place are given; keep one")
-        beside = path.parent / f"{path.stem}_apt{path.suffix}"
-        target = path if in_place else output or beside
-        diff = diffusers.patch(path, target, dry_run=dry_run)
+        target = path if in_place else output or diffusers.beside(path)
+        diff = diffusers.patch(path, target, dry_run=dry_run, force=force)
         if dry_run:
             typer.echo(diff or f"{path}: already patched")
         else:
             typer.echo(f"{target}: {'patched' if diff or target != path else 'already patched'}")
         found: diffusers.Status | sd_scripts.Checkout = diffusers.status(path)
     else:
-        if output is not None or in_place:
-            raise AptError(f"--output and --in-place are for {DIFFUSERS}; {SD_SCRIPTS} is always patched in its folder")
+        if output is not None or in_place or force:
+            raise AptError(
+                f"--output, --in-place and --force are for {DIFFUSERS}; {SD_SCRIPTS} is always patched in its folder"
+            )
         _apply(sd_scripts.patch, path, dry_run, "patched", "already patched")
         found = sd_scripts.status(path)
     if found.version not in _tested(found):

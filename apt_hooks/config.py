@@ -141,9 +141,11 @@ class AptConfig:
         Raises:
             AptError: no such file, not TOML, no such section, or a key or value that is not allowed.
         """
-        values = read_toml(path).get(section)
+        content = read_toml(path)
+        values = content.get(section)
         if not isinstance(values, dict):
-            found = "no section of that name" if values is None else f"{section} = {values!r}"
+            sections = ", ".join(f"[{name}]" for name, value in content.items() if isinstance(value, dict))
+            found = f"{section} = {values!r}" if values is not None else sections or "no section at all"
             raise AptError(f"{path}: looked for a section [{section}], found {found}")
         return cls.from_mapping(values)
 

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from .errors import AptError
+
 AdaptersOff = Callable[[], AbstractContextManager[object]]
 """Makes a context in which the adapters (LoRA) take no part, e.g. peft's `model.disable_adapter`."""
 
@@ -20,6 +22,9 @@ def frozen_base(modules: Iterable[nn.Module], adapters_off: AdaptersOff) -> Iter
     Afterwards everything is as it was: the random streams of the CPU and of the modules' devices (but MPS), each
     module's train or evaluation mode, and each parameter's `requires_grad` (peft sets it anew when its adapters come
     back on).
+
+    Raises:
+        AptError: `adapters_off` makes no context.
     """
     modules = list(modules)
     training = [m for module in modules for m in module.modules() if m.training]
@@ -34,7 +39,13 @@ def frozen_base(modules: Iterable[nn.Module], adapters_off: AdaptersOff) -> Iter
                 indices = [d.index or 0 for d in devices if d.type == kind]
                 stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(adapters_off())
+            context = adapters_off()
+            if not hasattr(context, "__enter__"):
+                raise AptError(
+                    "adapters_off must make a context in which the adapters take no part; found "
+                    f"{type(context).__name__}; for peft: lambda: apt_hooks.integrations.peft.adapters_off(unet)"
+                )
+            stack.enter_context(context)
             yield
     finally:
         for module in training:

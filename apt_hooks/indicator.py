@@ -117,7 +117,7 @@ class OverfittingIndicator:
             if state.get(name) != getattr(self, name):
                 raise AptError(
                     f"the saved indicator has {name} = {state.get(name)}, this run {getattr(self, name)}: "
-                    "resume with the same value, or start without the saved state"
+                    "resume with the same value, or delete the saved state to start the indicator anew"
                 )
         rows = [
             [float("nan") if v is None else float(v) for v in state[name]] for name in ("loss_tuned", "loss_frozen")

@@ -125,11 +125,11 @@ class AptRun:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             if state["format"] != FORMAT:
-                raise AptError(
-                    f"{path}: has format {state['format']!r}, this apt-hooks reads {FORMAT}; update apt-hooks"
-                )
+                raise AptError(f"has format {state['format']!r}, this apt-hooks reads {FORMAT}; update apt-hooks")
             step, batches = int(state["step"]), int(state["batches"])
             self.objective.indicator.load_state_dict(state["indicator"])
+        except AptError as error:
+            raise AptError(f"{path}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AptError(
                 f"{path}: no state of apt-hooks ({error!r}); delete it to start the indicator anew"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from apt_hooks.errors import errors_in_one_line
 from apt_hooks.run import AptRun
 
 logger = logging.getLogger("apt_hooks")
@@ -22,7 +23,9 @@ def attach(run: AptRun, accelerator: Any) -> None:
             run.save(folder)
 
     def load(models: Any, folder: str) -> None:
-        if run.load(folder):
+        with errors_in_one_line():
+            loaded = run.load(folder)
+        if loaded:
             logger.info("apt-hooks: the indicator goes on from step %d", run.step)
 
     accelerator.register_save_state_pre_hook(save)

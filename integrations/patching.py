@@ -6,6 +6,7 @@ each ends with `MARK`, so that undoing is dropping them, whatever else was edite
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
@@ -75,6 +76,22 @@ def strip(content: bytes) -> bytes:
     return b"".join(line for line in content.splitlines(keepends=True) if not _is_marked(line))
 
 
+def stripped_python(content: bytes, name: str) -> bytes:
+    """`strip` of a Python file, once it is known that what is left is Python.
+
+    Raises:
+        AptError: it is not, although the file is: a formatter has broken inserted lines apart, and the marks are on
+            pieces of them.
+    """
+    plain = strip(content)
+    if plain != content and _is_python(content) and not _is_python(plain):
+        raise AptError(
+            f"{name}: inserted lines were rewritten (by a formatter?) and cannot be told from its own; undo that, or "
+            "take the file from where it came from. Nothing was changed"
+        )
+    return plain
+
+
 def is_patched(content: bytes) -> bool:
     """Whether any line is marked."""
     return any(map(_is_marked, content.splitlines()))
@@ -84,6 +101,14 @@ def diff(before: bytes, after: bytes, name: str) -> str:
     """A unified diff to read; bytes that are no UTF-8 are shown as question marks."""
     old, new = (content.decode("utf-8", "replace").splitlines() for content in (before, after))
     return "\n".join(difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", lineterm=""))
+
+
+def _is_python(content: bytes) -> bool:
+    try:
+        ast.parse(content)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _is_marked(line: bytes) -> bool:

@@ -48,10 +48,12 @@ def check_trained(parameters: Iterable[nn.Parameter], *models: nn.Module) -> Non
     own = {id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith(_BASE)}
     foreign = [p for p in parameters if p.requires_grad and id(p) not in own]
     if foreign:
+        names = {id(p): name for model in models for name, p in model.named_parameters()}
+        name = names.get(id(foreign[0]), f"a tensor {tuple(foreign[0].shape)} of another model")
         raise AptError(
-            f"{len(foreign)} tensors are trained that are no LoRA of the prepared models (the first is "
-            f"{tuple(foreign[0].shape)}), so the base model cannot be had: train LoRA only, and give every model that "
-            "has one to accelerator.prepare"
+            f"{name} is trained, which is no LoRA of the prepared models ({len(foreign)} in all), so no base model is "
+            "left to compare with: train LoRA only, without token embeddings, and give every model that has a LoRA to "
+            "accelerator.prepare"
         )
     for layer in layers:
         for adapter in getattr(layer, "active_adapters", ()):

@@ -175,7 +175,9 @@ def test_a_script_edited_since_is_told_and_exits_with_1(script: Path) -> None:
     run("patch", "diffusers", script, "--in-place")
     script.write_text(script.read_text().replace("regularized(loss)", "regularised(loss)"))
     said = run("status", "diffusers", script, code=1)
-    assert said.endswith(": patched, and edited since or by another version of apt-hooks\n")
+    assert said.endswith(
+        ": patched, and edited since or by another version of apt-hooks; patching it again brings it up to date\n"
+    )
     assert run("patch", "diffusers", script, "--in-place") == f"{script}: patched\n"
     run("status", "diffusers", script)
 
@@ -344,8 +346,14 @@ def test_a_config_that_would_not_be_valid_is_refused_and_left_alone(
         (("patch", "sd-script"), "sd-script: no such trainer; there are sd-scripts and diffusers"),
         (("unpatch", "sd-script"), "sd-script: no such trainer; there are sd-scripts and diffusers"),
         (("status", "Diffusers"), "Diffusers: no such trainer; there are sd-scripts and diffusers"),
-        (("patch", "sd-scripts", ".", "--output", "x.py"), "--output and --in-place are for diffusers; sd-scripts is "),
-        (("patch", "sd-scripts", ".", "--in-place"), "--output and --in-place are for diffusers; sd-scripts is always"),
+        (
+            ("patch", "sd-scripts", ".", "--output", "x.py"),
+            "--output, --in-place and --force are for diffusers; sd-scripts is ",
+        ),
+        (
+            ("patch", "sd-scripts", ".", "--in-place"),
+            "--output, --in-place and --force are for diffusers; sd-scripts is always",
+        ),
         (
             ("patch", "diffusers", "t.py", "--output", "x.py", "--in-place"),
             "both --output x.py and --in-place are given",
@@ -374,7 +382,7 @@ def test_a_config_that_would_not_be_valid_is_refused_and_left_alone(
         (("patch", "diffusers", "section.toml"), "section.toml: looked for the backward pass"),
         (("patch", "diffusers", "t.py", "--output", "folder"), "folder: "),
         (("patch", "diffusers", "t.py", "--output", "nowhere/x.py"), "nowhere: cannot be written to: No such file"),
-        (("patch", "diffusers", "t.py", "--output", "other.py"), "other.py: there already and not what would be writt"),
+        (("patch", "diffusers", "t.py", "--output", "other.py"), "other.py: is there already, with edits of its own"),
         (("presets", "show", "sdx"), 'did you mean "sdxl"'),
         (("presets", "apply", "sdxl", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "nowhere.toml"), "nowhere.toml: cannot be read"),

@@ -223,7 +223,13 @@ def test_from_toml_accepts_a_byte_order_mark(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [(b"[other]\n", "no section of that name"), (b"apt = 1\n", "apt = 1"), (b"[[apt]]\n", "apt = [{}]")],
+    [
+        (b"[other]\n", "[other]"),
+        (b"[APT]\n[train]\n", "[APT], [train]"),
+        (b"seed = 1\n", "no section at all"),
+        (b"apt = 1\n", "apt = 1"),
+        (b"[[apt]]\n", "apt = [{}]"),
+    ],
 )
 def test_from_toml_without_the_section_says_what_was_found(tmp_path, text, found):
     path = tmp_path / "config.toml"

@@ -139,7 +139,7 @@ def test_patching_in_place_twice_equals_once(tmp_path: Path, name: str) -> None:
 @both
 def test_without_an_argument_of_apt_hooks_nothing_of_it_is_imported(tmp_path: Path, name: str) -> None:
     _, lines, _ = group(patched(tmp_path, source(name)), "import")
-    asked = 'if getattr(args, "apt_config", None) or getattr(args, "apt_preset", None):'
+    asked = 'if (getattr(args, "apt_config", None), getattr(args, "apt_preset", None)) != (None, None):'
     assert lines[:2] == ["apt_hooks_run = None", asked]
     assert all("import" not in line for line in inserted(patched(tmp_path, source(name))) if line not in lines)
 
@@ -1316,10 +1316,40 @@ def test_a_file_that_holds_something_else_is_not_written_over(path: Path) -> Non
     with pytest.raises(AptError) as error:
         diffusers.patch(path, output)
     assert output.read_text() == "mine\n"
-    assert str(error.value).startswith(
-        f"{output}: there already and not what would be written; delete it, name another"
-    )
+    assert str(error.value).startswith(f"{output}: is there already, with edits of its own or of an older train.py;")
     assert "\n" not in str(error.value)
+    diffusers.patch(path, output, force=True)
+    assert patching.strip(output.read_bytes()) == path.read_bytes()
+
+
+def test_a_copy_that_was_unpatched_or_patched_otherwise_is_replaced(path: Path) -> None:
+    output = path.with_name("copy.py")
+    diffusers.patch(path, output)
+    right = output.read_bytes()
+    for content in (path.read_bytes(), right.replace(b"regularized(loss)", b"older(loss)")):
+        output.write_bytes(content)
+        diffusers.patch(path, output)
+        assert output.read_bytes() == right
+
+
+def test_a_patched_script_has_no_copy_of_its_own(path: Path) -> None:
+    copy = diffusers.beside(path)
+    assert copy == path.with_name("train_apt.py")
+    diffusers.patch(path, copy)
+    assert diffusers.beside(copy) == copy and diffusers.beside(path) == copy
+
+
+def test_inserted_lines_that_a_formatter_broke_apart_are_told_and_nothing_is_lost(path: Path) -> None:
+    diffusers.patch(path, path)
+    line = next(line for line in path.read_text().splitlines() if "apt_hooks_run.assess(" in line)
+    broken = line.replace("assess(", "assess(\n").replace(", target", ",\ntarget")
+    path.write_text(path.read_text().replace(line, broken))
+    before = path.read_bytes()
+    ast.parse(before)
+    for change in (diffusers.unpatch, diffusers.status, lambda path: diffusers.patch(path, path)):
+        with pytest.raises(AptError, match=r"^train\.py: inserted lines were rewritten"):
+            change(path)
+        assert path.read_bytes() == before
 
 
 def test_an_equal_copy_is_not_written_again(path: Path) -> None:
@@ -1410,7 +1440,7 @@ def test_the_status_tells_patched_from_not_patched_and_from_edited_since(path: P
     path.write_text(path.read_text().replace("# Predict the noise", "# An edit that matters to no line"))
     assert diffusers.status(path).patched
     right = path.read_text()
-    edited = "patched, and edited since or by another version of apt-hooks"
+    edited = "patched, and edited since or by another version of apt-hooks; patching it again brings it up to date"
     for text in (
         right.replace("class_labels=class_labels,\n", ""),  # the base model's call still has it
         right.replace("regularized(loss)", "regularised(loss)"),

@@ -549,7 +549,7 @@ def test_weights_that_are_trained_beside_the_lora_leave_no_base_model(train: Tra
         return source.replace(at, f"    params_to_optimize.append({part}.requires_grad_(True))\n{at}")
 
     line = refused(train, "one_encoder", "--train_text_encoder", config="", edit=trained)
-    assert "1 tensors are trained that are no LoRA of the prepared models" in line
+    assert f"{part.split('.', 1)[1]} is trained, which is no LoRA of the prepared models (1 in all)" in line
 
 
 def test_a_text_encoder_that_was_not_prepared_leaves_no_base_model(train: Train) -> None:
@@ -558,7 +558,7 @@ def test_a_text_encoder_that_was_not_prepared_leaves_no_base_model(train: Train)
         return source.replace(prepared, "unet, optimizer, train_dataloader")
 
     line = refused(train, "one_encoder", "--train_text_encoder", config="", edit=unprepared)
-    assert "give every model that has one to accelerator.prepare" in line
+    assert "of another model is trained" in line and "give every model that has a LoRA to accelerator.prepare" in line
 
 
 def test_an_adapter_that_is_active_but_not_trained_is_refused(train: Train) -> None:

@@ -26,6 +26,7 @@ from .metadata import add_metadata
 
 logger = logging.getLogger("apt_hooks")
 
+_TEXT_WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
 WEIGHTS = "pytorch_lora_weights"
 """The name under which diffusers saves a LoRA."""
 
@@ -38,12 +39,12 @@ def start(args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_sch
     """
     with errors_in_one_line():
         file, preset = (getattr(args, name, None) for name in ("apt_config", "apt_preset"))
-        if file and preset:
+        if file is not None and preset is not None:
             raise AptError(
                 f"both --apt_config {file} and --apt_preset {preset} are given; keep one, and name the preset in the "
                 "file if both are wanted"
             )
-        config = AptConfig.from_toml(file) if file else AptConfig.preset(str(preset))
+        config = AptConfig.preset(str(preset)) if file is None else AptConfig.from_toml(file)
         if not config.enabled:
             logger.info("apt-hooks: [apt] enabled = false, training without APT")
             return None
@@ -97,6 +98,10 @@ class DreamBoothRun:
         self._version = 0
         self._step: AptStep | None = None
         attach(self._run, accelerator)
+        width = own.config.cross_attention_dim
+        other = next((name for name, dim in _TEXT_WIDTHS.items() if dim == width), config.preset_name)
+        if config.preset_name and other != config.preset_name:
+            logger.warning("apt-hooks: preset %s, but the U-Net's text width is that of %s", config.preset_name, other)
         # Behind the script's own hook, which has saved the LoRA by then.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.add_metadata(folder))
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line

@@ -28,7 +28,7 @@ class Status:
     Attributes:
         path: where it is.
         version: the diffusers that it asks for at least, or "unknown".
-        state: "patched", "not patched", or "patched, and edited since or by another version of apt-hooks".
+        state: "patched", "not patched", or that it was edited since or patched by another version of apt-hooks.
     """
 
     path: Path
@@ -52,14 +52,23 @@ def status(path: Path) -> Status:
     patched = _patched(content, path.name)
     state = "not patched"
     if patching.is_patched(content):
-        state = "patched" if patched == content else "patched, and edited since or by another version of apt-hooks"
+        state = "patched, and edited since or by another version of apt-hooks; patching it again brings it up to date"
+        if patched == content:
+            state = "patched"
     return Status(path, named.group(1).decode() if named else "unknown", state)
 
 
-def patch(path: Path, output: Path, *, dry_run: bool = False) -> str:
+def beside(path: Path) -> Path:
+    """Where a patched copy goes if nothing is said: SCRIPT_apt.py; a script that is patched is brought up to date."""
+    patched = path.is_file() and patching.is_patched(path.read_bytes())
+    return path if patched else path.parent / f"{path.stem}_apt{path.suffix}"
+
+
+def patch(path: Path, output: Path, *, dry_run: bool = False, force: bool = False) -> str:
     """Write the script with the lines inserted to `output`, which may be `path`; returns the diff from `path`.
 
-    Patching twice equals patching once.
+    Patching twice equals patching once. Another `output` is replaced if it is the same script, patched or not, or with
+    `force`.
 
     Raises:
         AptError: an anchor is missing, or `output` is another file that holds something else; nothing was changed.
@@ -68,10 +77,11 @@ def patch(path: Path, output: Path, *, dry_run: bool = False) -> str:
     new = _patched(content, path.name)
     if not dry_run:
         there = _read(output) if output.exists() else None
-        if output.resolve() != path.resolve() and there not in (None, new):
+        known = there is None or patching.strip(there) == patching.strip(content)
+        if output.resolve() != path.resolve() and not known and not force:
             raise AptError(
-                f"{output}: there already and not what would be written; delete it, name another --output, or patch "
-                "it --in-place"
+                f"{output}: is there already, with edits of its own or of an older {path.name}; --force replaces it, "
+                "--output names another"
             )
         if there != new:
             write_atomically(output, new)
@@ -86,7 +96,7 @@ def unpatch(path: Path, *, dry_run: bool = False) -> str:
         AptError: the script cannot be read or written.
     """
     content = _read(path)
-    new = patching.strip(content)
+    new = patching.stripped_python(content, path.name)
     if new != content and not dry_run:
         write_atomically(path, new)
     return patching.diff(content, new, path.name)
@@ -100,7 +110,7 @@ def _read(path: Path) -> bytes:
 
 
 def _patched(content: bytes, name: str) -> bytes:
-    plain = patching.strip(content)
+    plain = patching.stripped_python(content, name)
     found = find(plain, name)
     encoding, _ = tokenize.detect_encoding(io.BytesIO(plain).readline)
     new = patching.insert_lines(plain, _Lines(plain, name).places(found), name, encoding.removesuffix("-sig"))
@@ -143,7 +153,8 @@ class _Lines:
             self._after(
                 found.prepare,
                 f"{RUN} = None",
-                f'if getattr({found.arguments}, "apt_config", None) or getattr({found.arguments}, "apt_preset", None):',
+                f'if (getattr({found.arguments}, "apt_config", None), getattr({found.arguments}, "apt_preset", None)) '
+                "!= (None, None):",
                 "    try:",
                 "        from apt_hooks.integrations.diffusers_dreambooth import adapter as apt_hooks_adapter",
                 "    except ModuleNotFoundError as e:",

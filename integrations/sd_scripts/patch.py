@@ -153,7 +153,7 @@ def unpatch(folder: Path, *, dry_run: bool = False) -> str:
         AptError: the folder holds no sd-scripts.
     """
     contents = dict(reversed(_read(folder).items()))
-    return _replace(folder, contents, {name: patching.strip(c) for name, c in contents.items()}, dry_run)
+    return _replace(folder, contents, {n: patching.stripped_python(c, n) for n, c in contents.items()}, dry_run)
 
 
 def _read(folder: Path) -> dict[str, bytes]:
