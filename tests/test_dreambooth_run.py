@@ -228,7 +228,18 @@ def test_apt_trains_another_lora_and_says_what_it_did(
 def test_a_preset_may_be_named_in_place_of_a_file(train: Train) -> None:
     line = refused(train, "one_encoder", "--apt_preset", "sdxl")  # the tiny U-Net has other up-blocks
     assert "up-block 0 has no attention layers here" in line
-    assert "preset must be one of" in refused(train, "one_encoder", "--apt_preset", "sdx")
+    for name in ("sdx", ""):
+        assert "preset must be one of" in refused(train, "one_encoder", "--apt_preset", name)
+
+
+def test_a_preset_of_another_model_is_warned_of(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(adapter, "_TEXT_WIDTHS", {"sd15": 768, "sd21": 16})
+    train("one_encoder", "--max_train_steps", "1", config='preset = "sd21"\nblocks = "auto"')
+    assert "preset" not in caplog.text
+    train("one_encoder", "--max_train_steps", "1", config='preset = "sd15"\nblocks = "auto"')
+    assert "preset sd15, but the U-Net's text width is that of sd21" in caplog.text
 
 
 def by_hand(source: str) -> str:
@@ -462,6 +473,13 @@ def test_a_checkpoint_without_apt_resumes_with_a_warning_and_one_with_it_without
     assert (with_apt / "checkpoint-2" / "apt-hooks.json").exists()
     train("one_encoder", *resume, folder=with_apt)
     assert not [record for record in caplog.records if record.name == "apt_hooks"]
+
+
+def test_a_checkpoint_of_other_bins_is_refused_in_one_line(train: Train, tmp_path: Path) -> None:
+    train("one_encoder", "--checkpointing_steps", "2", "--max_train_steps", "2", config="", folder=tmp_path / "out")
+    resume = ("--resume_from_checkpoint", "checkpoint-2")
+    line = refused(train, "one_encoder", *resume, config="num_bins = 5", folder=tmp_path / "out")
+    assert "apt-hooks.json: the saved indicator has num_bins = 10, this run 5: resume with the same value" in line
 
 
 def test_every_lora_that_is_saved_carries_the_metadata(train: Train) -> None:

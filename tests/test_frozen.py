@@ -3,6 +3,7 @@ import torch
 from models import LAYOUTS, make_batch, make_diffusers_unet, make_tuned, make_unet, relative_difference
 from torch import nn
 
+from apt_hooks.errors import AptError
 from apt_hooks.frozen import frozen_base
 from apt_hooks.integrations.peft import adapters_off
 
@@ -118,3 +119,11 @@ def test_a_tuned_pass_in_the_same_autocast_context_still_gives_lora_its_gradient
             found.append(tuned_step(unet, network))
     assert found[0].norm() > 0
     assert relative_difference(found[1], found[0]) == 0.0
+
+
+def test_a_switch_that_makes_no_context_is_refused_and_everything_is_as_before() -> None:
+    unet, _ = make_tuned("up_blocks")
+    context = frozen_base([unet], lambda: None)
+    with pytest.raises(AptError, match=r"^adapters_off must make a context .*; found NoneType; for peft: "):
+        context.__enter__()
+    assert unet.training and torch.is_grad_enabled()

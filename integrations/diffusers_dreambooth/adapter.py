@@ -26,9 +26,11 @@ from .metadata import add_metadata
 
 logger = logging.getLogger("apt_hooks")
 
-_TEXT_WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
 WEIGHTS = "pytorch_lora_weights"
 """The name under which diffusers saves a LoRA."""
+
+_TEXT_WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
+"""What tells the models of the presets apart: the width of the text that their U-Nets read."""
 
 
 def start(args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_scheduler: Any) -> DreamBoothRun | None:
@@ -98,10 +100,7 @@ class DreamBoothRun:
         self._version = 0
         self._step: AptStep | None = None
         attach(self._run, accelerator)
-        width = own.config.cross_attention_dim
-        other = next((name for name, dim in _TEXT_WIDTHS.items() if dim == width), config.preset_name)
-        if config.preset_name and other != config.preset_name:
-            logger.warning("apt-hooks: preset %s, but the U-Net's text width is that of %s", config.preset_name, other)
+        _warn_of_preset(config.preset_name, own)
         # Behind the script's own hook, which has saved the LoRA by then.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.add_metadata(folder))
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line
@@ -224,6 +223,13 @@ class DreamBoothRun:
                 f"--with_prior_preservation puts as many class images as instance images in a batch; found {batch}"
             )
         return torch.arange(batch) < batch // 2
+
+
+def _warn_of_preset(name: str | None, unet: Any) -> None:
+    width = unet.config.cross_attention_dim
+    other = next((other for other, dim in _TEXT_WIDTHS.items() if dim == width), name)
+    if name and other != name:
+        logger.warning("apt-hooks: preset %s, but the U-Net's text width is that of %s", name, other)
 
 
 def _one_each(timesteps: Tensor, samples: Tensor) -> Tensor:
