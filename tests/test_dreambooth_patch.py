@@ -215,7 +215,7 @@ def test_start_stands_between_both_branches_of_prepare_and_the_loading_of_a_chec
 
 def test_the_tokens_of_the_early_draw_are_those_of_the_script(tmp_path: Path) -> None:
     assert early_draw(patched(tmp_path, source("one_encoder"))) == [
-        "bsz, channels, _height, _width = pixel_values.shape",
+        ast.unparse(ast.parse("bsz, channels, _height, _width = pixel_values.shape")),  # Python 3.10 has parentheses
         "timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (bsz,), device=pixel_values.device)",
         "timesteps = timesteps.long()",
     ]
@@ -560,7 +560,7 @@ def test_without_augmentation_nothing_is_drawn_twice(workshop: Workshop, draw: s
 def test_the_copy_of_the_draw_is_whole_and_asks_the_images(tmp_path: Path) -> None:
     draws = {name: early_draw(patched(tmp_path, script(draw=draw))) for name, draw in DRAWS.items()}
     assert draws["unpacked shape"] == [
-        "bsz, c, h, w = images.shape",
+        ast.unparse(ast.parse("bsz, c, h, w = images.shape")),
         "timesteps = randint(0, 1000, (bsz,), device=images.device)",
     ]
     assert draws["len"] == ["timesteps = randint(0, 1000, (len(images),))"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import json
 import logging
+import math
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -213,15 +216,19 @@ def test_apt_trains_another_lora_and_says_what_it_did(
     train: Train, name: str, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments += ("--learning_rate", "1e-2")
-    found = train(name, *arguments, config="")
+    found = train(name, *arguments, config="num_bins = 1\nema_alpha = 1.0")
     plain = train(name, *arguments, patched=False)
     assert any(not torch.equal(found.lora[k], plain.lora[k]) for k in plain.lora)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("apt-hooks"))
-    assert " is on | no preset | no overrides | up-blocks 1, 2: 4 cross-attention layers, 4 hidden states |" in line
+    assert " is on | no preset | overrides num_bins = 1, ema_alpha = 1.0 | up-blocks 1, 2: 4 cross-attention" in line
     assert line.endswith(f" | augmentation of images | log {found.folder / WEIGHTS}-apt.jsonl")
     assert [line["step"] for line in found.lines] == [1, 2, 3, 4]
     first, last = found.lines[0], found.lines[-1]
-    assert first["gamma"] == [0.0] * 10 and max(last["gamma"]) > 0.0
+    assert first["gamma"] == [0.0]
+    if "--gradient_accumulation_steps" not in arguments:  # with it, a line is the mean of several batches
+        for before, after in itertools.pairwise(found.lines):
+            gap = before["loss_frozen"] - before["loss_tuned"]
+            assert after["gamma"] == [pytest.approx(max(0.0, 1 - math.exp(-1000 * gap)), rel=1e-2, abs=1e-3)]
     assert first["l_attn"] < last["l_attn"] and first["l_mu"] < last["l_mu"]
 
 
@@ -560,14 +567,15 @@ def test_images_that_are_not_encoded_in_a_step_cannot_be_augmented_and_that_is_s
     train("one_encoder", config="augmentation = false", edit=cached)
 
 
-@pytest.mark.parametrize("part", ["unet.conv_out.bias", "text_encoder.final_layer_norm.bias"])
+@pytest.mark.parametrize("part", ["unet.conv_out.bias", "next(text_encoder.parameters())"])
 def test_weights_that_are_trained_beside_the_lora_leave_no_base_model(train: Train, part: str) -> None:
     def trained(source: str) -> str:
         at = "    optimizer = torch.optim.AdamW("
         return source.replace(at, f"    params_to_optimize.append({part}.requires_grad_(True))\n{at}")
 
     line = refused(train, "one_encoder", "--train_text_encoder", config="", edit=trained)
-    assert f"{part.split('.', 1)[1]} is trained, which is no LoRA of the prepared models (1 in all)" in line
+    name = "conv_out.bias" if "unet" in part else "embeddings.token_embedding.weight"
+    assert f"{name} is trained, which is no LoRA of the prepared models (1 in all)" in line
 
 
 def test_a_text_encoder_that_was_not_prepared_leaves_no_base_model(train: Train) -> None:
@@ -666,8 +674,11 @@ def test_two_processes_have_one_indicator_and_learn(tmp_path: Path) -> None:
     patch(script, script)
     (tmp_path / "driver.py").write_text(DRIVER, encoding="utf-8")
     (tmp_path / "apt.toml").write_text("[apt]\n", encoding="utf-8")
+    with socket.socket() as free:  # not 0 for the launcher, which older versions of accelerate wait at
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "driver.py"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port), "driver.py"]
     arguments = ["--apt_config", "apt.toml", "--max_train_steps", "24", "--learning_rate", "1e-2"]
     arguments += ["--train_batch_size", "1", "--train_text_encoder"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
