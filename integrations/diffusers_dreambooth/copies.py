@@ -151,12 +151,11 @@ class Renamed:
                 node.id = self.prefix + node.id
 
     def _name(self, name: str) -> str:
-        if name in self._now:
-            return self.prefix + name
-        if name in self._perhaps:
+        if name not in self._now | self._perhaps:
+            return name
+        if name not in self._now:
             self.live.add(name)
-            return self.prefix + name
-        return name
+        return self.prefix + name
 
     def _refused(self, wanted: str, found: ast.AST) -> AptError:
         wanted += " between the text encoding and the U-Net's call, which the base model has to repeat"

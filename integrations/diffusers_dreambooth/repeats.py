@@ -34,6 +34,10 @@ class Step:
     at_encode: int
     at_call: int
 
+    def makers(self, names: set[str], before: int, first: int = 0) -> set[int]:
+        """The statements from `first` up to `before` that assign any of the names, or change it in place."""
+        return {i for i in range(first, before) if names & (assigned(self.suite[i]) | changed(self.suite[i]))}
+
 
 @dataclasses.dataclass(frozen=True)
 class FrozenCopy:
@@ -62,11 +66,7 @@ def early_draw(step: Step, timesteps: str, images: str) -> tuple[int, tuple[ast.
     these too.
     """
     suite, at_encode = step.suite, step.at_encode
-
-    def makers(name: str, before: int) -> list[int]:
-        return [j for j in range(at_encode, before) if name in assigned(suite[j]) | changed(suite[j])]
-
-    drawing = [i for i in range(step.at_call) if timesteps in assigned(suite[i]) | changed(suite[i])]
+    drawing = sorted(step.makers({timesteps}, step.at_call))
     if not any(timesteps in assigned(suite[i]) for i in drawing):
         raise missing(step.script, f"the draw of `{timesteps}` before the U-Net is called", "none beside the call")
     if drawing[-1] < at_encode:
@@ -79,12 +79,12 @@ def early_draw(step: Step, timesteps: str, images: str) -> tuple[int, tuple[ast.
         i = pending.pop()
         chosen.add(i)
         for name in read(suite[i]):
-            made = makers(name, i)
+            made = step.makers({name}, i, at_encode)
             if not made or (name in latents and asks_only_batch_size_and_device(suite[i], name)):
                 continue
             if at_encode in made:
                 raise missing(step.script, wanted, f"`{first_line(suite[i])}`, which needs `{name}`")
-            pending |= set(made) - chosen
+            pending |= made - chosen
     ask = AskOther(latents, images)
     copies = tuple(ask.of(suite[i]) for i in sorted(chosen))
     _check_draw(step, chosen, copies, timesteps, wanted, ask.unlike)
@@ -138,16 +138,12 @@ def frozen_copy(step: Step, text_encoders: set[str], noising: set[int]) -> Froze
 
 def _copied(step: Step, text_encoders: set[str]) -> set[int]:
     suite = step.suite
-
-    def makers(names: set[str], before: int) -> set[int]:
-        return {j for j in range(before) if names & (assigned(suite[j]) | changed(suite[j]))}
-
     needed: set[int] = set()
     pending = {step.at_call}
     while pending:
         i = pending.pop()
         needed.add(i)
-        pending |= makers(read(suite[i]), i) - needed
+        pending |= step.makers(read(suite[i]), i) - needed
     copied, texts = {step.at_call}, set[str]()
     for i in sorted(needed):
         made = assigned(suite[i]) | changed(suite[i])
@@ -155,7 +151,7 @@ def _copied(step: Step, text_encoders: set[str]) -> set[int]:
             copied.add(i)
             texts |= made
     # What a copy changes in place has to be a copy too.
-    while missing := {j for i in copied for j in makers(changed(suite[i]), i)} - copied:
+    while missing := {j for i in copied for j in step.makers(changed(suite[i]), i)} - copied:
         copied |= missing
     return copied
 
