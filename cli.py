@@ -150,6 +150,26 @@ def demo(
     run_demo(out, steps=steps, seed=seed, say=typer.echo)
 
 
+@app.command(epilog="Example: `apt-hooks calibrate out/lora-apt.jsonl`")
+def calibrate(
+    log: Annotated[Path, typer.Argument(metavar="RUN-apt.jsonl", help="The log of a run, with `monitor_only` or not.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="PICTURE.png", help="Where to draw; RUN-apt-calibrate.png if not given.")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="The run's `indicator_scale`, for a log without the key `gap`.")
+    ] = None,
+) -> None:
+    """Propose an `indicator_scale` that fits the model, and draw gamma per bin as it was and would have been.
+
+    Under the proposed scale the run ends (mean of its last tenth) with the upper quartile of its bins at gamma 0.97, as
+    the paper's SDXL run did. So let the run be as long as the training is to be.
+    """
+    from .calibrate import calibrate
+
+    calibrate(log, out, scale=scale, say=typer.echo)
+
+
 def _version(found: sd_scripts.Checkout | diffusers.Status) -> str:
     name = f"{SD_SCRIPTS} {found.version}"
     if isinstance(found, diffusers.Status):

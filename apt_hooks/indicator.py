@@ -12,13 +12,27 @@ from torch.nn import functional as F
 from .errors import AptError
 
 
+def gamma_of_gap(gap: Tensor, scale: float) -> Tensor:
+    """Gamma of gaps between both models' losses (APT, "Adaptive Training Adjustment"), 0 where the gap is NaN.
+
+        gamma = clamp(1 - exp(-scale * gap), 0, 1)
+
+    The paper prints no clamp; it is ours: a tuned model that is worse than the frozen one by 0.002 would give -6.4, a
+    weight of 7.4.
+
+    Args:
+        gap: any shape, loss of the frozen model less that of the tuned one.
+        scale: S of the equation.
+    """
+    return (-torch.expm1(-scale * gap)).nan_to_num(nan=0.0).clamp(0.0, 1.0)
+
+
 class OverfittingIndicator:
     """Gamma per timestep bin, from moving averages of both models' losses (APT, "Adaptive Training Adjustment").
 
         gamma_b = clamp(1 - exp(-scale * (EMA_b[L_frozen] - EMA_b[L_tuned])), 0, 1)
 
-    A bin never seen has gamma 0. The paper prints no clamp; it is ours: a tuned model that is worse than the
-    frozen one by 0.002 would give -6.4, a weight of 7.4.
+    A bin never seen has gamma 0.
 
     Args:
         num_bins: bins of equal width over `0 .. num_train_timesteps - 1`.
@@ -81,11 +95,15 @@ class OverfittingIndicator:
         self._ema = torch.where(count > 0, moved, self._ema)
 
     @property
+    def gaps(self) -> Tensor:
+        """`EMA_b[L_frozen] - EMA_b[L_tuned]`, how far the tuned model is ahead: [num_bins]; NaN, a bin never seen."""
+        tuned, frozen = self._ema
+        return frozen - tuned
+
+    @property
     def gammas(self) -> Tensor:
         """Gamma of each bin: [num_bins], from 0 to 1."""
-        tuned, frozen = self._ema
-        gamma = -torch.expm1(-self.scale * (frozen - tuned))
-        return gamma.nan_to_num(nan=0.0).clamp(0.0, 1.0)
+        return gamma_of_gap(self.gaps, self.scale)
 
     def gamma(self, timesteps: Tensor) -> Tensor:
         """Gamma of each sample's bin: [batch], float32, on the device of `timesteps` ([batch], whole numbers).

@@ -42,6 +42,7 @@ class AptStep:
             objective "dco" `dco_weight`.
         regularizer: scalar, `lambda_dist * (l_mu + l_sigma) + lambda_attn * l_attn`, to be added to the mean loss.
         gammas: [num_bins], as this step used them, that is before its own update.
+        gaps: [num_bins], the indicator's gaps behind `gammas`; NaN for a bin never seen.
         counted: number of samples that APT acts on.
         values: scalars averaged over those samples, not differentiable: `loss_tuned`, `loss_frozen`, `loss_weight`,
             `delta_noise` (equation 9, as the mean of squares) and of `l_mu`, `l_sigma`, `l_attn` those that are on.
@@ -51,6 +52,7 @@ class AptStep:
     weight: Tensor
     regularizer: Tensor
     gammas: Tensor
+    gaps: Tensor
     counted: int
     values: dict[str, Tensor]
 
@@ -213,7 +215,7 @@ class AptObjective:
         batch = len(timesteps)
         rows = torch.arange(batch) if counted is None else torch.nonzero(counted.cpu()).flatten()
         rows = rows.to(timesteps.device)
-        gammas = self.indicator.gammas
+        gammas, gaps = self.indicator.gammas, self.indicator.gaps
         weight = torch.ones(batch, device=timesteps.device)
         if self._dco:
             # What a sample starts with under DCO: the others keep their share of the trainer's loss.
@@ -221,7 +223,7 @@ class AptObjective:
         if passes.frozen is None:
             nothing = torch.zeros(0, device=target.device)
             self.indicator.update(timesteps[:0], nothing, nothing)
-            return AptStep(passes.tuned, weight, passes.tuned.new_zeros((), dtype=torch.float32), gammas, 0, {})
+            return AptStep(passes.tuned, weight, passes.tuned.new_zeros((), dtype=torch.float32), gammas, gaps, 0, {})
         with torch.no_grad():
             tuned, frozen, wanted = (x[rows].float() for x in (passes.tuned, passes.frozen, target))
             loss_tuned, loss_frozen = (_mean_square(wanted - x) for x in (tuned, frozen))
@@ -245,7 +247,7 @@ class AptObjective:
             # The terms are means over the samples that count; the trainer's loss is a mean over the whole batch.
             regularizer = sum((factors[k] * v for k, v in terms.items()), regularizer) * (len(rows) / batch)
         values.update({name: term.detach() for name, term in terms.items()})
-        return AptStep(passes.tuned, weight, regularizer, gammas, len(rows), values)
+        return AptStep(passes.tuned, weight, regularizer, gammas, gaps, len(rows), values)
 
     def verify(self) -> None:
         """Check that the last backward pass carried the regularizers' gradient (`FeatureCapture.verify`)."""

@@ -24,13 +24,14 @@ logger = logging.getLogger("apt_hooks")
 @dataclasses.dataclass
 class _Batch:
     gammas: Tensor
+    gaps: Tensor
     counted: int
     values: dict[str, Tensor]
     augmented: int
 
 
 class StepLog:
-    """Writes `step`, `gamma` (list, as its last batch used it) and `VALUES` (null where there was none) as jsonl.
+    """Writes `step`, `gamma` and `gap` (lists, as its last batch used them) and `VALUES` as jsonl; null: was none.
 
     A step's line is written when the next one begins, or at `flush`, so that the device is not waited for in the middle
     of a step.
@@ -49,13 +50,13 @@ class StepLog:
     def add(self, step: AptStep, augmented: int) -> None:
         """One batch, `augmented` of its samples moved; several batches make a step under gradient accumulation."""
         # Not the step itself: it holds on to the graph.
-        self._batches.append(_Batch(step.gammas, step.counted, step.values, augmented))
+        self._batches.append(_Batch(step.gammas, step.gaps, step.counted, step.values, augmented))
 
     def end_step(self, number: int) -> None:
         """The batches added since the last call are optimizer step `number`, counted from 1."""
         self.flush()
         batches, self._batches = self._batches, []
-        gammas = batches[-1].gammas
+        gammas, gaps = batches[-1].gammas, batches[-1].gaps
         total = sum(batch.counted for batch in batches)
         sums: dict[str, Tensor] = {}
         for batch in batches:
@@ -65,15 +66,22 @@ class StepLog:
                     sums[name] = sums.get(name, 0.0) + value.to(gammas.device).to(gammas.dtype) * (
                         batch.counted / total
                     )
-        self._ended = (number, len(gammas), list(sums), torch.cat([gammas, *(value[None] for value in sums.values())]))
+        packed = torch.cat([gammas, gaps, *(value[None] for value in sums.values())])
+        self._ended = (number, len(gammas), list(sums), packed)
 
     def latest(self) -> dict[str, Any] | None:
         """The last ended step as its line says it, or None before the first."""
         if self._ended is not None:
             number, bins, names, packed = self._ended
             numbers = [n if math.isfinite(n) else None for n in packed.tolist()]  # JSON has no NaN
-            means = dict(zip(names, numbers[bins:], strict=True))
-            self._latest = {"step": number, "gamma": numbers[:bins], **{name: means.get(name) for name in VALUES}}
+            gamma, gap = numbers[:bins], numbers[bins : 2 * bins]
+            means = dict(zip(names, numbers[2 * bins :], strict=True))
+            self._latest = {
+                "step": number,
+                "gamma": gamma,
+                "gap": gap,
+                **{name: means.get(name) for name in VALUES},
+            }
             self._ended = None
             self._write(self._latest)
         return self._latest

@@ -31,6 +31,12 @@ def test_the_scale_is_that_of_the_equation():
     assert float(updated([0], [0.1], [0.2], scale=7.0).gammas[0]) == pytest.approx(1 - math.exp(-0.7), rel=1e-6)
 
 
+def test_gaps_are_the_averages_difference_and_nan_for_a_bin_never_seen():
+    gaps = updated([0, 150], [1.0, 3.0], [1.5, 2.0], num_bins=10).gaps
+    assert gaps[:2].tolist() == [0.5, -1.0]
+    assert gaps[2:].isnan().all()
+
+
 def test_the_first_value_initialises_the_average_and_later_ones_move_it():
     indicator = OverfittingIndicator(ema_alpha=0.25)
     for tuned, frozen in [(1.0, 2.0), (3.0, 6.0), (5.0, 2.0)]:

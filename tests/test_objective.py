@@ -123,13 +123,14 @@ def test_values_carry_no_graph():
     assert [name for name, value in step.values.items() if value.requires_grad] == []
 
 
-def test_weight_and_gammas_are_those_from_before_the_update():
+def test_weight_gammas_and_gaps_are_those_from_before_the_update():
     case = Case()
     objective = make_objective(case.unet, case.network)
-    before = objective.indicator.gammas
+    before, gaps = objective.indicator.gammas, objective.indicator.gaps
     step = objective.step(case.predict, case.target, TIMESTEPS)
     assert torch.allclose(step.weight, 1 - gamma_of(TIMESTEPS), atol=1e-5)
     assert torch.equal(step.gammas, before)
+    assert torch.allclose(step.gaps, gaps, rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(objective.indicator.gammas, before)
 
 
@@ -502,7 +503,7 @@ def test_the_indicator_goes_on_under_another_objective(objective):
 
 def make_step(weight):
     """A step that weighs and does nothing else."""
-    return AptStep(torch.zeros(0), weight, torch.zeros(()), torch.zeros(10), len(weight), {})
+    return AptStep(torch.zeros(0), weight, torch.zeros(()), torch.zeros(10), torch.zeros(10), len(weight), {})
 
 
 def prediction_and_target(dtype):

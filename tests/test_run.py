@@ -16,6 +16,7 @@ from apt_hooks.steplog import StepLog
 KEYS = [
     "step",
     "gamma",
+    "gap",
     "loss_tuned",
     "loss_frozen",
     "loss_weight",
@@ -26,6 +27,7 @@ KEYS = [
     "delta_noise",
 ]
 GAMMAS = [0.5, 0.25] + [0.0] * 8
+GAPS = [0.004, 0.002, -0.001] + [None] * 7
 
 
 def make_run(folder, *, log="log.jsonl", seed=0, rank=0, augment_space="image", **config):
@@ -38,10 +40,11 @@ def make_run(folder, *, log="log.jsonl", seed=0, rank=0, augment_space="image", 
 
 def make_step(counted=2, **values):
     """A step of a batch of four; scalars not given are 0, those given as None are left out."""
-    values = dict.fromkeys(KEYS[2:], 0.0) | values if counted else {}
+    values = dict.fromkeys(KEYS[3:], 0.0) | values if counted else {}
     values = {name: torch.tensor(v) for name, v in values.items() if v is not None and name != "augmented"}
     gammas = torch.tensor(GAMMAS, dtype=torch.float64)
-    return AptStep(torch.zeros(4), torch.ones(4), torch.zeros(()), gammas, counted, values)
+    gaps = torch.tensor([math.nan if gap is None else gap for gap in GAPS], dtype=torch.float64)
+    return AptStep(torch.zeros(4), torch.ones(4), torch.zeros(()), gammas, gaps, counted, values)
 
 
 def moved(count):
@@ -65,7 +68,7 @@ def test_one_line_a_step_with_exactly_these_keys(tmp_path):
     written = lines(tmp_path / "log.jsonl")
     assert [list(line) for line in written] == [KEYS] * 3
     assert [(line["step"], line["loss_tuned"]) for line in written] == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert written[0]["gamma"] == GAMMAS
+    assert (written[0]["gamma"], written[0]["gap"]) == (GAMMAS, GAPS)
 
 
 def test_accumulated_batches_make_one_line_each_weighted_by_its_counted_samples(tmp_path):
@@ -79,12 +82,12 @@ def test_accumulated_batches_make_one_line_each_weighted_by_its_counted_samples(
     assert (line["step"], line["loss_tuned"], line["l_attn"], line["augmented"]) == (1, 4.0, 5.0, 0.5)
 
 
-def test_a_step_without_counted_samples_has_gamma_and_nulls(tmp_path):
+def test_a_step_without_counted_samples_has_gamma_gap_and_nulls(tmp_path):
     run = make_run(tmp_path)
     run.record(make_step(counted=0))
     run.close()
     (line,) = lines(tmp_path / "log.jsonl")
-    assert line == dict.fromkeys(KEYS) | {"step": 1, "gamma": GAMMAS}
+    assert line == dict.fromkeys(KEYS) | {"step": 1, "gamma": GAMMAS, "gap": GAPS}
 
 
 def test_what_is_off_or_not_finite_is_null(tmp_path):

@@ -619,7 +619,7 @@ def test_an_identifier_in_none_of_the_captions_is_warned_of(
 def test_a_line_a_step_is_logged_and_tracked(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     run = train({"preset": "sd15", "num_bins": 4}, gradient_accumulation_steps=2)
     assert [line["step"] for line in run.log] == [1, 2, 3]
-    assert all(list(line) == ["step", "gamma", *VALUES] and len(line["gamma"]) == 4 for line in run.log)
+    assert all(list(line) == ["step", "gamma", "gap", *VALUES] and len(line["gamma"]) == 4 for line in run.log)
     assert all(math.isfinite(line[name]) for line in run.log for name in VALUES)
     names = {f"apt/{name}" for name in VALUES} | {f"apt/gamma/{i}" for i in range(4)}
     assert set(run.tracked[-1]) == names | {"at", "loss/current", "loss/average"}
