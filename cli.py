@@ -138,16 +138,25 @@ def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Th
             typer.echo(f"  {key} = {json.dumps(value)}{'  # override' if key in overrides else ''}")
 
 
-@app.command(epilog="Example: `apt-hooks demo --steps 200 --out apt-demo`")
+@app.command(epilog="Example: `apt-hooks demo --concept 7 --methods base,dreambooth,dco,apt`")
 def demo(
-    out: Annotated[Path, typer.Option(help="Where to write the picture and the log.")] = Path("apt-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 120,
-    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same run.")] = 0,
+    concept: Annotated[int, typer.Option(help="Number of the concept, from 0.")] = 4,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Random seed; the same seed gives the same numbers.")
+    ] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each method.")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Columns of the comparison: base, dreambooth, dco, ata, ata+rs, apt.")
+    ] = "base,dreambooth,apt",
+    out: Annotated[Path, typer.Option(help="Folder for pictures, numbers and LoRAs.")] = Path("apt-demo"),
 ) -> None:
-    """Train a tiny random U-Net with LoRA and APT on generated images, and draw gamma per bin over steps."""
-    from .demo import run_demo
+    """Personalize a tiny pretrained model with and without APT, and show the difference in pictures and numbers."""
+    from .tinyworld.demo import run_demo
+    from .tinyworld.personalize import Training
 
-    run_demo(out, steps=steps, seed=seed, say=typer.echo)
+    training = Training() if steps is None else Training(steps=steps)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    run_demo(out, concept=concept, seed=seed, methods=names, training=training, say=typer.echo)
 
 
 @app.command(epilog="Example: `apt-hooks calibrate out/lora-apt.jsonl`")

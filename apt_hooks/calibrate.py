@@ -16,7 +16,6 @@ grow more slowly than in a run with `monitor_only`; the log of such a run can be
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import AptError
-from .files import write_atomically
+from .files import write_figure
 from .indicator import gamma_of_gap
 
 QUANTILE = 0.75
@@ -236,6 +235,4 @@ def _draw(run: LoggedRun, proposed: float, picture: Path) -> None:
     key = ScalarMappable(BoundaryNorm([b - 0.5 for b in range(bins + 1)], bins), colors)
     bar = figure.colorbar(key, ax=panels, ticks=range(0, bins, math.ceil(bins / 10)), pad=0.02)
     bar.set_label("bin of timesteps, low to high noise")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_atomically(picture, content.getvalue())
+    write_figure(picture, figure)

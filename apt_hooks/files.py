@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .errors import AptError
 
@@ -34,6 +36,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib as a picture, as `write_atomically` does."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    write_atomically(path, content.getvalue())
 
 
 def _umask() -> int:

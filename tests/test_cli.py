@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 import subprocess
 import sys
@@ -390,6 +389,9 @@ def test_a_config_that_would_not_be_valid_is_refused_and_left_alone(
         (("check", "mixed.toml"), "[1, 3.0] mixes whole and decimal numbers"),
         (("check", "latin.toml"), "latin.toml: is not valid TOML"),
         (("demo", "--out", "section.toml"), "section.toml: cannot be made"),
+        (("demo", "--concept", "99"), "--concept must be from 0 to 13; found 99"),
+        (("demo", "--methods", "base,lora"), "found 'lora'"),
+        (("demo", "--methods", "apt,apt"), "must name each method once; found 'apt,apt'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -424,21 +426,6 @@ def test_a_mistake_leaves_the_shell_exit_code_1_and_the_line_on_stderr(tmp_path:
 
 
 # -- demo --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_demo_writes_its_picture_and_a_line_a_step_and_repeats_itself(tmp_path: Path) -> None:
-    for package in ("diffusers", "peft", "matplotlib"):
-        pytest.importorskip(package)
-    logs = []
-    for name in ("one", "two"):
-        shown = run("demo", "--steps", 3, "--seed", 5, "--out", tmp_path / name)
-        assert "is on" in shown and "indicator.png" in shown
-        assert (tmp_path / name / "indicator.png").read_bytes().startswith(b"\x89PNG")
-        logs.append((tmp_path / name / "demo-apt.jsonl").read_text())
-    lines = [json.loads(text) for text in logs[0].splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert all(len(line["gamma"]) == 10 and line["l_attn"] is not None for line in lines)
-    assert logs[0] == logs[1]
 
 
 def test_the_demo_without_its_packages_says_how_to_get_them(

@@ -1,0 +1,13 @@
+"""A small pretrained text-to-image model of a procedural world, on which a method can be judged in minutes.
+
+Apart from the hook library, which does not import it; needs `apt-hooks[demo]`.
+
+Scene, Concept              what can be shown, and what is personalized     world.py, concepts.py
+render                      their pictures                                  render.py: subjects.py, scenery.py
+load_pipeline, sample       the model                                       model.py: pretrain.py, card.py
+load_judges                 what scores pictures                            judges.py: train_judges.py; metrics.py
+lora, train                 a LoRA by each method                           personalize.py
+Examination                 its scores                                      evaluate.py
+run_method                  both, for one method                            experiment.py
+run_demo                    `apt-hooks demo`                                demo.py: pictures.py, attention.py
+"""

@@ -1,0 +1,37 @@
+"""Where the words of a prompt look: cross-attention of the tiny world's model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..capture import FeatureCapture
+from .model import encode_images, encode_texts
+
+
+@torch.no_grad()
+def attention_of_words(pipeline: Any, prompt: str, picture: Tensor, *, timestep: int = 500) -> Tensor:
+    """The up-blocks' cross-attention of a picture, noised to a timestep: a map a word, [words, 16, 16].
+
+    Mean over heads and layers, lower resolutions scaled up.
+    """
+    latents = encode_images(pipeline, picture[None] * 2 - 1)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    moment = torch.tensor([timestep])
+    noisy = pipeline.training_scheduler.add_noise(latents, noise, moment)
+    with FeatureCapture(pipeline.unet, representation=False) as capture:
+        with capture.record() as features:
+            pipeline.unet(noisy, moment, encode_texts(pipeline, [prompt]))
+        maps = []
+        for i, layer in enumerate(capture.layers):
+            q, k = (
+                x[0].unflatten(-1, (layer.heads, -1)).transpose(0, 1) for x in (features.queries[i], features.keys[i])
+            )
+            weights = (q @ k.transpose(-1, -2) * layer.scale).softmax(dim=-1).mean(dim=0)
+            side = round(weights.shape[0] ** 0.5)
+            weights = weights.T.reshape(1, -1, side, side)
+            maps.append(F.interpolate(weights, size=latents.shape[-2:], mode="bilinear")[0])
+    return torch.stack(maps).mean(dim=0)[1 : len(prompt.split()) + 1]  # the first token is the start of the text

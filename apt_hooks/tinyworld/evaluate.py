@@ -1,0 +1,94 @@
+"""Scores a personalized model: pictures of prompts that move the concept elsewhere, judged against the base model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .concepts import IDENTIFIER, Concept
+from .judges import Judges, identity_score, text_score
+from .metrics import frechet_distance, precision_recall
+from .model import decode_latents, encode_images, sample
+from .world import Scene, random_scene
+
+METRICS = ("frechet", "precision", "recall", "text", "identity")
+ASKED = ("kind", "size", "place", "background", "style", "second")
+"""What the prompts ask for; the concept's own color is left to it."""
+
+
+@dataclasses.dataclass
+class Judgement:
+    """Pictures and what the judges say of them: `scores` by the names of `METRICS`."""
+
+    pictures: Tensor
+    scores: dict[str, float]
+
+
+class Examination:
+    """The prompts of one concept, and the base model's pictures of them with the class word alone.
+
+    Args:
+        pipeline: the tiny world's, without a LoRA.
+        concept, references: whom the LoRA is of, and its pictures, [pictures, 3, 64, 64].
+        scenes: how many prompts, none of them before the references' background.
+        repeats: pictures a prompt.
+        seed: of the prompts and of the noise; the base model's pictures take another noise than those judged.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        judges: Judges,
+        concept: Concept,
+        references: Tensor,
+        *,
+        scenes: int = 24,
+        repeats: int = 4,
+        seed: int = 0,
+    ) -> None:
+        self.pipeline, self.judges, self.references, self.repeats = pipeline, judges, references, repeats
+        self.scenes = [s for s in _elsewhere(concept, scenes, seed) for _ in range(repeats)]
+        self._seed = seed
+        # As the autoencoder shows them: nothing that the model draws can be sharper, or truer in color.
+        self._drawn_references = decode_latents(pipeline, encode_images(pipeline, references * 2 - 1))
+        self._base = judges.features(sample(pipeline, self.prompts(None), seed=2 * seed))
+
+    def prompts(self, identifier: str | None = IDENTIFIER) -> list[str]:
+        """A prompt a picture; without an identifier they ask for any member of the class."""
+        return [scene.caption(rare_word=identifier, color=False) for scene in self.scenes]
+
+    def judge(self, identifier: str | None = IDENTIFIER) -> Judgement:
+        """Let the pipeline as it is now draw the prompts, and score what it draws."""
+        pictures = sample(self.pipeline, self.prompts(identifier), seed=2 * self._seed + 1)
+        features = self.judges.features(pictures)
+        precision, recall = precision_recall(self._base, features)
+        scores = {
+            "frechet": frechet_distance(self._base, features),
+            "precision": precision,
+            "recall": recall,
+            "text": text_score(self.judges.classifier, pictures, self.scenes, ASKED).mean().item(),
+            "identity": identity_score(self.judges.identity, pictures, self._drawn_references).mean().item(),
+        }
+        return Judgement(pictures, scores)
+
+
+def _elsewhere(concept: Concept, count: int, seed: int) -> list[Scene]:
+    rng = random.Random(seed)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = random_scene(rng, concept.subject)
+        if scene.background != concept.background and scene not in scenes:
+            scenes.append(scene)
+    return scenes
+
+
+def agreement(pipeline: Any, judges: Judges, scenes: Sequence[Scene], seed: int) -> dict[str, float]:
+    """The base model's share of pictures that show what the caption asks, by attribute, and `mean` over them."""
+    pictures = sample(pipeline, [scene.caption() for scene in scenes], seed=seed)
+    asked = (*ASKED, "color")
+    shares = {name: text_score(judges.classifier, pictures, scenes, (name,)).mean().item() for name in asked}
+    return {**shares, "mean": sum(shares.values()) / len(shares)}

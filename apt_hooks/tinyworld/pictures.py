@@ -1,0 +1,118 @@
+"""What a demo shows: the methods side by side, the indicator, delta noise, and where the model looks."""
+
+from __future__ import annotations
+
+import io
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import write_atomically, write_figure
+
+
+def draw_comparison(path: Path, prompts: Sequence[str], references: Tensor, columns: Mapping[str, Tensor]) -> None:
+    """Rows are prompts, columns a reference picture and each method's picture of the prompt.
+
+    Args:
+        prompts: as a user would write them.
+        references: [pictures, 3, height, width], from 0 to 1.
+        columns: by title, [prompts, 3, height, width].
+    """
+    from matplotlib.figure import Figure
+
+    titles = ["trained on", *columns]
+    rows = len(prompts)
+    figure = Figure(figsize=(2.6 + 1.5 * len(titles), 0.7 + 1.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, len(titles), squeeze=False)
+    for row, prompt in enumerate(prompts):
+        shown = [references[row % len(references)], *(pictures[row] for pictures in columns.values())]
+        for column, picture in enumerate(shown):
+            ax = axes[row][column]
+            _show(ax, picture)
+            if row == 0:
+                ax.set_title(titles[column], fontsize=11)
+        axes[row][0].set_ylabel(textwrap.fill(prompt, 22), rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
+    write_figure(path, figure)
+
+
+def draw_grid(path: Path, pictures: Tensor, columns: int) -> None:
+    """Pictures, [n, 3, height, width], row by row; n is a multiple of `columns`."""
+    from matplotlib.image import imsave
+
+    rows = [torch.cat(list(row), dim=2) for row in pictures.split(columns)]
+    content = io.BytesIO()
+    imsave(content, torch.cat(rows, dim=1).permute(1, 2, 0).numpy(), format="png")
+    write_atomically(path, content.getvalue())
+
+
+def draw_indicator(path: Path, log: Path, method: str) -> None:
+    """Gamma of each bin over the steps of a log of apt-hooks."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(text) for text in log.read_text(encoding="utf-8").splitlines()]
+    steps, bins = [line["step"] for line in lines], len(lines[0]["gamma"])
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for b in range(bins):
+        color = colormaps["viridis"](b / max(1, bins - 1))
+        axes.plot(steps, [line["gamma"][b] for line in lines], color=color, label=f"{b * 1000 // bins}")
+    axes.set(xlabel="training step", ylabel="gamma (0: as good as the base, 1: overfitted)", ylim=(-0.02, 1.02))
+    axes.set_title(f"Overfitting indicator of {method}, per range of timesteps")
+    axes.legend(
+        title="timesteps from\n(low to high noise)", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    write_figure(path, figure)
+
+
+def draw_delta_noise(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> None:
+    """Delta noise over the steps, a curve a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for title, (steps, values) in curves.items():
+        axes.plot(steps, values, label=title, linewidth=2)
+    axes.set(xlabel="training step", ylabel="delta noise (mean squared difference)", ylim=(0, None))
+    axes.set_title("How far the predictions have moved from the base model's")
+    axes.legend()
+    write_figure(path, figure)
+
+
+def draw_attention(
+    path: Path, words: Sequence[str], pictures: Mapping[str, Tensor], maps: Mapping[str, Tensor]
+) -> None:
+    """Where each word of the prompt looks: a row a method, its picture first.
+
+    Args:
+        words: the prompt's.
+        pictures: by title, [3, height, width].
+        maps: by title, [words, height, width]; of one word, all methods share one scale.
+    """
+    from matplotlib.figure import Figure
+
+    highest = torch.stack(list(maps.values())).amax(dim=(0, 2, 3))
+    figure = Figure(figsize=(1.6 + 1.15 * (len(words) + 1), 0.6 + 1.25 * len(maps)), layout="constrained")
+    axes = figure.subplots(len(maps), len(words) + 1, squeeze=False)
+    for row, (title, of_words) in enumerate(maps.items()):
+        _show(axes[row][0], pictures[title])
+        axes[row][0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=11, labelpad=8)
+        for column, word in enumerate(words):
+            ax = axes[row][column + 1]
+            ax.imshow(of_words[column].numpy(), cmap="magma", vmin=0, vmax=highest[column].item())
+            ax.set(xticks=[], yticks=[])
+            if row == 0:
+                ax.set_title(word, fontsize=11)
+    write_figure(path, figure)
+
+
+def _show(ax: Any, picture: Tensor) -> None:
+    ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    for side in ax.spines.values():
+        side.set_visible(False)

@@ -1,0 +1,266 @@
+"""Pretrains the tiny world's model: `python -m apt_hooks.tinyworld.pretrain --work DIR`.
+
+First the autoencoder, then the U-Net together with the text encoder on its latents. Both leave checkpoints in DIR from
+which a stopped run goes on; every step draws from a random stream of its own, so that nothing depends on where it was
+stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..augmentation import ZoomOutRotate
+from ..errors import AptError
+from .card import write_card
+from .model import new_model, new_tokenizer, save_pipeline
+from .render import render
+from .world import RARE_WORDS, Scene, draw_scenes
+
+CHECKPOINT_EVERY = 200
+VAE_SCENES = 12_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
+    parser.add_argument("--out", type=Path, help="folder of the finished pipeline; WORK/pipeline if not given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scenes", type=int, default=40_000)
+    parser.add_argument("--vae-steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=6000, help="of the U-Net, 32 scenes each")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    parts = new_model(new_tokenizer())
+    history: dict[str, Any] = {"seed": args.seed, "device": _device_name(args.device), "torch": torch.__version__}
+    history["data"] = [
+        f"Autoencoder: {VAE_SCENES} scenes, half of them with patterned subjects and parts (none of the numbered "
+        "concepts), 15 % zoomed out and rotated on black.",
+        f"U-Net and text encoder: {args.scenes} scenes with plain subjects, two captions drawn for each; every eighth "
+        "combination of kind, color and background is held out.",
+        "Captions: color and size are each left out of 15 %, a word without a meaning (sks, ohwx) is put before the "
+        "noun in 25 %, 10 % of the captions of a step are empty.",
+    ]
+    history["autoencoder"] = _train_vae(parts["vae"], args)
+    latents, captions = _latents(parts["vae"], args)
+    history["unet"] = _train_unet(parts, latents, captions, args)
+    out = args.out or args.work / "pipeline"
+    save_pipeline(parts, out)
+    (out / "training.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
+    write_card(out)
+    print(f"{out}: the pipeline and its card")
+
+
+# Data.
+
+
+def render_all(scenes: list[Scene], seed: int) -> Tensor:
+    """All pictures, [count, 3, 64, 64], uint8."""
+    jobs = [(scenes[i : i + 500], seed * 1_000_003 + i) for i in range(0, len(scenes), 500)]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        chunks = track(pool.map(_render_chunk, *zip(*jobs, strict=True)), description="rendering", total=len(jobs))
+        return torch.cat([torch.from_numpy(chunk) for chunk in chunks])
+
+
+def _render_chunk(scenes: list[Scene], seed: int) -> Any:
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    return (torch.stack([render(scene, rng) for scene in scenes]) * 255).round().byte().numpy()
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """A caption of pretraining: color and size are told mostly, a rare word stands before one noun in four."""
+    rare = rng.choice(RARE_WORDS) if rng.random() < 0.25 else None
+    return scene.caption(rare_word=rare, color=rng.random() < 0.85, size=rng.random() < 0.85)
+
+
+# Stages.
+
+
+def _train_vae(vae: Any, args: argparse.Namespace) -> dict[str, Any]:
+    batch = 16
+    data = cached(
+        args.work / "vae-scenes.pt",
+        {"scenes": VAE_SCENES, "seed": args.seed},
+        lambda: render_all(draw_scenes(VAE_SCENES, args.seed + 1, subjects=True), args.seed + 1),
+    )
+    zoom_out = ZoomOutRotate((1.0, 3.0), 15.0)
+    vae.to(args.device).train()
+
+    def loss(g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        images = data[torch.randint(len(data), (batch,), generator=g)].float() / 127.5 - 1
+        # Augmented pictures are decodable too, as with any large autoencoder.
+        images = zoom_out.draw(torch.full((batch,), 0.15), g).apply(images, -1.0).to(args.device)
+        with _mixed(args.device):
+            posterior = vae.encode(images).latent_dist
+            decoded = vae.decode(posterior.mean + posterior.std * _normal(posterior.mean, g)).sample.float()
+        off = F.l1_loss(decoded, images) + F.mse_loss(decoded, images)
+        kl = posterior.kl().float().sum() / posterior.mean.numel()
+        return off + 1e-4 * kl, {"l1_l2": off.item(), "kl": kl.item()}
+
+    return {"batch": batch, **_train("autoencoder", {"vae": vae}, args.vae_steps, 3e-3, loss, args)}
+
+
+def _latents(vae: Any, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
+    """Latents of all scenes, scaled to unit deviation, and their scenes' captions drawn once."""
+    vae.to(args.device).eval()
+
+    def encode() -> dict[str, Any]:
+        scenes = draw_scenes(args.scenes, args.seed)
+        images = render_all(scenes, args.seed)
+        encoded = []
+        with torch.no_grad():
+            for part in track(images.split(100), description="encoding"):
+                encoded.append(vae.encode(part.to(args.device).float() / 127.5 - 1).latent_dist.mean.cpu())
+        rng = random.Random(args.seed)
+        return {"latents": torch.cat(encoded), "captions": [[caption(s, rng) for _ in range(2)] for s in scenes]}
+
+    settings = {"scenes": args.scenes, "seed": args.seed, "vae_steps": args.vae_steps}
+    stored = cached(args.work / "latents.pt", settings, encode)
+    scale = 1.0 / stored["latents"].std().item()
+    vae.register_to_config(scaling_factor=scale)
+    return stored["latents"] * scale, stored["captions"]
+
+
+def _train_unet(
+    parts: dict[str, Any], latents: Tensor, captions: list[Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    batch = 32
+    unet, text, tokenizer, schedule = (parts[k] for k in ("unet", "text_encoder", "tokenizer", "scheduler"))
+    unet.to(args.device).train()
+    text.to(args.device).train()
+
+    def tokens(texts: list[str]) -> Tensor:
+        return tokenizer(
+            texts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
+        ).input_ids
+
+    ids = torch.stack([tokens([pair[i] for pair in captions]) for i in range(len(captions[0]))])
+    empty = tokens([""])[0]
+
+    def loss(g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(len(latents), (batch,), generator=g)
+        version = torch.randint(len(ids), (batch,), generator=g)
+        words = torch.where(torch.rand(batch, 1, generator=g) < 0.1, empty, ids[version, rows]).to(args.device)
+        clean = latents[rows].to(args.device)
+        noise, timesteps = _normal(clean, g), torch.randint(1000, (batch,), generator=g).to(args.device)
+        noisy = schedule.add_noise(clean, noise, timesteps)
+        with _mixed(args.device):
+            predicted = unet(noisy, timesteps, text(words)[0]).sample.float()
+        off = F.mse_loss(predicted, noise)
+        return off, {"mse": off.item()}
+
+    modules = {"unet": unet, "text_encoder": text}
+    return {"batch": batch, **_train("unet", modules, args.steps, 1e-3, loss, args, ema=0.999)}
+
+
+def _train(
+    name: str,
+    modules: dict[str, Any],
+    steps: int,
+    lr: float,
+    loss: Callable[[torch.Generator], tuple[Tensor, dict[str, float]]],
+    args: argparse.Namespace,
+    *,
+    ema: float | None = None,
+) -> dict[str, Any]:
+    """Train `modules` in place to their (averaged) weights; returns what the card tells of it."""
+    path = args.work / f"{name}.pt"
+    settings = {"steps": steps, "seed": args.seed}
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    average = [p.detach().clone() for p in parameters] if ema else parameters
+    record: dict[str, Any] = {"steps": 0, "seconds": 0.0, "losses": []}
+    if path.exists():
+        saved = _load(path, settings)
+        optimizer.load_state_dict(saved["optimizer"])
+        record = saved["record"]
+        with torch.no_grad():
+            for into, values in ((parameters, saved["parameters"]), (average, saved["average"])):
+                for p, value in zip(into, values, strict=True):
+                    p.copy_(value)
+    recent: list[dict[str, float]] = []
+    since = time.monotonic()
+    for step in track(range(record["steps"], steps), description=name):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-5
+        value, shown = loss(torch.Generator().manual_seed(args.seed * 1_000_003 + step))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema:
+            decay = min(ema, (step + 1) / (step + 20))
+            with torch.no_grad():
+                torch._foreach_lerp_(average, parameters, 1 - decay)
+        recent.append(shown)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            means = {key: round(sum(r[key] for r in recent) / len(recent), 5) for key in shown}
+            record["steps"], record["seconds"] = step + 1, round(record["seconds"] + time.monotonic() - since, 1)
+            record["losses"].append({"step": step + 1, **means})
+            recent, since = [], time.monotonic()
+            print(name, record["losses"][-1], f"{record['seconds']:.0f} s", flush=True)
+            state = {"optimizer": optimizer.state_dict(), "parameters": parameters, "average": average}
+            _save({"settings": settings, "record": record, **state}, path)
+    if ema:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, average)
+    return record
+
+
+def cached(path: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """What `make` returns, kept in a file for the next time.
+
+    Raises:
+        AptError: the file is of other settings.
+    """
+    if not path.exists():
+        _save({"settings": settings, "data": make()}, path)
+    return _load(path, settings)["data"]
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    temporary.replace(path)
+
+
+def _load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    if content["settings"] != settings:
+        raise AptError(f"{path} is of {content['settings']}, asked is {settings}: give those, or another --work")
+    return content
+
+
+def _normal(like: Tensor, g: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=g).to(like.device)
+
+
+def _mixed(device: str) -> Any:
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()
