@@ -4,6 +4,9 @@ import random
 import pytest
 import torch
 
+pytest.importorskip("safetensors")
+pytest.importorskip("rich")
+
 from apt_hooks import AptError
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.judges import (

@@ -71,3 +71,18 @@ def test_no_diffusers_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(AptError, match=r"needs diffusers .*pip install \"apt-hooks\[demo\]\""):
         load_pipeline()
+
+
+def test_stored_names_are_those_of_transformers_4_and_are_read_by_5(pipeline):
+    from safetensors.torch import load_file
+
+    stored = load_file(WEIGHTS / "pipeline" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in stored)
+    read = {"text_model." + name.removeprefix("text_model."): p for name, p in pipeline.text_encoder.named_parameters()}
+    assert read.keys() <= stored.keys()
+    assert all(torch.equal(stored[name].float(), tensor) for name, tensor in read.items())
+
+
+def test_a_folder_without_a_pipeline_is_one_line(tmp_path):
+    with pytest.raises(AptError, match=r"found no model_index\.json"):
+        load_pipeline(tmp_path)

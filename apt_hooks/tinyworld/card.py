@@ -58,7 +58,7 @@ def _text(record: dict[str, Any], sizes: dict[str, int], shares: dict[str, float
         "|---|---|---|---|---|",
         *(_training_row(name, record[name]) for name in ("autoencoder", "unet")),
         "",
-        "Losses over the steps are in `training.json`.",
+        " ".join(["Losses over the steps are in `training.json`.", *record.get("notes", ())]),
         "",
         "## What it draws",
         "",

@@ -9,15 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import AptError
 from .concepts import IDENTIFIER, Concept
 from .judges import Judges, identity_score, text_score
 from .metrics import frechet_distance, precision_recall
 from .model import decode_latents, encode_images, sample
-from .world import Scene, random_scene
+from .world import BACKGROUNDS, PLACES, SECONDS, SIZES, STYLES, Scene, random_scene
 
 METRICS = ("frechet", "precision", "recall", "text", "identity")
 ASKED = ("kind", "size", "place", "background", "style", "second")
 """What the prompts ask for; the concept's own color is left to it."""
+
+
+MOST_SCENES = len(SIZES) * len(PLACES) * (len(BACKGROUNDS) - 1) * len(STYLES) * (len(SECONDS) + 1)
+"""How many scenes of one subject there are before other backgrounds than its references'."""
 
 
 @dataclasses.dataclass
@@ -37,6 +42,9 @@ class Examination:
         scenes: how many prompts, none of them before the references' background.
         repeats: pictures a prompt.
         seed: of the prompts and of the noise; the base model's pictures take another noise than those judged.
+
+    Raises:
+        AptError: more scenes than there are.
     """
 
     def __init__(
@@ -51,6 +59,8 @@ class Examination:
         seed: int = 0,
     ) -> None:
         self.pipeline, self.judges, self.references, self.repeats = pipeline, judges, references, repeats
+        if not 1 <= scenes <= MOST_SCENES:
+            raise AptError(f"scenes must be from 1 to {MOST_SCENES}, as many prompts as there are; found {scenes}")
         self.scenes = [s for s in _elsewhere(concept, scenes, seed) for _ in range(repeats)]
         self._seed = seed
         # As the autoencoder shows them: nothing that the model draws can be sharper, or truer in color.

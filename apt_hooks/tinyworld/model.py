@@ -21,7 +21,7 @@ LATENT_CHANNELS = 4
 TEXT_WIDTH = 128
 TOKENS = 20
 GUIDANCE = 4.0
-SAMPLING_STEPS = 15
+SAMPLING_STEPS = 10
 
 
 def new_tokenizer() -> Any:
@@ -153,6 +153,11 @@ def _make_readable_for_older_releases(folder: Path, tokenizer: Any) -> None:
     prefix = "text_model."
     tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    # Transformers 5 would load this part in the type that it is stored in, and diffusers the others in float32.
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.update({key: "float32" for key in ("dtype", "torch_dtype") if key in config})
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
 
@@ -172,10 +177,11 @@ def load_pipeline(folder: Path | None = None) -> Any:
     try:
         import diffusers.utils.logging as diffusers_logging
         import transformers.utils.logging as transformers_logging
-        from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
     except ImportError as error:
         raise AptError(f'the tiny world needs diffusers ({error}): pip install "apt-hooks[demo]"') from error
     with _quiet(diffusers_logging), _quiet(transformers_logging):
+        from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+
         pipeline: Any = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
     pipeline.training_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)

@@ -43,9 +43,9 @@ MEASUREMENTS = 25
 class Training:
     """What all methods share. AdamW without weight decay; the learning rate is constant."""
 
-    steps: int = 400
-    batch: int = 4
-    learning_rate: float = 1e-3
+    steps: int = 200
+    batch: int = 2
+    learning_rate: float = 3e-3
     rank: int = 8
 
 

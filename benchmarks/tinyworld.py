@@ -1,0 +1,199 @@
+"""The ablation on the tiny world: base, DreamBooth, DCO, adaptive training, + stabilization, + alignment (APT).
+
+    python benchmarks/tinyworld.py --out DIR [--concepts 4,5,...] [--seeds 0,1,2] [--methods ...] [--set KEY=VALUE ...]
+
+Every method has the same steps, learning rate, samples, timesteps and noise. As soon as a run is done, a line of JSON
+is appended to DIR/runs.jsonl: its settings, its scores and the machine. A run that is there with the same settings, on
+any machine, is not made again. Then the tables of what was asked for: each method, and its difference to DreamBooth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from rich.progress import track
+
+from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
+from apt_hooks.tinyworld.evaluate import METRICS, Examination
+from apt_hooks.tinyworld.experiment import run_method
+from apt_hooks.tinyworld.judges import load_judges
+from apt_hooks.tinyworld.model import GUIDANCE, SAMPLING_STEPS, WEIGHTS, load_pipeline
+from apt_hooks.tinyworld.personalize import METHODS, Training, method_config, reference_pictures
+
+REFERENCE = "dreambooth"
+COLUMNS = {**dict.fromkeys(METRICS, ".3f"), "frechet": ".2f", "delta_noise": ".4f"}
+
+Settings = dict[str, Any]
+Scores = dict[tuple[int, int], dict[str, Any]]  # of one method, by concept and seed
+
+
+def main() -> None:
+    with errors_in_one_line():
+        run(_arguments())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--concepts", type=numbers, default=list(REPORTED))
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    parser.add_argument("--methods", type=lambda text: list(dict.fromkeys(text.split(","))), default=["base", *METHODS])
+    parser.add_argument("--steps", type=int, default=Training.steps)
+    parser.add_argument("--scenes", type=int, default=24, help="prompts that are judged")
+    parser.add_argument("--repeats", type=int, default=8, help="pictures a prompt")
+    parser.add_argument("--set", type=_override, action="append", default=[], metavar="KEY=VALUE", help="in [apt]")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--table-only", action="store_true", help="train nothing")
+    parser.add_argument("--smoke", action="store_true", help="one small run of two methods, to see that it works")
+    args = parser.parse_args()
+    if args.smoke:
+        args.concepts, args.seeds, args.methods = [4], [0], ["base", "apt"]
+        args.steps, args.scenes, args.repeats = 2, 5, 1
+    for option, known in {"concepts": range(len(CONCEPTS)), "methods": ("base", *METHODS)}.items():
+        for item in getattr(args, option):
+            if item not in known:
+                raise AptError(f"--{option} takes {', '.join(map(str, known))}, separated by commas; found {item!r}")
+    for option in ("steps", "scenes", "repeats", "workers"):
+        if getattr(args, option) < 1:
+            raise AptError(f"--{option} must be at least 1; found {getattr(args, option)}")
+    return args
+
+
+def numbers(text: str) -> list[int]:
+    return list(dict.fromkeys(int(number) for number in text.split(",")))
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError as error:
+        raise AptError(f"--set takes KEY=VALUE, the value in JSON; found {text!r}") from error
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the runs that are missing, and print the tables."""
+    log, training, overrides = args.out / "runs.jsonl", Training(steps=args.steps), dict(args.set)
+    weights = hashlib.sha256((WEIGHTS / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    shared = {**dataclasses.asdict(training), "scenes": args.scenes, "repeats": args.repeats, "weights": weights[:8]}
+    shared |= {"guidance": GUIDANCE, "sampling_steps": SAMPLING_STEPS}
+    # As the methods will have it, so that a change of the preset is one too; through JSON, which has no tuples.
+    configs = {name: dataclasses.asdict(method_config(name, overrides)) for name in METHODS}
+    configs = json.loads(json.dumps({"base": {}, **configs}))
+    places = [(concept, seed) for concept in args.concepts for seed in args.seeds]
+    asked = {
+        name: {(c, s): {"concept": c, "seed": s, "method": name, **shared, "apt": configs[name]} for c, s in places}
+        for name in (*args.methods, REFERENCE)
+    }
+    failed = []
+    if not args.table_only:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if log.exists() and not log.read_bytes().endswith(b"\n"):
+            _append(log, "")  # ends a line that was cut off
+        done = find(read_rows(log), asked)
+        groups = {place: [asked[name][place] for name in args.methods if place not in done[name]] for place in places}
+        with concurrent.futures.ProcessPoolExecutor(args.workers) as pool:
+            futures = {pool.submit(run_group, log, g, training, overrides): p for p, g in groups.items() if g}
+            for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
+                if error := future.exception():
+                    failed.append("concept {}, seed {}: {!r}".format(*futures[future], error))
+    print("\n".join(tables(find(read_rows(log), asked), args.methods, by_concept=len(args.concepts) > 1)))
+    if failed:
+        raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
+
+
+def run_group(log: Path, group: list[Settings], training: Training, overrides: dict[str, Any]) -> None:
+    """The runs of one concept and seed, in a process of its own."""
+    from step import commit, device_name  # the benchmark beside this one
+
+    torch.set_num_threads(1)
+    concept, seed = CONCEPTS[group[0]["concept"]], group[0]["seed"]
+    machine = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    machine |= {"device": device_name(torch.device("cpu")), "commit": commit()}
+    count = {key: group[0][key] for key in ("scenes", "repeats")}
+    examination = Examination(load_pipeline(), load_judges(), concept, reference_pictures(concept), seed=seed, **count)
+    for settings in group:
+        start, name = time.monotonic(), settings["method"]
+        result = run_method(name, examination, concept.captions(), training, seed=seed, overrides=overrides)
+        seconds = round(time.monotonic() - start, 1)
+        _append(log, json.dumps({**settings, "set": overrides, **result.metrics(), **machine, "seconds": seconds}))
+
+
+def _append(log: Path, line: str) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")  # at once, so that the lines of two processes do not mix
+
+
+def read_rows(log: Path) -> list[dict[str, Any]]:
+    """What the file holds; a line that was cut off, as by the end of a killed run, is none."""
+    rows = []
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def find(rows: list[dict[str, Any]], asked: Mapping[str, Mapping[tuple[int, int], Settings]]) -> dict[str, Scores]:
+    """The rows that have the asked settings, by method; whatever else is in the file."""
+    return {
+        name: {place: row for place, wanted in places.items() for row in rows if wanted.items() <= row.items()}
+        for name, places in asked.items()
+    }
+
+
+def tables(found: Mapping[str, Scores], methods: list[str], by_concept: bool) -> list[str]:
+    """Markdown: the scores of each method, and their differences to DreamBooth's.
+
+    The runs of one concept are not independent, so standard errors are those of the concepts' means; of one concept
+    alone, of its runs.
+    """
+    over = "concepts, each the mean of its seeds" if by_concept else "the seeds of one concept"
+    paired = {name: _differences(found[name], found[REFERENCE]) for name in methods if name != REFERENCE}
+    lines = [f"Mean ± standard error over {over}:", "", *_table({name: found[name] for name in methods}, by_concept)]
+    lines += ["", f"Difference to {REFERENCE}, paired by concept and seed, of frechet in percent; errors as above:", ""]
+    return lines + _table(paired, by_concept, sign="+")
+
+
+def _differences(scores: Scores, reference: Scores) -> Scores:
+    differences: Scores = {}
+    for place in scores.keys() & reference.keys():
+        one, other = scores[place], reference[place]
+        differences[place] = {name: one[name] - other[name] for name in COLUMNS}
+        differences[place]["frechet"] *= 100 / other["frechet"]
+    return differences
+
+
+def _table(methods: Mapping[str, Scores], by_concept: bool, sign: str = "") -> list[str]:
+    lines = ["| method | runs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, scores in methods.items():
+        groups: dict[int, list[dict[str, float]]] = {}
+        for (concept, seed), row in scores.items():
+            groups.setdefault(concept if by_concept else seed, []).append(row)
+        means = {column: [statistics.fmean(row[column] for row in g) for g in groups.values()] for column in COLUMNS}
+        cells = [_cell(means[column], style, sign) for column, style in COLUMNS.items()]
+        lines.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(values: list[float], style: str, sign: str) -> str:
+    if len(values) < 2:
+        return format(values[0], sign + style) if values else "-"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):{sign}{style}} ± {error:{style}}"
+
+
+if __name__ == "__main__":
+    main()

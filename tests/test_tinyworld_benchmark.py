@@ -1,0 +1,194 @@
+import concurrent.futures
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+for package in ("diffusers", "peft", "rich", "safetensors"):
+    pytest.importorskip(package)
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "tinyworld.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("tinyworld_benchmark", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# The tables.
+
+
+def row(benchmark, **scores):
+    return {**dict.fromkeys(benchmark.COLUMNS, 0.5), "frechet": 40.0, **scores}
+
+
+def cells(lines, name):
+    """The cells of a method in both tables."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    header = rows[0]
+    return [dict(zip(header, found, strict=True)) for found in rows if found[0] == name]
+
+
+def test_the_error_is_that_of_the_concepts_means(benchmark):
+    recalls = {(4, 0): 0.2, (4, 1): 0.4, (5, 0): 0.5, (5, 1): 0.7}
+    found = {"apt": {place: row(benchmark, recall=recall) for place, recall in recalls.items()}, "dreambooth": {}}
+    lines = benchmark.tables(found, ["apt"], by_concept=True)
+    # The means 0.3 and 0.6 deviate by 0.15 from theirs: 0.15 * sqrt(2) / sqrt(2).
+    assert cells(lines, "apt")[0]["recall"] == "0.450 ± 0.150"
+    assert cells(lines, "apt")[0]["runs"] == "4"
+    assert lines[0] == "Mean ± standard error over concepts, each the mean of its seeds:"
+
+
+def test_of_one_concept_the_error_is_that_of_its_seeds(benchmark):
+    found = {"apt": {(4, seed): row(benchmark, recall=0.2 + 0.2 * seed) for seed in (0, 1)}, "dreambooth": {}}
+    lines = benchmark.tables(found, ["apt"], by_concept=False)
+    assert cells(lines, "apt")[0]["recall"] == "0.300 ± 0.100"
+    assert lines[0] == "Mean ± standard error over the seeds of one concept:"
+
+
+def test_differences_are_paired_by_concept_and_seed(benchmark):
+    dreambooth = {
+        (4, 0): row(benchmark, frechet=40.0, text=0.8),
+        (4, 1): row(benchmark, frechet=80.0, text=0.6),
+        (5, 0): row(benchmark, frechet=10.0, text=0.1),
+        (6, 0): row(benchmark, frechet=1.0, text=0.0),
+    }
+    apt = {
+        (4, 0): row(benchmark, frechet=30.0, text=0.9),  # -25 %, +0.1
+        (4, 1): row(benchmark, frechet=60.0, text=0.9),  # -25 %, +0.3
+        (5, 0): row(benchmark, frechet=5.5, text=0.1),  # -45 %, +0
+        (7, 0): row(benchmark, frechet=9.0, text=0.0),  # without a partner
+    }
+    lines = benchmark.tables({"dreambooth": dreambooth, "apt": apt}, ["dreambooth", "apt"], by_concept=True)
+    plain, paired = cells(lines, "apt")
+    assert plain["runs"] == "4" and paired["runs"] == "3"
+    assert paired["frechet"] == "-35.00 ± 10.00" and paired["text"] == "+0.100 ± 0.100"
+    assert len(cells(lines, "dreambooth")) == 1
+
+
+def test_what_has_no_runs_is_a_dash_and_one_value_has_no_error(benchmark):
+    found = {"dreambooth": {}, "apt": {(4, 0): row(benchmark)}, "dco": {}}
+    lines = benchmark.tables(found, ["dco", "apt"], by_concept=True)
+    assert [{c[name] for name in benchmark.COLUMNS} for c in cells(lines, "dco")] == [{"-"}, {"-"}]
+    assert cells(lines, "apt")[0]["frechet"] == "40.00" and cells(lines, "apt")[1]["frechet"] == "-"
+
+
+# What is run.
+
+
+@pytest.fixture
+def bench(benchmark, monkeypatch, tmp_path):
+    """Calls the benchmark with options; what it runs is only written down. Returns concept, seed and method of it."""
+    log, ran = tmp_path / "runs.jsonl", []
+
+    def run_group(log, group, training, overrides):
+        for settings in group:
+            if settings["concept"] == 7:
+                raise ValueError("no picture")
+            ran.append((settings["concept"], settings["seed"], settings["method"]))
+            scores = row(benchmark, recall=settings["concept"] / 10)
+            benchmark._append(log, json.dumps({**settings, **scores, "device": "a machine"}))
+
+    def call(*options):
+        ran.clear()
+        common = ["--concepts", "4", "--seeds", "0", "--methods", "dreambooth,apt"]
+        monkeypatch.setattr(sys, "argv", ["tinyworld.py", "--out", str(tmp_path), *common, *options])
+        benchmark.main()
+        return sorted(ran)
+
+    monkeypatch.setattr(benchmark, "run_group", run_group)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
+    call.log = log
+    return call
+
+
+BOTH = [(4, 0, "apt"), (4, 0, "dreambooth")]
+
+
+def test_only_what_is_missing_is_run(bench):
+    assert bench() == BOTH and bench() == []
+    assert bench("--seeds", "0,1", "--methods", "dreambooth,apt,dco") == [
+        (4, 0, "dco"),
+        (4, 1, "apt"),
+        (4, 1, "dco"),
+        (4, 1, "dreambooth"),
+    ]
+    assert bench("--methods", "dco,dco", "--concepts", "4,4") == []
+    assert bench("--seeds", "2", "--table-only") == []
+
+
+@pytest.mark.parametrize("options", [("--steps", "7"), ("--scenes", "5"), ("--repeats", "3")])
+def test_runs_of_other_settings_are_neither_taken_for_these_nor_touched(bench, capsys, options):
+    bench()
+    before, _ = bench.log.read_text(), capsys.readouterr()
+    bench(*options, "--table-only")
+    assert [c["recall"] for c in cells(capsys.readouterr().out.splitlines(), "apt")] == ["-", "-"]
+    assert bench(*options) == BOTH and bench() == []
+    assert bench.log.read_text().startswith(before)
+    assert cells(capsys.readouterr().out.splitlines(), "apt")[0]["runs"] == "1"
+
+
+def test_an_override_is_another_setting_for_the_methods_that_it_changes(bench, benchmark):
+    own = benchmark.method_config("apt").lambda_attn
+    bench()
+    assert bench("--set", f"lambda_attn={own}") == []
+    assert bench("--set", f"lambda_attn={own + 1}") == [(4, 0, "apt")]
+
+
+def test_other_weights_are_another_setting(bench, benchmark, monkeypatch, tmp_path):
+    bench()
+    weights = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"others")
+    monkeypatch.setattr(benchmark, "WEIGHTS", tmp_path)
+    assert bench() == BOTH
+
+
+@pytest.mark.parametrize("name", ["GUIDANCE", "SAMPLING_STEPS"])
+def test_another_way_of_sampling_is_another_setting(bench, benchmark, monkeypatch, name):
+    bench()
+    monkeypatch.setattr(benchmark, name, getattr(benchmark, name) + 1)
+    assert bench() == BOTH
+
+
+def test_a_line_that_was_cut_off_is_made_again(bench, capsys):
+    bench()
+    whole = bench.log.read_text()
+    bench.log.write_text(whole[:-30])
+    bench("--table-only")
+    assert cells(capsys.readouterr().out.splitlines(), "apt")[-2]["runs"] == "0"
+    assert bench.log.read_text() == whole[:-30]
+    assert bench() == [(4, 0, "apt")] and bench() == []
+    assert cells(capsys.readouterr().out.splitlines(), "apt")[-2]["runs"] == "1"
+
+
+def test_a_failure_is_told_at_the_end_and_loses_nothing_else(bench, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench("--concepts", "4,7,8")
+    assert str(ended.value.code) == (
+        "apt-hooks: error: failed, and made again by the same command: concept 7, seed 0: ValueError('no picture')"
+    )
+    assert cells(capsys.readouterr().out.splitlines(), "apt")[0]["recall"] == "0.600 ± 0.200"
+    assert bench("--concepts", "4,8") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--methods", "apt,lora"), "--methods takes base, dreambooth, dco, .*; found 'lora'"),
+        (("--concepts", "4,14"), "--concepts takes 0, 1, .*, 13, separated by commas; found 14"),
+        (("--set", "lambda_atn=2"), 'no such key; did you mean "lambda_attn"'),
+        (("--set", "lambda_attn=-2"), "lambda_attn must be a number, 0 or larger .*; found -2"),
+        (("--set", "lambda_attn"), "--set takes KEY=VALUE, the value in JSON; found 'lambda_attn'"),
+        (("--steps", "0"), "--steps must be at least 1; found 0"),
+    ],
+)
+def test_wrong_options_are_told_in_one_line_before_anything_runs(bench, options, said):
+    with pytest.raises(SystemExit, match=said) as ended:
+        bench(*options)
+    assert str(ended.value.code).count("\n") == 0 and not bench.log.exists()

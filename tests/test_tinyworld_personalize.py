@@ -1,0 +1,133 @@
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from apt_hooks.tinyworld.concepts import CONCEPTS
+from apt_hooks.tinyworld.model import load_pipeline
+from apt_hooks.tinyworld.personalize import METHODS, Training, lora, method_config, reference_pictures, save_lora, train
+
+CONCEPT = CONCEPTS[4]
+TRAINING = Training(steps=3, batch=1)
+PICTURES = reference_pictures(CONCEPT)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline()
+
+
+def trained_weights(pipeline, method, seed=0, log_path=None):
+    """All methods without augmentation, with which the samples would be others as soon as gammas are."""
+    with lora(pipeline, TRAINING.rank, seed):
+        config = method_config(method, {"augmentation": False})
+        trained = train(pipeline, PICTURES, CONCEPT.captions(), config, TRAINING, seed=seed, log_path=log_path)
+        weights = {n: p.detach().clone() for n, p in pipeline.unet.named_parameters() if "lora_" in n}
+    return weights, trained
+
+
+@pytest.fixture(scope="module")
+def untouched(pipeline):
+    return state_of(pipeline.unet)
+
+
+@pytest.fixture(scope="module")
+def runs(pipeline, untouched, tmp_path_factory):
+    """Of each method the LoRA, what else training returns, and the log."""
+    folder, found = tmp_path_factory.mktemp("logs"), {}
+    for method in METHODS:
+        weights, trained = trained_weights(pipeline, method, log_path=folder / method)
+        found[method] = weights, trained, logged(folder / method)
+    return found
+
+
+def state_of(unet):
+    """Everything about a U-Net but its weights that a training could leave changed."""
+    modules = list(unet.modules())
+    return (
+        sorted(vars(unet)),
+        [type(m) for m in modules],
+        [m.training for m in modules],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules],
+        [(name, p.requires_grad) for name, p in unet.named_parameters()],
+    )
+
+
+def logged(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_methods_are_what_their_names_say():
+    configs = {name: method_config(name) for name in METHODS}
+    assert [c.objective for c in configs.values()] == ["dreambooth", "dco", "apt", "apt", "apt"]
+    assert [bool(c.lambda_dist) for c in configs.values()] == [False, False, False, True, True]
+    assert [bool(c.lambda_attn) for c in configs.values()] == [False, False, False, False, True]
+    assert all(configs[name].loss_weighting and configs[name].augmentation for name in ("ata", "ata+rs", "apt"))
+
+
+def test_all_methods_see_the_same_samples_timesteps_and_noise(runs):
+    frozen = [[line["loss_frozen"] for line in log] for _, _, log in runs.values()]
+    assert len(set(frozen[0])) == TRAINING.steps and all(losses == frozen[0] for losses in frozen)
+    # A new LoRA changes nothing: what they have learned by the first step is nothing.
+    assert {log[0]["loss_tuned"] for _, _, log in runs.values()} == {frozen[0][0]}
+    assert len({log[-1]["loss_tuned"] for _, _, log in runs.values()}) > 1
+
+
+@pytest.mark.parametrize("method", ["dreambooth", "apt"])
+def test_a_training_repeats_itself_and_leaves_nothing_behind(pipeline, untouched, runs, method):
+    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    random_state = torch.random.get_rng_state()
+    weights, trained = trained_weights(pipeline, method)
+    one, once, _ = runs[method]
+    assert all(torch.equal(one[name], weights[name]) for name in one) and trained.delta_noise == once.delta_noise
+    assert torch.equal(random_state, torch.random.get_rng_state())
+    after = pipeline.unet.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert state_of(pipeline.unet) == untouched
+
+
+def test_another_seed_is_another_lora(pipeline, runs):
+    other, _ = trained_weights(pipeline, "dreambooth", seed=1)
+    assert all(not torch.equal(weight, other[name]) for name, weight in runs["dreambooth"][0].items())
+
+
+def test_a_training_that_is_stopped_leaves_the_unet_in_eval_mode_and_without_hooks(pipeline, untouched, tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    with lora(pipeline, TRAINING.rank, 0):
+        with pytest.raises(KeyboardInterrupt):
+            config, log = method_config("apt"), tmp_path / "apt.jsonl"
+            train(pipeline, PICTURES, CONCEPT.captions(), config, TRAINING, seed=0, log_path=log, advance=stop)
+        assert not any(m.training or m._forward_hooks for m in pipeline.unet.modules())
+    assert state_of(pipeline.unet) == untouched
+    assert [line["step"] for line in logged(log)] == [1]
+
+
+def test_delta_noise_begins_at_nothing_and_grows(runs):
+    _, trained, _ = runs["dreambooth"]
+    assert trained.steps == [1, 2, 3]
+    assert 0 < trained.delta_noise[0] < trained.delta_noise[-1]
+
+
+def test_every_step_is_logged(runs):
+    *_, log = runs["apt"]
+    assert [line["step"] for line in log] == [1, 2, 3] and all(line["l_attn"] is not None for line in log)
+
+
+def test_a_saved_lora_is_what_diffusers_loads(pipeline, tmp_path):
+    x, t, text = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 20, 128)
+    with lora(pipeline, TRAINING.rank, 0):
+        train(pipeline, PICTURES, CONCEPT.captions(), method_config("dreambooth"), TRAINING, seed=0)
+        save_lora(pipeline, tmp_path / "dreambooth.safetensors")
+        with torch.no_grad():
+            wanted = pipeline.unet(x, t, text).sample
+    with torch.no_grad():
+        base = pipeline.unet(x, t, text).sample
+        fresh = load_pipeline()
+        fresh.load_lora_weights(tmp_path, weight_name="dreambooth.safetensors")
+        assert torch.allclose(fresh.unet(x, t, text).sample, wanted, atol=1e-5)
+    assert not torch.allclose(base, wanted, atol=1e-5)
