@@ -52,9 +52,9 @@ def attention_alignment_loss(
     if scale is None:
         scale = (q.shape[2] // heads) ** -0.5
     with torch.autocast(q.device.type, enabled=False):
-        tuned = _attention_map(q, k, heads, scale, mask)
+        tuned = attention_map(q, k, heads, scale, mask)
         with torch.no_grad():
-            frozen = _attention_map(q_frozen, k_frozen, heads, scale, mask)
+            frozen = attention_map(q_frozen, k_frozen, heads, scale, mask)
         return (tuned - frozen).square().sum(dim=-1).mean()
 
 
@@ -131,8 +131,8 @@ def dco_weight(loss_tuned: Tensor, loss_frozen: Tensor, beta: float) -> Tensor:
     return beta * torch.sigmoid(beta * (loss_tuned - loss_frozen)).detach()
 
 
-def _attention_map(q: Tensor, k: Tensor, heads: int, scale: float, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T * scale): [batch, heads, queries, tokens]."""
+def attention_map(q: Tensor, k: Tensor, heads: int, scale: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T * scale): [batch, heads, queries, tokens], in float32; arguments as `attention_alignment_loss`."""
     q, k = (_full_precision(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
     scores = (q * scale) @ k.transpose(-1, -2)
     if mask is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..capture import FeatureCapture
+from ..losses import attention_map
 from .model import encode_images, encode_texts
 
 
@@ -27,10 +28,7 @@ def attention_of_words(pipeline: Any, prompt: str, picture: Tensor, *, timestep:
             pipeline.unet(noisy, moment, encode_texts(pipeline, [prompt]))
         maps = []
         for i, layer in enumerate(capture.layers):
-            q, k = (
-                x[0].unflatten(-1, (layer.heads, -1)).transpose(0, 1) for x in (features.queries[i], features.keys[i])
-            )
-            weights = (q @ k.transpose(-1, -2) * layer.scale).softmax(dim=-1).mean(dim=0)
+            weights = attention_map(features.queries[i], features.keys[i], layer.heads, layer.scale)[0].mean(dim=0)
             side = round(weights.shape[0] ** 0.5)
             weights = weights.T.reshape(1, -1, side, side)
             maps.append(F.interpolate(weights, size=latents.shape[-2:], mode="bilinear")[0])

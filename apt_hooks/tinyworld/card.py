@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import errors_in_one_line
 from .evaluate import agreement
 from .judges import load_judges
 from .model import GUIDANCE, SAMPLING_STEPS, WEIGHTS, load_pipeline, sample
@@ -85,4 +86,5 @@ def _training_row(name: str, stage: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

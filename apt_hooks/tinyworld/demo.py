@@ -127,10 +127,9 @@ def run_demo(
 
 def table(methods: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Lines of text: a method a row."""
-    columns = ("frechet", "precision", "recall", "text", "identity", "delta_noise")
-    lines = ["".join([f"{'':22}", *(f"{name:>12}" for name in columns)])]
+    lines = [" " * 22 + "".join(f"{column:>12}" for column in next(iter(methods.values())))]
     for name, scores in methods.items():
-        lines.append("".join([f"{NAMES[name]:22}", *(f"{scores[column]:12.3f}" for column in columns)]))
+        lines.append(f"{NAMES[name]:22}" + "".join(f"{score:12.3f}" for score in scores.values()))
     return lines
 
 

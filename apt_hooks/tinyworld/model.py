@@ -221,8 +221,13 @@ def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_texts(pipeline: Any, texts: list[str]) -> Tensor:
     """[batch, TOKENS, TEXT_WIDTH]."""
-    ids = pipeline.tokenizer(texts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
-    return pipeline.text_encoder(ids)[0]
+    return pipeline.text_encoder(token_numbers(pipeline.tokenizer, texts))[0]
+
+
+def token_numbers(tokenizer: Any, texts: list[str]) -> Tensor:
+    """[batch, TOKENS], filled up with the end of the text."""
+    numbers: Tensor = tokenizer(texts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    return numbers
 
 
 @torch.no_grad()

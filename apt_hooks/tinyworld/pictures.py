@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibrate import read_log
 from ..files import write_atomically, write_figure
 
 
@@ -55,13 +55,13 @@ def draw_indicator(path: Path, log: Path, method: str) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    lines = [json.loads(text) for text in log.read_text(encoding="utf-8").splitlines()]
-    steps, bins = [line["step"] for line in lines], len(lines[0]["gamma"])
+    run = read_log(log)
+    steps, bins = run.steps.numpy(), run.gammas.shape[1]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for b in range(bins):
         color = colormaps["viridis"](b / max(1, bins - 1))
-        axes.plot(steps, [line["gamma"][b] for line in lines], color=color, label=f"{b * 1000 // bins}")
+        axes.plot(steps, run.gammas[:, b].numpy(), color=color, label=f"{b * 1000 // bins}")
     axes.set(xlabel="training step", ylabel="gamma (0: as good as the base, 1: overfitted)", ylim=(-0.02, 1.02))
     axes.set_title(f"Overfitting indicator of {method}, per range of timesteps")
     axes.legend(

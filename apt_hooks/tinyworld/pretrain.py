@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..augmentation import ZoomOutRotate
-from ..errors import AptError
+from ..errors import AptError, errors_in_one_line
 from .card import write_card
-from .model import new_model, new_tokenizer, save_pipeline
+from .model import new_model, new_tokenizer, save_pipeline, token_numbers
 from .render import render
 from .world import RARE_WORDS, Scene, draw_scenes
 
@@ -117,7 +117,7 @@ def _train_vae(vae: Any, args: argparse.Namespace) -> dict[str, Any]:
     return {"batch": batch, **_train("autoencoder", {"vae": vae}, args.vae_steps, 3e-3, loss, args)}
 
 
-def _latents(vae: Any, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
+def _latents(vae: Any, args: argparse.Namespace) -> tuple[Tensor, list[list[str]]]:
     """Latents of all scenes, scaled to unit deviation, and their scenes' captions drawn once."""
     vae.to(args.device).eval()
 
@@ -139,20 +139,15 @@ def _latents(vae: Any, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
 
 
 def _train_unet(
-    parts: dict[str, Any], latents: Tensor, captions: list[Any], args: argparse.Namespace
+    parts: dict[str, Any], latents: Tensor, captions: list[list[str]], args: argparse.Namespace
 ) -> dict[str, Any]:
     batch = 32
     unet, text, tokenizer, schedule = (parts[k] for k in ("unet", "text_encoder", "tokenizer", "scheduler"))
     unet.to(args.device).train()
     text.to(args.device).train()
 
-    def tokens(texts: list[str]) -> Tensor:
-        return tokenizer(
-            texts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
-        ).input_ids
-
-    ids = torch.stack([tokens([pair[i] for pair in captions]) for i in range(len(captions[0]))])
-    empty = tokens([""])[0]
+    ids = torch.stack([token_numbers(tokenizer, list(version)) for version in zip(*captions, strict=True)])
+    empty = token_numbers(tokenizer, [""])[0]
 
     def loss(g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = torch.randint(len(latents), (batch,), generator=g)
@@ -263,4 +258,5 @@ def _device_name(device: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -21,6 +21,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import errors_in_one_line
 from .concepts import CONCEPTS
 from .judges import (
     AttributeClassifier,
@@ -295,4 +296,5 @@ def _train(
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()
