@@ -20,7 +20,8 @@ import torch
 
 NEEDED = ("DIFFUSERS_DIR", "DIFFUSERS_PYTHON", "DIFFUSERS_MODELS")
 TAG = os.environ.get("DIFFUSERS_TAG", "v0.40.0")
-SCRIPTS = {"sd15": "train_dreambooth_lora", "sdxl": "train_dreambooth_lora_sdxl"}
+SCRIPTS = {"sd15": "train_dreambooth_lora", "sdxl": "train_dreambooth_lora_sdxl", "tiny": "train_dreambooth_lora"}
+TINY_WORLD = Path(__file__).parents[1] / "apt_hooks" / "tinyworld"
 WEIGHTS = "pytorch_lora_weights"
 # A scale at which a few steps are enough for gamma to leave 0, and for samples to be augmented.
 EAGER = 'preset = "{kind}"\nindicator_scale = 1e7\naugment_max_probability = 1.0\nema_alpha = 1.0\nnum_bins = 1\n'
@@ -63,7 +64,7 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in SCRIPTS.values():
+        for name in set(SCRIPTS.values()):
             path = f"examples/dreambooth/{name}.py"
             shown = subprocess.run(
                 ["git", "-C", os.environ["DIFFUSERS_DIR"], "show", f"{TAG}:{path}"], check=True, capture_output=True
@@ -71,7 +72,8 @@ class Workshop:
             (folder / f"{name}.py").write_bytes(shown.stdout)
             self.cli("patch", "diffusers", f"{name}.py")
         self.photos = Path(os.environ.get("DIFFUSERS_PHOTOS", folder / "photos"))
-        for kind in SCRIPTS:
+        (folder / "model-tiny").symlink_to(TINY_WORLD / "weights" / "pipeline")
+        for kind in ("sd15", "sdxl"):
             self.link_model(Path(os.environ["DIFFUSERS_MODELS"], kind, "model"), folder / f"model-{kind}")
         self.draw(folder / "photos")
         self.draw(folder / "class")
@@ -213,6 +215,13 @@ def test_two_processes_train_one_lora(shop: Workshop) -> None:
     run = shop.run("two", "--max_train_steps", "4", apt=EAGER, processes=2)
     assert len(run.lines) == 4 and run.lines[-1]["gamma"][0] > 0.0
     assert run.output.count("apt-hooks 0.1.0 is on") == 1
+
+
+def test_the_tiny_world_is_a_model_like_any_other(shop: Workshop) -> None:
+    apt = (TINY_WORLD / "preset.toml").read_text().split("[apt]")[1]
+    run = shop.run("tiny", "--resolution", "64", "--max_train_steps", "20", kind="tiny", apt=apt)
+    assert len(run.lines) == 20 and run.metadata["ss_apt_steps"] == "20"
+    assert max(run.lines[-1]["gamma"]) > 0.0 and run.lines[-1]["delta_noise"] > 0.0
 
 
 def test_edm_style_training_is_refused_in_one_line(shop: Workshop) -> None:

@@ -57,7 +57,7 @@ def _text(record: dict[str, Any], sizes: dict[str, int], shares: dict[str, float
         "",
         "| part | steps | batch | minutes | loss at the end |",
         "|---|---|---|---|---|",
-        *(_training_row(name, record[name]) for name in ("autoencoder", "unet")),
+        *(_training_row(name, record[name]) for name in ("text_encoder", "autoencoder", "unet", "decoder")),
         "",
         " ".join(["Losses over the steps are in `training.json`.", *record.get("notes", ())]),
         "",

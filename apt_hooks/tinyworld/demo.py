@@ -116,6 +116,9 @@ def run_demo(
         "steps": training.steps,
         "samples": len(examination.scenes),
         "methods": scores,
+        "spread": {
+            name: {of: round(x, 5) for of, x in result.judgement.spread.items()} for name, result in results.items()
+        },
     }
     write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     drawn = _draw(out, examination, results)

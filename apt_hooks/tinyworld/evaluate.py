@@ -27,10 +27,15 @@ MOST_SCENES = len(SIZES) * len(PLACES) * (len(BACKGROUNDS) - 1) * len(STYLES) * 
 
 @dataclasses.dataclass
 class Judgement:
-    """Pictures and what the judges say of them: `scores` by the names of `METRICS`."""
+    """Pictures and what the judges say of them.
+
+    `scores` by the names of `METRICS`; `spread` has the standard deviation over the pictures of those scores that are
+    a mean over them.
+    """
 
     pictures: Tensor
     scores: dict[str, float]
+    spread: dict[str, float]
 
 
 class Examination:
@@ -76,14 +81,13 @@ class Examination:
         pictures = sample(self.pipeline, self.prompts(identifier), seed=2 * self._seed + 1)
         features = self.judges.features(pictures)
         precision, recall = precision_recall(self._base, features)
-        scores = {
-            "frechet": frechet_distance(self._base, features),
-            "precision": precision,
-            "recall": recall,
-            "text": text_score(self.judges.classifier, pictures, self.scenes, ASKED).mean().item(),
-            "identity": identity_score(self.judges.identity, pictures, self._drawn_references).mean().item(),
+        of_each = {
+            "text": text_score(self.judges.classifier, pictures, self.scenes, ASKED),
+            "identity": identity_score(self.judges.identity, pictures, self._drawn_references),
         }
-        return Judgement(pictures, scores)
+        scores = {"frechet": frechet_distance(self._base, features), "precision": precision, "recall": recall}
+        scores |= {name: values.mean().item() for name, values in of_each.items()}
+        return Judgement(pictures, scores, {name: values.std().item() for name, values in of_each.items()})
 
 
 def _elsewhere(concept: Concept, count: int, seed: int) -> list[Scene]:

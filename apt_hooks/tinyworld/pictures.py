@@ -27,7 +27,12 @@ def draw_comparison(path: Path, prompts: Sequence[str], references: Tensor, colu
 
     titles = ["trained on", *columns]
     rows = len(prompts)
-    figure = Figure(figsize=(2.6 + 1.5 * len(titles), 0.7 + 1.5 * rows), layout="constrained")
+    figure = Figure(figsize=(2.6 + 1.5 * len(titles), 1.2 + 1.5 * rows), layout="constrained")
+    figure.suptitle(
+        "Left: the few pictures trained on. Right: what each model draws for a prompt that asks for their subject\n"
+        "elsewhere. It should be the subject, in the place, background and style that the prompt names.",
+        fontsize=10,
+    )
     axes = figure.subplots(rows, len(titles), squeeze=False)
     for row, prompt in enumerate(prompts):
         shown = [references[row % len(references)], *(pictures[row] for pictures in columns.values())]
@@ -97,7 +102,11 @@ def draw_attention(
     from matplotlib.figure import Figure
 
     highest = torch.stack(list(maps.values())).amax(dim=(0, 2, 3))
-    figure = Figure(figsize=(1.6 + 1.15 * (len(words) + 1), 0.6 + 1.25 * len(maps)), layout="constrained")
+    figure = Figure(figsize=(1.6 + 1.15 * (len(words) + 1), 1.1 + 1.25 * len(maps)), layout="constrained")
+    figure.suptitle(
+        "Where each word of the prompt acts on the picture (brighter: more): overfitting moves it.",
+        fontsize=10,
+    )
     axes = figure.subplots(len(maps), len(words) + 1, squeeze=False)
     for row, (title, of_words) in enumerate(maps.items()):
         _show(axes[row][0], pictures[title])

@@ -1,8 +1,9 @@
 """Pretrains the tiny world's model: `python -m apt_hooks.tinyworld.pretrain --work DIR`.
 
-First the autoencoder, then the U-Net together with the text encoder on its latents. Both leave checkpoints in DIR from
-which a stopped run goes on; every step draws from a random stream of its own, so that nothing depends on where it was
-stopped.
+First the text encoder, which learns to tell the attributes in captions apart, as CLIP's has learned from pictures
+before Stable Diffusion takes it; then the autoencoder; then the U-Net on its latents, under the frozen text encoder;
+last the decoder alone. All leave checkpoints in DIR from which a stopped run goes on; every step draws from a random
+stream of its own, so that nothing depends on where it was stopped.
 """
 
 from __future__ import annotations
@@ -21,18 +22,24 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..augmentation import ZoomOutRotate
 from ..errors import AptError, errors_in_one_line
 from .card import write_card
-from .model import new_model, new_tokenizer, save_pipeline, token_numbers
+from .judges import ATTRIBUTES, attribute_labels
+from .model import TEXT_WIDTH, new_model, new_tokenizer, save_pipeline, token_numbers
 from .render import render
 from .world import RARE_WORDS, Scene, draw_scenes
 
 CHECKPOINT_EVERY = 200
 VAE_SCENES = 12_000
+ZOOMED_OUT = 0.04
+"""Share of the U-Net's pictures that are zoomed out on black, as APT's augmentation makes them."""
+ZOOMED_OUT_BELOW = 600
+"""They are shown below this timestep only: the model shall know how they go on, and never begin one itself."""
+MAX_WEIGHT = 30.0
 
 
 def main() -> None:
@@ -42,8 +49,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scenes", type=int, default=40_000)
+    parser.add_argument("--text-steps", type=int, default=800)
     parser.add_argument("--vae-steps", type=int, default=2400)
-    parser.add_argument("--steps", type=int, default=6000, help="of the U-Net, 32 scenes each")
+    parser.add_argument("--steps", type=int, default=4600, help="of the U-Net, 32 scenes each")
+    parser.add_argument("--decoder-steps", type=int, default=1600)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -53,13 +62,19 @@ def main() -> None:
         f"Autoencoder: {VAE_SCENES} scenes, half of them with patterned subjects and parts (none of the numbered "
         "concepts), 15 % zoomed out and rotated on black.",
         f"U-Net and text encoder: {args.scenes} scenes with plain subjects, two captions drawn for each; every eighth "
-        "combination of kind, color and background is held out.",
+        "combination of kind, color and background is held out. The U-Net sees "
+        f"{ZOOMED_OUT:.0%} zoomed out and rotated on black, below timestep {ZOOMED_OUT_BELOW} only.",
         "Captions: color and size are each left out of 15 %, a word without a meaning (sks, ohwx) is put before the "
         "noun in 25 %, 10 % of the captions of a step are empty.",
     ]
+    scenes = draw_scenes(args.scenes, args.seed)
+    rng = random.Random(args.seed)
+    captions = [[caption(scene, rng) for _ in range(2)] for scene in scenes]
+    history["text_encoder"] = _train_text_encoder(parts, scenes, captions, args)
     history["autoencoder"] = _train_vae(parts["vae"], args)
-    latents, captions = _latents(parts["vae"], args)
-    history["unet"] = _train_unet(parts, latents, captions, args)
+    latents, zoomed_out = _latents(parts["vae"], scenes, args)
+    history["unet"] = _train_unet(parts, latents, zoomed_out, captions, args)
+    history["decoder"] = _train_vae(parts["vae"], args, decoder_only=True)
     out = args.out or args.work / "pipeline"
     save_pipeline(parts, out)
     (out / "training.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
@@ -93,7 +108,37 @@ def caption(scene: Scene, rng: random.Random) -> str:
 # Stages.
 
 
-def _train_vae(vae: Any, args: argparse.Namespace) -> dict[str, Any]:
+def _train_text_encoder(
+    parts: dict[str, Any], scenes: list[Scene], captions: list[list[str]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """From the end of a text, linear heads tell each attribute or that it is not told.
+
+    Without this stage the U-Net hardly hears one word among twenty tokens, and never learns the places.
+    """
+    batch = 128
+    text, tokenizer = parts["text_encoder"].to(args.device).train(), parts["tokenizer"]
+    ids = token_numbers(tokenizer, [versions[0] for versions in captions])
+    labels = attribute_labels(scenes)
+    for name, of in (("color", lambda scene: scene.subject.color), ("size", lambda scene: scene.size)):
+        told = [of(scene) in versions[0].split() for scene, versions in zip(scenes, captions, strict=True)]
+        labels[name] = torch.where(torch.tensor(told), labels[name], len(ATTRIBUTES[name]))
+    heads = nn.ModuleDict({name: nn.Linear(TEXT_WIDTH, len(ATTRIBUTES[name]) + 1) for name in labels}).to(args.device)
+
+    def loss(g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(len(ids), (batch,), generator=g)
+        words = ids[rows].to(args.device)
+        row, place = (words == tokenizer.eos_token_id).nonzero(as_tuple=True)
+        ends = text(words)[0][row, place]
+        off = torch.stack([F.cross_entropy(heads[k](ends), labels[k][rows].to(args.device)[row]) for k in heads]).sum()
+        return off, {"cross_entropy": off.item()}
+
+    record = _train("text_encoder", {"text": text, "heads": heads}, args.text_steps, 1e-3, loss, args)
+    text.eval().requires_grad_(False)
+    return {"batch": batch, **record}
+
+
+def _train_vae(vae: Any, args: argparse.Namespace, *, decoder_only: bool = False) -> dict[str, Any]:
+    """All of the autoencoder, or the decoder alone, which changes no latents."""
     batch = 16
     data = cached(
         args.work / "vae-scenes.pt",
@@ -102,50 +147,62 @@ def _train_vae(vae: Any, args: argparse.Namespace) -> dict[str, Any]:
     )
     zoom_out = ZoomOutRotate((1.0, 3.0), 15.0)
     vae.to(args.device).train()
+    modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv} if decoder_only else {"vae": vae}
+    name, steps, lr = ("decoder", args.decoder_steps, 1e-3) if decoder_only else ("autoencoder", args.vae_steps, 3e-3)
 
     def loss(g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         images = data[torch.randint(len(data), (batch,), generator=g)].float() / 127.5 - 1
         # Augmented pictures are decodable too, as with any large autoencoder.
         images = zoom_out.draw(torch.full((batch,), 0.15), g).apply(images, -1.0).to(args.device)
         with _mixed(args.device):
-            posterior = vae.encode(images).latent_dist
+            with torch.set_grad_enabled(not decoder_only):
+                posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.mean + posterior.std * _normal(posterior.mean, g)).sample.float()
         off = F.l1_loss(decoded, images) + F.mse_loss(decoded, images)
         kl = posterior.kl().float().sum() / posterior.mean.numel()
         return off + 1e-4 * kl, {"l1_l2": off.item(), "kl": kl.item()}
 
-    return {"batch": batch, **_train("autoencoder", {"vae": vae}, args.vae_steps, 3e-3, loss, args)}
+    return {"batch": batch, **_train(name, modules, steps, lr, loss, args)}
 
 
-def _latents(vae: Any, args: argparse.Namespace) -> tuple[Tensor, list[list[str]]]:
-    """Latents of all scenes, scaled to unit deviation, and their scenes' captions drawn once."""
+def _latents(vae: Any, scenes: list[Scene], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Latents of all scenes, [count, 4, 16, 16], scaled to unit deviation, and which of them are zoomed out."""
     vae.to(args.device).eval()
+    zoom_out = ZoomOutRotate((1.0, 3.0), 15.0)
 
-    def encode() -> dict[str, Any]:
-        scenes = draw_scenes(args.scenes, args.seed)
-        images = render_all(scenes, args.seed)
-        encoded = []
+    def encode() -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(args.seed)
+        encoded, chosen = [], []
         with torch.no_grad():
-            for part in track(images.split(100), description="encoding"):
-                encoded.append(vae.encode(part.to(args.device).float() / 127.5 - 1).latent_dist.mean.cpu())
-        rng = random.Random(args.seed)
-        return {"latents": torch.cat(encoded), "captions": [[caption(s, rng) for _ in range(2)] for s in scenes]}
+            for part in track(render_all(scenes, args.seed).split(100), description="encoding"):
+                images = part.float() / 127.5 - 1
+                placement = zoom_out.draw(torch.full((len(images),), ZOOMED_OUT), g)
+                images = placement.apply(images, -1.0)
+                encoded.append(vae.encode(images.to(args.device)).latent_dist.mean.cpu())
+                chosen.append(placement.chosen)
+        return {"latents": torch.cat(encoded), "zoomed_out": torch.cat(chosen)}
 
-    settings = {"scenes": args.scenes, "seed": args.seed, "vae_steps": args.vae_steps}
+    settings = {"scenes": len(scenes), "seed": args.seed, "vae_steps": args.vae_steps, "zoomed_out": ZOOMED_OUT}
     stored = cached(args.work / "latents.pt", settings, encode)
     scale = 1.0 / stored["latents"].std().item()
     vae.register_to_config(scaling_factor=scale)
-    return stored["latents"] * scale, stored["captions"]
+    return stored["latents"] * scale, stored["zoomed_out"]
 
 
 def _train_unet(
-    parts: dict[str, Any], latents: Tensor, captions: list[list[str]], args: argparse.Namespace
+    parts: dict[str, Any],
+    latents: Tensor,
+    zoomed_out: Tensor,
+    captions: list[list[str]],
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     batch = 32
     unet, text, tokenizer, schedule = (parts[k] for k in ("unet", "text_encoder", "tokenizer", "scheduler"))
     unet.to(args.device).train()
-    text.to(args.device).train()
-
+    # Where a picture's coarse traits are decided, at high noise, the loss of epsilon hardly tells them: weighted as
+    # the loss of v is, 1 + 1/SNR (Salimans & Ho 2022, arXiv 2202.00512, section 4), up to a bound.
+    alpha_bar = schedule.alphas_cumprod
+    weights = (1 / alpha_bar).clamp(max=MAX_WEIGHT).to(args.device)
     ids = torch.stack([token_numbers(tokenizer, list(version)) for version in zip(*captions, strict=True)])
     empty = token_numbers(tokenizer, [""])[0]
 
@@ -154,15 +211,15 @@ def _train_unet(
         version = torch.randint(len(ids), (batch,), generator=g)
         words = torch.where(torch.rand(batch, 1, generator=g) < 0.1, empty, ids[version, rows]).to(args.device)
         clean = latents[rows].to(args.device)
-        noise, timesteps = _normal(clean, g), torch.randint(1000, (batch,), generator=g).to(args.device)
+        noise, timesteps = _normal(clean, g), torch.randint(1000, (batch,), generator=g)
+        timesteps = torch.where(zoomed_out[rows], timesteps * ZOOMED_OUT_BELOW // 1000, timesteps).to(args.device)
         noisy = schedule.add_noise(clean, noise, timesteps)
         with _mixed(args.device):
             predicted = unet(noisy, timesteps, text(words)[0]).sample.float()
-        off = F.mse_loss(predicted, noise)
-        return off, {"mse": off.item()}
+        off = (predicted - noise).square().mean((1, 2, 3))
+        return (off * weights[timesteps]).mean(), {"mse": off.mean().item()}
 
-    modules = {"unet": unet, "text_encoder": text}
-    return {"batch": batch, **_train("unet", modules, args.steps, 1e-3, loss, args, ema=0.999)}
+    return {"batch": batch, **_train("unet", {"unet": unet}, args.steps, 1e-3, loss, args, ema=0.999)}
 
 
 def _train(

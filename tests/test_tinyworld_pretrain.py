@@ -1,0 +1,77 @@
+import json
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from safetensors.torch import load_file
+
+from apt_hooks.tinyworld import pretrain
+from apt_hooks.tinyworld.render import render
+from apt_hooks.tinyworld.world import draw_scenes
+
+STEPS = {"text": 2, "vae": 2, "decoder": 2}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    def render_all(scenes, seed):
+        rng = pretrain.random.Random(seed)
+        return torch.stack([(render(scene, rng) * 255).round().byte() for scene in scenes])
+
+    monkeypatch.setattr(pretrain, "render_all", render_all)
+    monkeypatch.setattr(pretrain, "VAE_SCENES", 20)
+    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(pretrain, "write_card", lambda out: None)
+
+
+def run(monkeypatch, work, unet_steps=2):
+    options = [f"--{name}-steps={steps}" for name, steps in STEPS.items()]
+    arguments = ["pretrain", f"--work={work}", "--scenes=40", f"--steps={unet_steps}", "--device=cpu", *options]
+    monkeypatch.setattr(sys, "argv", arguments)
+    pretrain.main()
+
+
+def weights(work):
+    files = sorted((work / "pipeline").rglob("*.safetensors"))
+    return {file.parent.name: load_file(file) for file in files}
+
+
+def test_a_stopped_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, tmp_path / "whole")
+    saves = []
+
+    def stops(content, path):
+        pretrain_save(content, path)
+        saves.append(path.name)
+        # Once in every stage, behind its first step.
+        if saves.count(path.name) == 1 and path.name in ("text_encoder.pt", "autoencoder.pt", "unet.pt", "decoder.pt"):
+            raise KeyboardInterrupt
+
+    pretrain_save = pretrain._save
+    monkeypatch.setattr(pretrain, "_save", stops)
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, tmp_path / "stopped")
+    run(monkeypatch, tmp_path / "stopped")
+
+    whole, stopped = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert whole.keys() == {"text_encoder", "unet", "vae"}
+    for part, tensors in whole.items():
+        assert all(torch.equal(tensor, stopped[part][name]) for name, tensor in tensors.items())
+    history = json.loads((tmp_path / "stopped/pipeline/training.json").read_text())
+    assert [history[part]["steps"] for part in ("text_encoder", "autoencoder", "unet", "decoder")] == [2, 2, 2, 2]
+
+    with pytest.raises(pretrain.AptError, match=r"unet\.pt is of .*'steps': 2.*asked is .*'steps': 3"):
+        run(monkeypatch, tmp_path / "stopped", unet_steps=3)
+
+
+def test_captions_leave_color_and_size_out_at_times_and_hold_rare_words():
+    rng = pretrain.random.Random(0)
+    scenes = draw_scenes(400, 0)
+    captions = [pretrain.caption(scene, rng).split() for scene in scenes]
+    told = [scene.subject.color in words for scene, words in zip(scenes, captions, strict=True)]
+    assert 0.75 < sum(told) / len(told) < 0.95
+    assert 0.15 < sum("sks" in words or "ohwx" in words for words in captions) / len(captions) < 0.35
