@@ -140,7 +140,7 @@ def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Th
 
 @app.command(epilog="Example: `apt-hooks demo --concept 7 --methods base,dreambooth,dco,apt`")
 def demo(
-    concept: Annotated[int, typer.Option(help="Number of the concept, from 0 to 13.")] = 0,
+    concept: Annotated[int, typer.Option(help="Number of the concept, from 0 to 13.")] = 3,
     seed: Annotated[
         int, typer.Option(min=0, max=2**31 - 1, help="Random seed; the same seed gives the same numbers.")
     ] = 0,

@@ -85,7 +85,7 @@ class AptConfig:
     indicator_scale: float = _key(1000.0, "a number above 0", lambda v: _is_number(v) and v > 0)
     loss_weighting: bool = _flag(True)
     augmentation: bool = _flag(True)
-    augment_max_probability: float = _key(0.8, "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
+    augment_max_probability: float = _key(0.4, "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
     zoom_out: tuple[float, float] = _key((1.0, 3.0), "[low, high] with 1 <= low <= high", _is_zoom_range)
     rotation_degrees: float = _key(15.0, "a number from 0 to 180", lambda v: _is_number(v) and 0 <= v <= 180)
     augment_space: Literal["auto", "image", "latent"] = _choice("auto", "auto", "image", "latent")

@@ -54,7 +54,8 @@ def test_pictures_depend_on_the_seed_and_on_nothing_else(pipeline):
 
 def test_the_model_draws_what_captions_ask_that_it_never_saw(pipeline):
     scenes = held_out_scenes(24, seed=7)
-    assert agreement(pipeline, load_judges(), scenes, seed=0)["mean"] > 0.8
+    shares = agreement(pipeline, load_judges(), scenes, seed=0)
+    assert shares["mean"] > 0.9 and shares["place"] > 0.9
 
 
 def test_pretraining_never_sees_what_is_held_out():

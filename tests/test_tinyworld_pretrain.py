@@ -23,6 +23,7 @@ def small(monkeypatch):
 
     monkeypatch.setattr(pretrain, "render_all", render_all)
     monkeypatch.setattr(pretrain, "VAE_SCENES", 20)
+    monkeypatch.setattr(pretrain, "ZOOMED_OUT", 0.5)
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 1)
     monkeypatch.setattr(pretrain, "write_card", lambda out: None)
 
@@ -39,7 +40,7 @@ def weights(work):
     return {file.parent.name: load_file(file) for file in files}
 
 
-def test_a_stopped_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
+def test_a_stopped_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     run(monkeypatch, tmp_path / "whole")
     saves = []
 
@@ -61,8 +62,16 @@ def test_a_stopped_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch
     assert whole.keys() == {"text_encoder", "unet", "vae"}
     for part, tensors in whole.items():
         assert all(torch.equal(tensor, stopped[part][name]) for name, tensor in tensors.items())
+    scales = [json.loads((tmp_path / run / "pipeline/vae/config.json").read_text()) for run in ("whole", "stopped")]
+    assert scales[0]["scaling_factor"] == scales[1]["scaling_factor"] != 0.18215
     history = json.loads((tmp_path / "stopped/pipeline/training.json").read_text())
     assert [history[part]["steps"] for part in ("text_encoder", "autoencoder", "unet", "decoder")] == [2, 2, 2, 2]
+
+    # The last stage trains the decoder and nothing else.
+    of_vae = torch.load(tmp_path / "whole/autoencoder.pt", weights_only=True)["parameters"]
+    names = [name for name, _ in pretrain.new_model(pretrain.new_tokenizer())["vae"].named_parameters()]
+    kept = [torch.equal(p.half(), whole["vae"][name]) for name, p in zip(names, of_vae, strict=True)]
+    assert kept == [not name.startswith(("decoder", "post_quant_conv")) for name in names]
 
     with pytest.raises(pretrain.AptError, match=r"unet\.pt is of .*'steps': 2.*asked is .*'steps': 3"):
         run(monkeypatch, tmp_path / "stopped", unet_steps=3)
@@ -72,6 +81,7 @@ def test_captions_leave_color_and_size_out_at_times_and_hold_rare_words():
     rng = pretrain.random.Random(0)
     scenes = draw_scenes(400, 0)
     captions = [pretrain.caption(scene, rng).split() for scene in scenes]
-    told = [scene.subject.color in words for scene, words in zip(scenes, captions, strict=True)]
-    assert 0.75 < sum(told) / len(told) < 0.95
+    for of in (lambda scene: scene.subject.color, lambda scene: scene.size):
+        told = [of(scene) in words for scene, words in zip(scenes, captions, strict=True)]
+        assert 0.75 < sum(told) / len(told) < 0.95
     assert 0.15 < sum("sks" in words or "ohwx" in words for words in captions) / len(captions) < 0.35

@@ -45,7 +45,7 @@ def run_demo(
     methods: Sequence[str],
     training: Training,
     scenes: int = 24,
-    repeats: int = 4,
+    repeats: int = 3,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Personalize the tiny world's model by each method, and show the difference.

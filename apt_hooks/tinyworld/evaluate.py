@@ -87,7 +87,7 @@ class Examination:
         }
         scores = {"frechet": frechet_distance(self._base, features), "precision": precision, "recall": recall}
         scores |= {name: values.mean().item() for name, values in of_each.items()}
-        return Judgement(pictures, scores, {name: values.std().item() for name, values in of_each.items()})
+        return Judgement(pictures, scores, {name: values.std(correction=0).item() for name, values in of_each.items()})
 
 
 def _elsewhere(concept: Concept, count: int, seed: int) -> list[Scene]:

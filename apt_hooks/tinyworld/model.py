@@ -42,7 +42,8 @@ _TOKEN_FILES = ("vocab.json", "merges.txt")
 
 def _write_tokens(folder: Path, numbers: dict[str, int], merges: list[tuple[str, str]]) -> None:
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    for name, text in zip(_TOKEN_FILES, (json.dumps(numbers), "\n".join(lines)), strict=True):
+    by_number = dict(sorted(numbers.items(), key=lambda token: token[1]))
+    for name, text in zip(_TOKEN_FILES, (json.dumps(by_number), "\n".join(lines)), strict=True):
         (folder / name).write_text(text, encoding="utf-8")
 
 

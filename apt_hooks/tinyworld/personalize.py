@@ -43,9 +43,9 @@ MEASUREMENTS = 25
 class Training:
     """What all methods share. AdamW without weight decay; the learning rate is constant."""
 
-    steps: int = 200
+    steps: int = 300
     batch: int = 2
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     rank: int = 8
 
 

@@ -29,8 +29,8 @@ def draw_comparison(path: Path, prompts: Sequence[str], references: Tensor, colu
     rows = len(prompts)
     figure = Figure(figsize=(2.6 + 1.5 * len(titles), 1.2 + 1.5 * rows), layout="constrained")
     figure.suptitle(
-        "Left: the few pictures trained on. Right: what each model draws for a prompt that asks for their subject\n"
-        "elsewhere. It should be the subject, in the place, background and style that the prompt names.",
+        "Left: pictures trained on. Right: what each model draws.\n"
+        "Wanted: this subject, in the scene that the prompt names.",
         fontsize=10,
     )
     axes = figure.subplots(rows, len(titles), squeeze=False)
@@ -104,7 +104,7 @@ def draw_attention(
     highest = torch.stack(list(maps.values())).amax(dim=(0, 2, 3))
     figure = Figure(figsize=(1.6 + 1.15 * (len(words) + 1), 1.1 + 1.25 * len(maps)), layout="constrained")
     figure.suptitle(
-        "Where each word of the prompt acts on the picture (brighter: more): overfitting moves it.",
+        "Where each word of the prompt acts on the picture (brighter: more)",
         fontsize=10,
     )
     axes = figure.subplots(len(maps), len(words) + 1, squeeze=False)

@@ -1,9 +1,9 @@
 """Pretrains the tiny world's model: `python -m apt_hooks.tinyworld.pretrain --work DIR`.
 
-First the text encoder, which learns to tell the attributes in captions apart, as CLIP's has learned from pictures
-before Stable Diffusion takes it; then the autoencoder; then the U-Net on its latents, under the frozen text encoder;
-last the decoder alone. All leave checkpoints in DIR from which a stopped run goes on; every step draws from a random
-stream of its own, so that nothing depends on where it was stopped.
+First the text encoder, which learns to read the attributes out of captions (Stable Diffusion's comes pretrained too);
+then the autoencoder; then the U-Net on its latents, under the frozen text encoder; last the decoder alone. All leave
+checkpoints in DIR from which a stopped run goes on; every step draws from a random stream of its own, so that nothing
+depends on where it was stopped.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ VAE_SCENES = 12_000
 ZOOMED_OUT = 0.04
 """Share of the U-Net's pictures that are zoomed out on black, as APT's augmentation makes them."""
 ZOOMED_OUT_BELOW = 600
-"""They are shown below this timestep only: the model shall know how they go on, and never begin one itself."""
+"""They are shown below this timestep only: the model can then denoise such a picture, and draws none by itself."""
 MAX_WEIGHT = 30.0
+"""Bound of the loss's weight; it acts from timestep 812 on."""
 
 
 def main() -> None:
@@ -61,11 +62,11 @@ def main() -> None:
     history["data"] = [
         f"Autoencoder: {VAE_SCENES} scenes, half of them with patterned subjects and parts (none of the numbered "
         "concepts), 15 % zoomed out and rotated on black.",
-        f"U-Net and text encoder: {args.scenes} scenes with plain subjects, two captions drawn for each; every eighth "
-        "combination of kind, color and background is held out. The U-Net sees "
-        f"{ZOOMED_OUT:.0%} zoomed out and rotated on black, below timestep {ZOOMED_OUT_BELOW} only.",
+        f"U-Net: {args.scenes} scenes with plain subjects, two captions drawn for each; every eighth combination of "
+        f"kind, color and background is held out. {100 * ZOOMED_OUT:g} % are zoomed out and rotated on black, and "
+        f"shown below timestep {ZOOMED_OUT_BELOW} only. Text encoder: the first caption of each.",
         "Captions: color and size are each left out of 15 %, a word without a meaning (sks, ohwx) is put before the "
-        "noun in 25 %, 10 % of the captions of a step are empty.",
+        "noun in 25 %; 10 % of the captions of a step of the U-Net are empty.",
     ]
     scenes = draw_scenes(args.scenes, args.seed)
     rng = random.Random(args.seed)
@@ -111,9 +112,9 @@ def caption(scene: Scene, rng: random.Random) -> str:
 def _train_text_encoder(
     parts: dict[str, Any], scenes: list[Scene], captions: list[list[str]], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """From the end of a text, linear heads tell each attribute or that it is not told.
+    """From the tokens that end and fill up a text, linear heads read each attribute, or that it is left out.
 
-    Without this stage the U-Net hardly hears one word among twenty tokens, and never learns the places.
+    Without this stage a word is one of twenty tokens to the U-Net, which then never learned the places.
     """
     batch = 128
     text, tokenizer = parts["text_encoder"].to(args.device).train(), parts["tokenizer"]
@@ -217,9 +218,11 @@ def _train_unet(
         with _mixed(args.device):
             predicted = unet(noisy, timesteps, text(words)[0]).sample.float()
         off = (predicted - noise).square().mean((1, 2, 3))
-        return (off * weights[timesteps]).mean(), {"mse": off.mean().item()}
+        weighted = (off * weights[timesteps]).mean()
+        return weighted, {"weighted": weighted.item(), "mse": off.mean().item()}
 
-    return {"batch": batch, **_train("unet", {"unet": unet}, args.steps, 1e-3, loss, args, ema=0.999)}
+    settings = {"zoomed_out": ZOOMED_OUT, "zoomed_out_below": ZOOMED_OUT_BELOW, "max_weight": MAX_WEIGHT}
+    return {"batch": batch, **_train("unet", {"unet": unet}, args.steps, 1e-3, loss, args, settings, ema=0.999)}
 
 
 def _train(
@@ -229,12 +232,16 @@ def _train(
     lr: float,
     loss: Callable[[torch.Generator], tuple[Tensor, dict[str, float]]],
     args: argparse.Namespace,
+    settings: dict[str, Any] | None = None,
     *,
     ema: float | None = None,
 ) -> dict[str, Any]:
-    """Train `modules` in place to their (averaged) weights; returns what the card tells of it."""
+    """Train `modules` in place to their (averaged) weights; returns what the card tells of it.
+
+    A checkpoint of another `settings` than these, the steps, the seed and the number of scenes is refused.
+    """
     path = args.work / f"{name}.pt"
-    settings = {"steps": steps, "seed": args.seed}
+    settings = {"steps": steps, "seed": args.seed, "scenes": args.scenes, **(settings or {})}
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=1e-2)
     average = [p.detach().clone() for p in parameters] if ema else parameters
