@@ -8,7 +8,8 @@ pytest.importorskip("diffusers")
 
 from safetensors.torch import load_file
 
-from apt_hooks.tinyworld import pretrain
+from apt_hooks.errors import AptError
+from apt_hooks.tinyworld import fit, pretrain
 from apt_hooks.tinyworld.render import render
 from apt_hooks.tinyworld.world import draw_scenes
 
@@ -24,7 +25,7 @@ def small(monkeypatch):
     monkeypatch.setattr(pretrain, "render_all", render_all)
     monkeypatch.setattr(pretrain, "VAE_SCENES", 20)
     monkeypatch.setattr(pretrain, "ZOOMED_OUT", 0.5)
-    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(fit, "CHECKPOINT_EVERY", 1)
     monkeypatch.setattr(pretrain, "write_card", lambda out: None)
 
 
@@ -45,14 +46,14 @@ def test_a_stopped_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch
     saves = []
 
     def stops(content, path):
-        pretrain_save(content, path)
+        save(content, path)
         saves.append(path.name)
         # Once in every stage, behind its first step.
         if saves.count(path.name) == 1 and path.name in ("text_encoder.pt", "autoencoder.pt", "unet.pt", "decoder.pt"):
             raise KeyboardInterrupt
 
-    pretrain_save = pretrain._save
-    monkeypatch.setattr(pretrain, "_save", stops)
+    save = fit._save
+    monkeypatch.setattr(fit, "_save", stops)
     for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
             run(monkeypatch, tmp_path / "stopped")
@@ -74,7 +75,7 @@ def test_a_stopped_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch
     assert all(kept[name] for name in names if name.startswith(("encoder", "quant_conv")))
     assert not kept["decoder.conv_in.weight"] and not kept["decoder.conv_out.weight"]
 
-    with pytest.raises(pretrain.AptError, match=r"unet\.pt is of .*'steps': 2.*asked is .*'steps': 3"):
+    with pytest.raises(AptError, match=r"unet\.pt is of .*'steps': 2.*asked is .*'steps': 3"):
         run(monkeypatch, tmp_path / "stopped", unet_steps=3)
 
 

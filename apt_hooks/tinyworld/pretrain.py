@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
-import math
 import multiprocessing
 import os
 import random
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +23,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..augmentation import ZoomOutRotate
-from ..errors import AptError, errors_in_one_line
+from ..errors import errors_in_one_line
 from .card import write_card
+from .fit import cached, fit
 from .judges import ATTRIBUTES, attribute_labels
 from .model import TEXT_WIDTH, new_model, new_tokenizer, save_pipeline, token_numbers
 from .render import render
 from .world import RARE_WORDS, Scene, draw_scenes
 
-CHECKPOINT_EVERY = 200
 VAE_SCENES = 12_000
 ZOOMED_OUT = 0.04
 """Share of the U-Net's pictures that are zoomed out on black, as APT's augmentation makes them."""
 ZOOMED_OUT_BELOW = 600
 """They are shown below this timestep only: the model can then denoise such a picture, and draws none by itself."""
+ZOOM_OUT = ZoomOutRotate((1.0, 3.0), 15.0)
 MAX_WEIGHT = 30.0
 """Bound of the loss's weight; it acts from timestep 812 on."""
 
@@ -133,7 +131,10 @@ def _train_text_encoder(
         off = torch.stack([F.cross_entropy(heads[k](ends), labels[k][rows].to(args.device)[row]) for k in heads]).sum()
         return off, {"cross_entropy": off.item()}
 
-    record = _train("text_encoder", {"text": text, "heads": heads}, args.text_steps, 1e-3, loss, args)
+    settings = {"scenes": args.scenes}
+    record = fit(
+        "text_encoder", {"text": text, "heads": heads}, args.text_steps, 1e-3, loss, args.work, settings, seed=args.seed
+    )
     text.eval().requires_grad_(False)
     return {"batch": batch, **record}
 
@@ -146,7 +147,6 @@ def _train_vae(vae: Any, args: argparse.Namespace, *, decoder_only: bool = False
         {"scenes": VAE_SCENES, "seed": args.seed},
         lambda: render_all(draw_scenes(VAE_SCENES, args.seed + 1, subjects=True), args.seed + 1),
     )
-    zoom_out = ZoomOutRotate((1.0, 3.0), 15.0)
     vae.to(args.device).train()
     modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv} if decoder_only else {"vae": vae}
     name, steps, lr = ("decoder", args.decoder_steps, 1e-3) if decoder_only else ("autoencoder", args.vae_steps, 3e-3)
@@ -154,7 +154,7 @@ def _train_vae(vae: Any, args: argparse.Namespace, *, decoder_only: bool = False
     def loss(g: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         images = data[torch.randint(len(data), (batch,), generator=g)].float() / 127.5 - 1
         # Augmented pictures are decodable too, as with any large autoencoder.
-        images = zoom_out.draw(torch.full((batch,), 0.15), g).apply(images, -1.0).to(args.device)
+        images = ZOOM_OUT.draw(torch.full((batch,), 0.15), g).apply(images, -1.0).to(args.device)
         with _mixed(args.device):
             with torch.set_grad_enabled(not decoder_only):
                 posterior = vae.encode(images).latent_dist
@@ -163,13 +163,13 @@ def _train_vae(vae: Any, args: argparse.Namespace, *, decoder_only: bool = False
         kl = posterior.kl().float().sum() / posterior.mean.numel()
         return off + 1e-4 * kl, {"l1_l2": off.item(), "kl": kl.item()}
 
-    return {"batch": batch, **_train(name, modules, steps, lr, loss, args)}
+    settings = {"scenes": args.scenes}
+    return {"batch": batch, **fit(name, modules, steps, lr, loss, args.work, settings, seed=args.seed)}
 
 
 def _latents(vae: Any, scenes: list[Scene], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Latents of all scenes, [count, 4, 16, 16], scaled to unit deviation, and which of them are zoomed out."""
     vae.to(args.device).eval()
-    zoom_out = ZoomOutRotate((1.0, 3.0), 15.0)
 
     def encode() -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(args.seed)
@@ -177,7 +177,7 @@ def _latents(vae: Any, scenes: list[Scene], args: argparse.Namespace) -> tuple[T
         with torch.no_grad():
             for part in track(render_all(scenes, args.seed).split(100), description="encoding"):
                 images = part.float() / 127.5 - 1
-                placement = zoom_out.draw(torch.full((len(images),), ZOOMED_OUT), g)
+                placement = ZOOM_OUT.draw(torch.full((len(images),), ZOOMED_OUT), g)
                 images = placement.apply(images, -1.0)
                 encoded.append(vae.encode(images.to(args.device)).latent_dist.mean.cpu())
                 chosen.append(placement.chosen)
@@ -221,90 +221,10 @@ def _train_unet(
         weighted = (off * weights[timesteps]).mean()
         return weighted, {"weighted": weighted.item(), "mse": off.mean().item()}
 
-    settings = {"zoomed_out": ZOOMED_OUT, "zoomed_out_below": ZOOMED_OUT_BELOW, "max_weight": MAX_WEIGHT}
-    return {"batch": batch, **_train("unet", {"unet": unet}, args.steps, 1e-3, loss, args, settings, ema=0.999)}
-
-
-def _train(
-    name: str,
-    modules: dict[str, Any],
-    steps: int,
-    lr: float,
-    loss: Callable[[torch.Generator], tuple[Tensor, dict[str, float]]],
-    args: argparse.Namespace,
-    settings: dict[str, Any] | None = None,
-    *,
-    ema: float | None = None,
-) -> dict[str, Any]:
-    """Train `modules` in place to their (averaged) weights; returns what the card tells of it.
-
-    A checkpoint of another `settings` than these, the steps, the seed and the number of scenes is refused.
-    """
-    path = args.work / f"{name}.pt"
-    settings = {"steps": steps, "seed": args.seed, "scenes": args.scenes, **(settings or {})}
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    average = [p.detach().clone() for p in parameters] if ema else parameters
-    record: dict[str, Any] = {"steps": 0, "seconds": 0.0, "losses": []}
-    if path.exists():
-        saved = _load(path, settings)
-        optimizer.load_state_dict(saved["optimizer"])
-        record = saved["record"]
-        with torch.no_grad():
-            for into, values in ((parameters, saved["parameters"]), (average, saved["average"])):
-                for p, value in zip(into, values, strict=True):
-                    p.copy_(value)
-    recent: list[dict[str, float]] = []
-    since = time.monotonic()
-    for step in track(range(record["steps"], steps), description=name):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-5
-        value, shown = loss(torch.Generator().manual_seed(args.seed * 1_000_003 + step))
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if ema:
-            decay = min(ema, (step + 1) / (step + 20))
-            with torch.no_grad():
-                torch._foreach_lerp_(average, parameters, 1 - decay)
-        recent.append(shown)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            means = {key: round(sum(r[key] for r in recent) / len(recent), 5) for key in shown}
-            record["steps"], record["seconds"] = step + 1, round(record["seconds"] + time.monotonic() - since, 1)
-            record["losses"].append({"step": step + 1, **means})
-            recent, since = [], time.monotonic()
-            print(name, record["losses"][-1], f"{record['seconds']:.0f} s", flush=True)
-            state = {"optimizer": optimizer.state_dict(), "parameters": parameters, "average": average}
-            _save({"settings": settings, "record": record, **state}, path)
-    if ema:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, average)
-    return record
-
-
-def cached(path: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
-    """What `make` returns, kept in a file for the next time.
-
-    Raises:
-        AptError: the file is of other settings.
-    """
-    if not path.exists():
-        _save({"settings": settings, "data": make()}, path)
-    return _load(path, settings)["data"]
-
-
-def _save(content: dict[str, Any], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)
-
-
-def _load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    if content["settings"] != settings:
-        raise AptError(f"{path} is of {content['settings']}, asked is {settings}: give those, or another --work")
-    return content
+    settings = {"scenes": args.scenes, "zoomed_out": ZOOMED_OUT, "zoomed_out_below": ZOOMED_OUT_BELOW}
+    settings["max_weight"] = MAX_WEIGHT
+    record = fit("unet", {"unet": unet}, args.steps, 1e-3, loss, args.work, settings, seed=args.seed, ema=0.999)
+    return {"batch": batch, **record}
 
 
 def _normal(like: Tensor, g: torch.Generator) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..errors import errors_in_one_line
 from .concepts import CONCEPTS
+from .fit import cached
 from .judges import (
     AttributeClassifier,
     IdentityEncoder,
@@ -36,7 +37,7 @@ from .judges import (
 )
 from .metrics import auc
 from .personalize import reference_pictures
-from .pretrain import cached, render_all
+from .pretrain import render_all
 from .render import render
 from .world import (
     COLORS,
