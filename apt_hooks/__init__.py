@@ -6,7 +6,8 @@ ZoomOutRotate               the augmentation                           augmentat
 FeatureCapture              queries, keys, hidden states of a U-Net    capture.py
 attention_alignment_loss    the regularizers                           losses.py
 representation_loss
-AptObjective, AptStep       one step of it all                         objective.py
+AptObjective                one step of it all                         objective.py
+AptStep                     what it adds to a loss                     step.py
 AptError                    what a user can put right                  errors.py
 """
 
@@ -16,7 +17,8 @@ from .config import AptConfig
 from .errors import AptError
 from .indicator import OverfittingIndicator
 from .losses import attention_alignment_loss, representation_loss
-from .objective import AptObjective, AptStep
+from .objective import AptObjective
+from .step import AptStep
 
 __all__ = [
     "AptConfig",

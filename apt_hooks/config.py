@@ -41,7 +41,13 @@ def _is_blocks(value: object) -> bool:
     return all(_is_count(v, 0) for v in value) and len(set(value)) == len(value)
 
 
-_NOT_APT = {"loss_weighting": False, "augmentation": False, "lambda_dist": 0.0, "lambda_attn": 0.0}
+_NOT_APT = {
+    "loss_weighting": False,
+    "augmentation": False,
+    "lambda_dist": 0.0,
+    "lambda_attn": 0.0,
+    "lambda_joint": 0.0,
+}
 
 
 def _key(default: Any, rule: str, accepts: Callable[[Any], bool]) -> Any:
@@ -73,7 +79,8 @@ class AptConfig:
     the keys that switch APT's own terms are off, whatever was given, so that a preset can serve for a baseline too.
 
     Raises:
-        AptError: a value breaks the rule of its key, or only one of `identifier` and `class_word` is given.
+        AptError: a value breaks the rule of its key, only one of `identifier` and `class_word` is given, or
+            `frozen_every` with DCO.
     """
 
     enabled: bool = _flag(True)
@@ -91,10 +98,14 @@ class AptConfig:
     augment_space: Literal["auto", "image", "latent"] = _choice("auto", "auto", "image", "latent")
     lambda_dist: float = _at_least_zero(1.0)
     lambda_attn: float = _at_least_zero(1.0)
+    regularizer: Literal["separate", "joint"] = _choice("separate", "separate", "joint")
+    lambda_joint: float = _at_least_zero(1.0)
     representation_source: Literal["self_attention", "block"] = _choice("self_attention", "self_attention", "block")
     blocks: Literal["auto"] | tuple[int, ...] = _key(
         "auto", '"auto" or a list of different up-block numbers, counted from 0', _is_blocks
     )
+    frozen_every: int = _key(1, "a whole number, 1 or larger", lambda v: _is_count(v, 1))
+    attention_impl: Literal["auto", "eager", "triton"] = _choice("auto", "auto", "eager", "triton")
     identifier: str | None = _word()
     class_word: str | None = _word()
     preset_name: str | None = _key(None, "the name of a preset", lambda v: v is None or v in preset_names())
@@ -115,6 +126,11 @@ class AptConfig:
         if self.objective != "apt":
             for name, off in _NOT_APT.items():
                 object.__setattr__(self, name, off)
+        if self.objective == "dco" and self.frozen_every > 1:
+            raise AptError(
+                '[apt] objective = "dco" compares both models in every step; found frozen_every = '
+                f"{self.frozen_every}: take it out"
+            )
         if (self.identifier is None) != (self.class_word is None):
             given, missing = ("identifier", "class_word") if self.identifier else ("class_word", "identifier")
             raise AptError(f"[apt] {given} = {getattr(self, given)!r} needs {missing} too: give both or neither")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .errors import AptError
 
@@ -84,7 +83,8 @@ class OverfittingIndicator:
         losses = torch.stack([loss_tuned, loss_frozen]).detach().to(self._ema.dtype)
         finite = losses.isfinite().all(dim=0)
         # Sums over a membership matrix, not index_add: their order is fixed; and no matmul, which autocast would round.
-        members = F.one_hot(bins.to(losses.device), self.num_bins).to(losses.dtype) * finite[:, None]
+        every = torch.arange(self.num_bins, device=losses.device)
+        members = (bins.to(losses.device)[:, None] == every).to(losses.dtype) * finite[:, None]
         totals = torch.cat(
             [(torch.where(finite, losses, 0.0)[:, :, None] * members).sum(dim=1), members.sum(dim=0)[None]]
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +20,7 @@ def attention_alignment_loss(
     heads: int,
     scale: float | None = None,
     mask: Tensor | None = None,
+    impl: Literal["plain", "auto", "eager", "triton"] = "auto",
 ) -> Tensor:
     """Squared distance between the tuned and the frozen model's cross-attention maps (APT, "Attention Alignment").
 
@@ -32,6 +35,8 @@ def attention_alignment_loss(
         heads: number of attention heads.
         scale: factor of the scores; None takes `channels ** -0.5`.
         mask: [batch, tokens], bool, True where a token takes part; None lets all take part.
+        impl: "plain" is the equation, its maps kept by autograd; the others compute value and gradient at once, in
+            bounded memory (`ops.attention_alignment.sum_and_gradients`), and can be differentiated once.
 
     Returns:
         Scalar, from 0 to 2; gradients reach `q` and `k`, and not the frozen model's.
@@ -51,6 +56,12 @@ def attention_alignment_loss(
         raise AptError(f"mask must be bool of shape {tuple(k.shape[:2])}; found {mask.dtype} {tuple(mask.shape)}")
     if scale is None:
         scale = (q.shape[2] // heads) ** -0.5
+    if impl != "plain":
+        from .ops.attention_alignment import AttentionAlignment
+
+        options = {"heads": heads, "scale": scale, "mask": mask, "impl": impl}
+        total: Tensor = AttentionAlignment.apply(q, k, q_frozen, k_frozen, options)
+        return total / (q.shape[0] * heads * q.shape[1])
     with torch.autocast(q.device.type, enabled=False):
         tuned = attention_map(q, k, heads, scale, mask)
         with torch.no_grad():
@@ -92,7 +103,7 @@ def representation_statistics(h: Tensor) -> Tensor:
             f"h must be [batch, positions, channels] or [batch, channels, height, width]; found {tuple(h.shape)}"
         )
     with torch.autocast(h.device.type, enabled=False):
-        variance, mean = torch.var_mean(_full_precision(h), dim=1 if h.ndim == 3 else (2, 3), correction=0)
+        variance, mean = torch.var_mean(full_precision(h), dim=1 if h.ndim == 3 else (2, 3), correction=0)
         # The square root has no gradient at 0; a constant channel gets none, not NaN.
         return torch.stack([mean, variance.clamp_min(1e-12).sqrt()])
 
@@ -133,12 +144,13 @@ def dco_weight(loss_tuned: Tensor, loss_frozen: Tensor, beta: float) -> Tensor:
 
 def attention_map(q: Tensor, k: Tensor, heads: int, scale: float, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T * scale): [batch, heads, queries, tokens], in float32; arguments as `attention_alignment_loss`."""
-    q, k = (_full_precision(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+    q, k = (full_precision(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
     scores = (q * scale) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
 
 
-def _full_precision(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
+    """float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

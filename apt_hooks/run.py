@@ -14,7 +14,8 @@ import torch
 from .augmentation import Placement
 from .errors import AptError
 from .files import write_atomically
-from .objective import AptObjective, AptStep
+from .objective import AptObjective
+from .step import AptStep
 from .steplog import VALUES, StepLog
 
 logger = logging.getLogger("apt_hooks")
@@ -134,7 +135,8 @@ class AptRun:
             raise AptError(
                 f"{path}: no state of apt-hooks ({error!r}); delete it to start the indicator anew"
             ) from error
-        self.step, self._batches = step, batches
+        self.step = step
+        self._batches = self.objective.steps = batches
         return True
 
     def close(self) -> None:

@@ -14,9 +14,19 @@ from torch import Tensor
 
 from .errors import AptError
 from .files import write_atomically
-from .objective import AptStep
+from .step import AptStep
 
-VALUES = ("loss_tuned", "loss_frozen", "loss_weight", "augmented", "l_mu", "l_sigma", "l_attn", "delta_noise")
+VALUES = (
+    "loss_tuned",
+    "loss_frozen",
+    "loss_weight",
+    "augmented",
+    "l_mu",
+    "l_sigma",
+    "l_attn",
+    "l_joint",
+    "delta_noise",
+)
 
 logger = logging.getLogger("apt_hooks")
 
@@ -57,16 +67,16 @@ class StepLog:
         self.flush()
         batches, self._batches = self._batches, []
         gammas, gaps = batches[-1].gammas, batches[-1].gaps
-        total = sum(batch.counted for batch in batches)
+        # Means over the samples that count, of each value over the batches that have it (`frozen_every`).
+        totals: dict[str, int] = {}
         sums: dict[str, Tensor] = {}
         for batch in batches:
             if batch.counted:
-                share = gammas.new_tensor(batch.augmented / batch.counted)
+                share = gammas.new_full((), batch.augmented / batch.counted)
                 for name, value in {**batch.values, "augmented": share}.items():
-                    sums[name] = sums.get(name, 0.0) + value.to(gammas.device).to(gammas.dtype) * (
-                        batch.counted / total
-                    )
-        packed = torch.cat([gammas, gaps, *(value[None] for value in sums.values())])
+                    totals[name] = totals.get(name, 0) + batch.counted
+                    sums[name] = sums.get(name, 0.0) + value.to(gammas.device).to(gammas.dtype) * batch.counted
+        packed = torch.cat([gammas, gaps, *((value / totals[name])[None] for name, value in sums.items())])
         self._ended = (number, len(gammas), list(sums), packed)
 
     def latest(self) -> dict[str, Any] | None:

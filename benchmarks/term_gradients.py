@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt_hooks.objective import AptObjective, AptStep
+from apt_hooks.objective import AptObjective, Passes
+from apt_hooks.step import AptStep
 
 rows: list[dict[str, float]] = []
 seen: dict[str, Any] = {}
 
 
 def main() -> None:
-    AptObjective._terms = functools.partialmethod(remember_terms, AptObjective._terms)
+    AptObjective.join = functools.partialmethod(remember_terms, AptObjective.join)
     if sys.argv[1] == "tinyworld":
         run_tiny_world(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     else:
@@ -41,9 +42,10 @@ def main() -> None:
         print(f"{name}: {shares} of the loss's, {len(rows)} steps")
 
 
-def remember_terms(self: AptObjective, terms_of: Any, *args: Any) -> dict[str, Tensor]:
-    seen["terms"] = terms_of(self, *args)
-    return seen["terms"]
+def remember_terms(self: AptObjective, join: Any, *args: Any) -> Passes:
+    passes: Passes = join(self, *args)
+    seen["terms"] = passes.terms
+    return passes
 
 
 def measure(losses: Tensor, weight: Tensor) -> None:

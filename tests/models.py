@@ -82,7 +82,7 @@ class UpsampleTwice(nn.Module):
 
 def time_embedding(timesteps: Tensor, like: Tensor) -> Tensor:
     """Sines and cosines: [batch, WIDTH]."""
-    frequencies = torch.exp(torch.linspace(0.0, -6.0, WIDTH // 2))
+    frequencies = torch.exp(torch.linspace(0.0, -6.0, WIDTH // 2, device=timesteps.device))
     angles = timesteps[:, None].float() * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(like)
 

@@ -17,10 +17,11 @@ from models import (
 from torch import nn
 from torch.nn import functional as F
 
-from apt_hooks import AptError, FeatureCapture, attention_alignment_loss, representation_loss
+from apt_hooks import AptError, FeatureCapture
 from apt_hooks.frozen import frozen_base
 from apt_hooks.integrations.peft import adapters_off
 from apt_hooks.losses import representation_statistics
+from apt_hooks.regularizers import Regularizers, frozen_reduction
 
 CHECKPOINTING = ("reentrant", "non_reentrant")
 SOURCES = ("self_attention", "block")
@@ -37,26 +38,29 @@ def traces(unet):
     } | {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
 
 
-def library_loss(capture, prediction, target, tuned, frozen, weight=WEIGHT):
-    loss = weight * F.mse_loss(prediction.float(), target)
-    for i, layer in enumerate(capture.layers):
-        maps = tuned.queries[i], tuned.keys[i], frozen.queries[i], frozen.keys[i]
-        loss = loss + attention_alignment_loss(*maps, heads=layer.heads, scale=layer.scale)
-    for i in range(len(capture.representation_places)):
-        loss = loss + sum(representation_loss(tuned.hidden[i], frozen.hidden[i]))
-    return loss
+def compared(unet, predict, adapters_off, capture):
+    """(prediction, terms) of a tuned pass that was compared with a frozen one."""
+    with frozen_base([unet], adapters_off), capture.record(frozen_reduction("separate", "eager")) as frozen:
+        predict()
+    regularizers = Regularizers(frozen, capture.layers, len(capture.representation_places))
+    with capture.regularize(regularizers.observe) as regularized:
+        prediction = predict()
+    return capture.connect(prediction, regularized, regularizers.values())
+
+
+def library_loss(capture, prediction, target, terms, weight=WEIGHT):
+    """The terms summed over the places, which the library takes the mean of."""
+    regularizer = len(capture.layers) * terms["l_attn"]
+    regularizer = regularizer + len(capture.representation_places) * (terms["l_mu"] + terms["l_sigma"])
+    return weight * F.mse_loss(prediction.float(), target) + regularizer
 
 
 def captured_loss(unet, network, capture, autocast=contextlib.nullcontext, weight=WEIGHT):
     """The loss of one step, both passes run and connected."""
     x, timesteps, context, target = make_batch(unet)
     with autocast():
-        with frozen_base([unet], network.off), capture.record() as frozen:
-            unet(x, timesteps, context)
-        with capture.record() as tuned:
-            prediction = unet(x, timesteps, context)
-        prediction = capture.connect(prediction, tuned)
-    return library_loss(capture, prediction, target, tuned, frozen, weight)
+        prediction, terms = compared(unet, lambda: unet(x, timesteps, context), network.off, capture)
+    return library_loss(capture, prediction, target, terms, weight)
 
 
 @functools.cache
@@ -214,7 +218,7 @@ def test_reduce_is_kept_in_place_of_the_hidden_states():
     capture = FeatureCapture(unet)
     with torch.no_grad(), capture.record() as whole:
         unet(*batch)
-    with torch.no_grad(), capture.record(reduce=representation_statistics) as reduced:
+    with torch.no_grad(), capture.record(frozen_reduction("separate", "eager")) as reduced:
         unet(*batch)
     for i, h in whole.hidden.items():
         assert torch.equal(reduced.hidden[i], representation_statistics(h))
@@ -223,34 +227,66 @@ def test_reduce_is_kept_in_place_of_the_hidden_states():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_passes_outside_and_recomputations_are_not_read(layout, checkpointing):
+def test_passes_outside_and_recomputations_are_not_observed(layout, checkpointing):
     unet, _ = make_tuned(layout, checkpointing)
     x, timesteps, context, target = make_batch(unet)
     capture = FeatureCapture(unet)
-    calls = []
+    calls, observed = [], []
     unet.get_submodule(capture.layers[0].name).to_q.register_forward_hook(lambda *_: calls.append(1))
-    with capture.record() as features:
+    with capture.regularize(lambda kind, i, output: observed.append((kind, i))):
         prediction = unet(x, timesteps, context)
-    prediction = capture.connect(prediction, features)
-    before = {kind: dict(getattr(features, kind)) for kind in ("queries", "keys", "hidden")}
+    before = list(observed)
     F.mse_loss(prediction, target).backward()
     assert len(calls) == 2  # the pass and its recomputation
     unet(x, timesteps, context)
-    for kind, tensors in before.items():
-        assert getattr(features, kind).keys() == tensors.keys()
-        assert all(getattr(features, kind)[i] is tensor for i, tensor in tensors.items())
+    assert len(set(observed)) == len(observed) == 2 * len(capture.layers) + len(capture.representation_places)
+    assert observed == before
+
+
+class AddOne:
+    needs_output = True
+
+    def __call__(self, upstream, output, factors):
+        return upstream + factors["value"] * torch.ones_like(output)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_only_reentrant_checkpointing_severs_what_is_read(layout):
-    severed = {}
-    for checkpointing in ("off", *CHECKPOINTING):
-        unet, _ = make_tuned(layout, checkpointing)
-        with FeatureCapture(unet).record() as features:
-            unet(*make_batch(unet)[:3])
-        severed[checkpointing] = bool(features.severed)
-        assert features.queries[0].requires_grad == (not severed[checkpointing])
-    assert severed == {"off": False, "reentrant": True, "non_reentrant": False}
+@pytest.mark.parametrize("checkpointing", ["off", *CHECKPOINTING])
+def test_a_second_pass_in_the_same_backward_is_left_alone(layout, checkpointing):
+    """As sd-scripts' differential output preservation makes one: with gradients, unobserved, before the backward."""
+    gradients = []
+    for second in (False, True):
+        unet, network = make_tuned(layout, checkpointing)
+        x, timesteps, context, _ = make_batch(unet)
+        with FeatureCapture(unet) as capture:
+            with capture.regularize(lambda *_: AddOne()) as regularized:
+                prediction = unet(x, timesteps, context)
+            prediction, values = capture.connect(prediction, regularized, {"value": torch.tensor(1.0)})
+            loss = 0.0 * prediction.sum() + 3.0 * values["value"]
+            if second:
+                loss = loss + 0.0 * unet(x, timesteps, context).sum()
+            loss.backward()
+        gradients.append(network.gradient())
+    assert gradients[0].norm() > 0
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", *CHECKPOINTING])
+def test_a_loss_of_the_values_alone_reaches_the_lora(layout, checkpointing):
+    gradients = []
+    for of_prediction in (0.0, None):
+        unet, network = make_tuned(layout, checkpointing)
+        x, timesteps, context, _ = make_batch(unet)
+        with FeatureCapture(unet) as capture:
+            with capture.regularize(lambda *_: AddOne()) as regularized:
+                prediction = unet(x, timesteps, context)
+            prediction, values = capture.connect(prediction, regularized, {"value": torch.tensor(1.0)})
+            loss = values["value"] if of_prediction is None else values["value"] + of_prediction * prediction.sum()
+            loss.backward()
+        gradients.append(network.gradient())
+    assert gradients[0].norm() > 0
+    assert torch.equal(gradients[0], gradients[1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -318,12 +354,13 @@ def test_gradients_of_a_real_diffusers_unet_do_not_depend_on_checkpointing():
             unet.enable_gradient_checkpointing()
         x, timesteps, context, target = make_batch(unet)
         with FeatureCapture(unet) as capture:
-            with frozen_base([unet], lambda unet=unet: adapters_off(unet)), capture.record() as frozen:
-                unet(x, timesteps, context)
-            with capture.record() as tuned:
-                prediction = unet(x, timesteps, context).sample
-            prediction = capture.connect(prediction, tuned)
-            library_loss(capture, prediction, target, tuned, frozen).backward()
+            prediction, terms = compared(
+                unet,
+                lambda unet=unet, batch=(x, timesteps, context): unet(*batch).sample,
+                lambda unet=unet: adapters_off(unet),
+                capture,
+            )
+            library_loss(capture, prediction, target, terms).backward()
         found.append(torch.cat([p.grad.flatten() for p in lora]))
     assert relative_difference(found[1], found[0]) < 1e-5
 
@@ -383,7 +420,7 @@ def test_blocks_with_nothing_to_read_are_refused_and_nothing_is_hooked(blocks):
 def test_a_pass_that_is_not_differentiated_needs_no_connection():
     unet, _ = make_tuned("up_blocks")
     capture = FeatureCapture(unet)
-    with torch.no_grad(), capture.record() as features:
+    with torch.no_grad(), capture.regularize(lambda *_: AddOne()) as regularized:
         prediction = unet(*make_batch(unet)[:3])
-    assert capture.connect(prediction, features) is prediction
+    assert capture.connect(prediction, regularized, {})[0] is prediction
     capture.verify()

@@ -1,8 +1,12 @@
+import contextlib
 import math
 
 import pytest
 import torch
-from models import HEADS, LAYOUTS, TEXT_WIDTH, WIDTH, make_batch, make_tuned, relative_difference
+from models import HEADS, LAYOUTS, TEXT_WIDTH, TOKENS, WIDTH, make_batch, make_tuned, relative_difference
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from apt_hooks import AptConfig, AptError, AptObjective, AptStep
 from apt_hooks.losses import dco_loss, dco_weight
@@ -213,6 +217,58 @@ def test_uncounted_samples_do_not_move_the_indicator():
     assert [b for b in range(10) if after[b] != before[b]] == [0]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
+@pytest.mark.parametrize("counted", [None, COUNTED], ids=["all count", "some count"])
+def test_the_joint_regularizer_is_the_relative_distance_of_the_cross_attentions_outputs(layout, checkpointing, counted):
+    case, outputs = Case(layout), []
+    rows = slice(None) if counted is None else counted
+    handles = [
+        case.unet.get_submodule(f"{stem}.attn2").register_forward_hook(lambda m, a, y: outputs.append(y[rows]))
+        for stem in STEMS[layout]
+    ]
+    with torch.no_grad(), case.network.off():
+        case.predict()
+    frozen, outputs[:] = list(outputs), []
+    prediction = case.predict()
+    for handle in handles:
+        handle.remove()
+    terms = [
+        ((now - before).square().sum(dim=(1, 2)) / before.square().sum(dim=(1, 2))).mean()
+        for now, before in zip(outputs, frozen, strict=True)
+    ]
+    l_joint = sum(terms) / len(terms)
+    share = 1.0 if counted is None else 0.5
+    (case.per_sample(prediction).mean() + 0.7 * share * l_joint).backward()
+    found = Case(layout, checkpointing)
+    step, _, gradient = found.run(
+        counted, regularizer="joint", lambda_joint=0.7, loss_weighting=False, lambda_dist=9.0, lambda_attn=9.0
+    )
+    assert step.values.keys() & {"l_mu", "l_sigma", "l_attn", "l_joint"} == {"l_joint"}
+    assert float(step.values["l_joint"]) == pytest.approx(float(l_joint.detach()), rel=1e-9)
+    assert float(step.regularizer.detach()) == pytest.approx(0.7 * share * float(l_joint.detach()), rel=1e-9)
+    assert relative_difference(gradient, case.network.gradient()) < 1e-9
+
+
+def test_a_frozen_pass_every_third_step_regularizes_with_three_times_the_strength_and_watches_then_only():
+    every, third = Case(), Case()
+    wanted, _, _ = every.run()
+    objective = make_objective(third.unet, third.network, frozen_every=3)
+    for step in range(7):
+        before = objective.indicator.state_dict()
+        due = objective.frozen_due
+        made = objective.step(third.predict, third.target, TIMESTEPS)
+        made.loss(third.per_sample(made.prediction)).backward()
+        objective.verify()
+        assert due == (step % 3 == 0)
+        assert (objective.indicator.state_dict() != before) == due
+        assert torch.allclose(made.weight, 1 - objective.indicator.gamma(TIMESTEPS)) or due
+        assert set(made.values) == (set(wanted.values) if due else {"loss_weight"})
+        strength = 3 * float(wanted.regularizer.detach()) if due else 0.0
+        assert float(made.regularizer.detach()) == pytest.approx(strength, rel=1e-9)
+    assert third.frozen_calls == 3
+
+
 def test_where_nothing_counts_the_frozen_pass_does_not_run():
     case = Case()
     before = make_objective(case.unet, case.network).indicator.state_dict()
@@ -353,22 +409,56 @@ def test_augment_moves_the_drawn_samples_onto_the_fill():
     assert torch.allclose(moved[placement.chosen][:, :, 0, 0], torch.tensor(-0.25))
 
 
-def test_the_terms_keep_no_map_and_no_full_precision_copy_for_the_backward_pass():
-    case, stored = Case(), []
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all storages made inside that are still alive."""
 
-    def pack(tensor):
-        stored.append(tensor)
-        return tensor
+    def __init__(self):
+        super().__init__()
+        self.made = {}
 
-    with make_objective(case.unet, case.network) as objective:
-        passes = objective.passes(case.predict)
-        read = [passes.tuned_features, passes.frozen_features]
-        known = {x.data_ptr() for f in read for kind in (f.queries, f.keys, f.hidden) for x in kind.values()}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            step = objective.assess(passes, case.target, TIMESTEPS)
-    assert step.regularizer.requires_grad
-    # What was read anyway, and scalars.
-    assert all(tensor.numel() <= 1 for tensor in stored if tensor.data_ptr() not in known)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def alive(self):
+        return sum(nbytes for reference, nbytes in self.made.values() if not reference.expired())
+
+
+@pytest.mark.parametrize("config", [{}, {"regularizer": "joint"}], ids=["separate", "joint"])
+def test_a_step_keeps_for_its_backward_pass_one_gradient_a_layer_and_no_map(config):
+    case = Case()
+    with Storages() as plain:
+        prediction = case.predict()
+        wanted = plain.alive()
+    del prediction
+    with make_objective(case.unet, case.network, **config) as objective:
+        with Storages() as storages:
+            passes = objective.passes(case.predict)
+            found = storages.alive()
+        with torch.no_grad(), objective.capture.record() as features:
+            case.predict()
+    read = [x.numel() * 8 for kind in (features.queries, features.keys, features.hidden) for x in kind.values()]
+    maps = sum(4 * HEADS * q.shape[1] * TOKENS * 8 for q in features.queries.values())
+    small = 2 * passes.tuned.numel() * 8 + 4096  # both predictions and numbers a channel
+    assert found - wanted <= sum(read) + small
+    assert maps > small or not features.queries  # the bound would notice one
+
+
+def test_a_step_waits_for_no_device(monkeypatch):
+    """The meta device has no values: whatever would fetch one from a device fails there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which does not know it
+    unet, network = make_tuned("up_blocks")
+    unet.to("meta")
+    network.to("meta")
+    x, timesteps, context, target = (t.detach().to("meta") for t in make_batch(unet, batch=4))
+    with make_objective(unet, network, seen=False) as objective:
+        for counted in (None, COUNTED):
+            step = objective.step(lambda: unet(x, timesteps, context), target, timesteps, counted=counted)
+            step.loss((step.prediction - target).square().mean(dim=(1, 2, 3))).backward()
 
 
 def test_a_loss_that_is_a_mean_already_is_refused():
@@ -591,9 +681,9 @@ def test_a_step_in_pieces_is_the_step(layout, checkpointing, config, counted):
     with make_objective(case.unet, case.network, **config) as objective:
         with objective.frozen_pass() as before:
             frozen = case.predict()
-        with objective.tuned_pass() as now:
+        with objective.tuned_pass(before, counted) as now:
             tuned = case.predict()
-        passes = objective.join(tuned, frozen, now, before)
+        passes = objective.join(tuned, frozen, now)
         step = objective.assess(passes, case.target, TIMESTEPS, counted)
         loss = step.loss(case.per_sample(step.prediction))
         loss.backward()
@@ -628,7 +718,7 @@ def test_without_hooks_the_passes_read_nothing(config):
     objective = make_objective(case.unet, case.network, **config)
     with objective.frozen_pass() as before:
         frozen = case.predict()
-    with objective.tuned_pass() as now:
+    with objective.tuned_pass(before) as now:
         tuned = case.predict()
     assert (before, now) == (None, None)
-    assert objective.join(tuned, frozen, now, before).tuned is tuned
+    assert objective.join(tuned, frozen, now).tuned is tuned

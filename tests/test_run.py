@@ -24,6 +24,7 @@ KEYS = [
     "l_mu",
     "l_sigma",
     "l_attn",
+    "l_joint",
     "delta_noise",
 ]
 GAMMAS = [0.5, 0.25] + [0.0] * 8

@@ -17,8 +17,9 @@ from apt_hooks.augmentation import Placement
 from apt_hooks.capture import Features
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
-from apt_hooks.objective import AptObjective, AptStep, Passes
+from apt_hooks.objective import AptObjective, Passes, TunedPass
 from apt_hooks.run import AptRun
+from apt_hooks.step import AptStep
 
 from ..accelerate_state import attach
 from ..peft import adapters_off, check_trained
@@ -94,7 +95,7 @@ class DreamBoothRun:
         self._timesteps: Tensor | None = None
         self._placement: Placement | None = None
         self._frozen: Features | None = None
-        self._tuned: Features | None = None
+        self._tuned: TunedPass | None = None
         self._frozen_prediction: Tensor | None = None
         self._passes: Passes | None = None
         self._version = 0
@@ -118,6 +119,11 @@ class DreamBoothRun:
         """Those that `augment` was told, in place of those that the script drew since."""
         return timesteps if self._timesteps is None else self._timesteps.to(timesteps.device)
 
+    def frozen_due(self) -> bool:
+        """Whether this step has a `frozen_pass`, and `begin_tuned_pass` after it."""
+        self._give_up()
+        return self._run.objective.frozen_due
+
     @contextlib.contextmanager
     def frozen_pass(self) -> Iterator[None]:
         """Inside, U-Net and text encoders are those of the base model."""
@@ -139,16 +145,23 @@ class DreamBoothRun:
 
     def begin_tuned_pass(self, frozen_prediction: Tensor) -> None:
         """What the base model predicted; the next pass of the U-Net is the one that is trained."""
-        self._frozen_prediction = frozen_prediction
-        self._tuned = self._tuned_pass.enter_context(self._run.objective.tuned_pass())
+        with errors_in_one_line():
+            self._frozen_prediction, frozen = frozen_prediction, self._frozen
+            self._frozen = None
+            passing = self._run.objective.tuned_pass(frozen, self._counted(frozen_prediction))
+            self._tuned = self._tuned_pass.enter_context(passing)
 
     def end_tuned_pass(self, prediction: Tensor) -> Tensor:
         """The prediction, to go on with in place of `prediction`."""
         with errors_in_one_line():
             self._tuned_pass.close()
-            assert self._frozen_prediction is not None  # begin_tuned_pass was called
-            self._passes = self._run.objective.join(prediction, self._frozen_prediction, self._tuned, self._frozen)
-            self._frozen = self._tuned = self._frozen_prediction = None
+            if self._frozen_prediction is not None:
+                self._passes = self._run.objective.join(prediction, self._frozen_prediction, self._tuned)
+            elif self._run.objective.frozen_due:
+                raise AptError("the base model's pass did not run before the U-Net's call; patch the script again")
+            else:
+                self._passes = Passes(prediction)
+            self._tuned = self._frozen_prediction = None
             self._version = self._passes.tuned._version
             return self._passes.tuned
 
@@ -211,7 +224,7 @@ class DreamBoothRun:
         """Forget a step that the script broke off between the passes, as one does that ran out of memory."""
         given_up = RuntimeError("the step was broken off")
         self._tuned_pass.__exit__(RuntimeError, given_up, None)
-        self._passes = self._step = None
+        self._passes = self._step = self._frozen = self._tuned = self._frozen_prediction = None
 
     def _counted(self, samples: Tensor) -> Tensor | None:
         """With prior preservation the second half of a batch are class images, which APT leaves alone."""

@@ -172,7 +172,7 @@ class _Lines:
             self._after(found.draw, guard, f"    {found.timesteps} = {RUN}.timesteps({found.timesteps})"),
             self._before(
                 found.call,
-                guard,
+                f"if {RUN} is not None and {RUN}.frozen_due():",
                 f"    with {RUN}.frozen_pass():  # the same by the base model",
                 *_indented(_indented(repeated)),
                 f"    {RUN}.begin_tuned_pass({prediction})",

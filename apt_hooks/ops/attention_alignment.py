@@ -1,0 +1,117 @@
+"""The attention alignment and its gradient at once, without a whole attention map in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses import attention_map, full_precision
+from .choice import Impl, takes_triton
+
+CHUNK = 2**22
+"""Numbers of a map that the eager way holds at a time (16 MiB in float32; five such pieces live at once)."""
+
+
+def sum_and_gradients(
+    q: Tensor,
+    k: Tensor,
+    q_frozen: Tensor,
+    k_frozen: Tensor,
+    *,
+    heads: int,
+    scale: float,
+    mask: Tensor | None = None,
+    gradients: bool = True,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sum behind `losses.attention_alignment_loss`, and its gradients.
+
+        sum over batch, heads, queries, tokens of (A - F)^2,  A = softmax(q k^T * scale),  F the frozen model's
+
+    With D = A - F and P = 2 A D: the scores' gradient is P - A sum(P), from which those by q and k follow. Computed in
+    float32 (float64 if given that).
+
+    Args:
+        q, q_frozen: [batch, queries, heads * channels].
+        k, k_frozen: [batch, tokens, heads * channels].
+        mask: [batch, tokens], bool, True where a token takes part; None lets all take part.
+        gradients: whether to compute them.
+        impl: "eager" goes through the queries in chunks; "triton" is one kernel for CUDA; "auto" takes Triton's where
+            it can (`choice.takes_triton`).
+
+    Returns:
+        The sum (scalar), and the gradients by `q` and by `k` in their dtypes, or None.
+
+    Raises:
+        AptError: `impl` is "triton", and it cannot be used.
+    """
+
+    def unfit() -> str | None:
+        from .attention_alignment_triton import supports
+
+        given = f"{k.shape[1]} tokens of head size {q.shape[2] // heads} in {q.dtype}"
+        return None if supports(q, k, heads) else f"its kernel does not do {given}"
+
+    if takes_triton(impl, q.device, unfit):
+        from .attention_alignment_triton import sum_and_gradients as fused
+
+        return fused(q, k, q_frozen, k_frozen, heads=heads, scale=scale, mask=mask, gradients=gradients)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return _eager(q, k, q_frozen, k_frozen, heads, scale, mask, gradients)
+
+
+class AttentionAlignment(torch.autograd.Function):
+    """`sum_and_gradients` as a function that autograd knows: its gradients are there before the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, q_frozen: Tensor, k_frozen: Tensor, options: dict[str, Any]) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        total, *gradients = sum_and_gradients(q, k, q_frozen, k_frozen, gradients=wanted, **options)
+        ctx.gradients = gradients
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(times(gradient, factor) for gradient in ctx.gradients), None, None, None)
+
+
+def times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient * factor` for a scalar that its dtype may not hold: a mean over many, in float16."""
+    return (full_precision(gradient) * factor).to(gradient.dtype)
+
+
+def _eager(
+    q: Tensor,
+    k: Tensor,
+    q_frozen: Tensor,
+    k_frozen: Tensor,
+    heads: int,
+    scale: float,
+    mask: Tensor | None,
+    gradients: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    by_head = _split(k, heads)
+    total = by_head.new_zeros(())
+    grad_q = torch.empty_like(q) if gradients else None
+    grad_k = torch.zeros_like(by_head) if gradients else None
+    rows = max(1, CHUNK // max(1, by_head[..., 0].numel()))
+    for start in range(0, q.shape[1], rows):
+        piece = slice(start, start + rows)
+        tuned = attention_map(q[:, piece], k, heads, scale, mask)
+        difference = tuned - attention_map(q_frozen[:, piece], k_frozen, heads, scale, mask)
+        total += difference.square().sum()
+        if grad_q is None or grad_k is None:
+            continue
+        scores = difference.mul_(tuned).mul_(2)
+        scores -= tuned.mul_(scores.sum(dim=-1, keepdim=True))
+        grad_q[:, piece] = (scores @ by_head).mul_(scale).transpose(1, 2).flatten(2)
+        grad_k += (scores.transpose(-1, -2) @ _split(q[:, piece], heads)).mul_(scale)
+    return total, grad_q, None if grad_k is None else grad_k.transpose(1, 2).flatten(2).to(k.dtype)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """[batch, n, heads * channels] -> [batch, heads, n, channels], in full precision."""
+    return full_precision(x).unflatten(-1, (heads, -1)).transpose(1, 2)
