@@ -26,13 +26,13 @@ def frozen_base(modules: Iterable[nn.Module], adapters_off: AdaptersOff) -> Iter
     Raises:
         AptError: `adapters_off` makes no context.
     """
-    modules = list(modules)
-    training = [m for module in modules for m in module.modules() if m.training]
-    parameters = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    devices = sorted({p.device for p, _ in parameters if p.device.type not in ("cpu", "meta", "mps")}, key=str)
+    modules = all_modules(modules)
+    training = [module for module in modules if module.training]
+    parameters = [(p, p.requires_grad) for module in modules for p in module._parameters.values() if p is not None]
+    devices = {p.device for p, _ in parameters}
+    devices = sorted((d for d in devices if d.type not in ("cpu", "meta", "mps")), key=str)
     try:
-        for module in training:
-            module.training = False
+        _set_training(training, False)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             for kind in {d.type for d in devices}:
@@ -48,10 +48,30 @@ def frozen_base(modules: Iterable[nn.Module], adapters_off: AdaptersOff) -> Iter
             stack.enter_context(context)
             yield
     finally:
-        for module in training:
-            module.training = True
+        _set_training(training, True)
         for parameter, requires_grad in parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
         # Autocast keeps cast copies of weights; one made here, without a graph, would starve the tuned pass's LoRA.
         torch.clear_autocast_cache()
+
+
+def all_modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules of `roots`, each once.
+
+    `nn.Module.modules()` hands every module up through all levels above it: a quarter of a second for SDXL's U-Net with
+    a LoRA, at every step.
+    """
+    found = dict.fromkeys(roots)
+    waiting = list(found)
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                waiting.append(child)
+    return list(found)
+
+
+def _set_training(modules: list[nn.Module], mode: bool) -> None:
+    for module in modules:
+        object.__setattr__(module, "training", mode)  # nn.Module's own looks for parameters among its names first

@@ -9,13 +9,15 @@ from typing import Any
 from torch import nn
 
 from apt_hooks.errors import AptError
+from apt_hooks.frozen import all_modules
 
 
 @contextlib.contextmanager
 def adapters_off(*models: nn.Module) -> Iterator[None]:
     """Inside, the base layers of `models` compute alone; layers whose adapters were off already stay as they are.
 
-    peft makes the adapters' parameters trainable when it switches them on again; `frozen_base` puts that right.
+    By the flag that peft's layers look at when they compute, and not by peft's own switch, which goes through all their
+    parameters and makes those trainable that were not.
 
     Raises:
         AptError: the models carry no adapters.
@@ -27,11 +29,11 @@ def adapters_off(*models: nn.Module) -> Iterator[None]:
     layers = [layer for layer in layers if not layer.disable_adapters]
     try:
         for layer in layers:
-            layer.enable_adapters(False)
+            object.__setattr__(layer, "_disable_adapters", True)
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            object.__setattr__(layer, "_disable_adapters", False)
 
 
 def check_trained(parameters: Iterable[nn.Parameter], *models: nn.Module) -> None:
@@ -74,4 +76,4 @@ def _layers(models: Iterable[nn.Module]) -> list[Any]:
     from peft.utils import ModulesToSaveWrapper
 
     kinds = (BaseTunerLayer, ModulesToSaveWrapper)
-    return [module for model in models for module in model.modules() if isinstance(module, kinds)]
+    return [module for module in all_modules(models) if isinstance(module, kinds)]
