@@ -50,10 +50,10 @@ class AptRun:
         overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.overrides().items())
         regularizers = "no regularizers"
         if capture is not None:
-            regularizers = (
-                f"up-blocks {', '.join(map(str, capture.blocks))}: {len(capture.layers)} cross-attention layers, "
-                f"{len(capture.representation_places)} hidden states"
-            )
+            blocks, places = ", ".join(map(str, capture.blocks)), len(capture.representation_places)
+            regularizers = f"up-blocks {blocks}: {len(capture.layers)} cross-attention layers, {places} hidden states"
+            if config.regularizer == "joint":
+                regularizers = f"up-blocks {blocks}: {places} outputs of cross-attention"
         parts = [
             f"apt-hooks {version()} {'monitors only' if config.monitor_only else 'is on'}",
             f"preset {config.preset_name}" if config.preset_name else "no preset",

@@ -293,6 +293,24 @@ def test_a_patched_script_trains_what_apt_written_into_it_by_hand_does(train: Tr
     assert max(float((plain[k] - wanted[k]).abs().max()) for k in wanted) > 1e-3
 
 
+def test_with_frozen_every_the_base_model_runs_in_those_steps_only(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+    frozen_pass = DreamBoothRun.frozen_pass
+
+    def spied(self: DreamBoothRun) -> Any:
+        entered.append(self._run.step + 1)
+        return frozen_pass(self)
+
+    monkeypatch.setattr(DreamBoothRun, "frozen_pass", spied)
+    config = 'frozen_every = 3\nregularizer = "joint"'
+    found = train("one_encoder", "--train_text_encoder", "--learning_rate", "1e-2", config=config)
+    assert entered == [1, 4]
+    compared = [line["step"] for line in found.lines if line["l_joint"] is not None and line["loss_frozen"] is not None]
+    assert compared == [1, 4]
+    assert [line["loss_weight"] for line in found.lines][1:3] != [None, None]
+    assert found.lines[3]["l_joint"] > 0.0 and found.lines[3]["l_attn"] is None
+
+
 def test_the_loss_that_is_shown_stays_the_scripts_own(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, float]] = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step=None: shown.append({**values, "step": step}))
@@ -453,11 +471,12 @@ def test_a_script_that_a_user_edited_trains_alike(train: Train) -> None:
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(train: Train, tmp_path: Path) -> None:
+    config = "frozen_every = 3"  # so that the place in it has to come back too
     arguments = ("--checkpointing_steps", "4", "--max_train_steps", "8", "--train_text_encoder")
-    whole = train("one_encoder", *arguments, config="", folder=tmp_path / "whole")
+    whole = train("one_encoder", *arguments, config=config, folder=tmp_path / "whole")
     halved = tmp_path / "halved"
-    train("one_encoder", "--checkpointing_steps", "4", "--train_text_encoder", config="", folder=halved)
-    resumed = train("one_encoder", *arguments, "--resume_from_checkpoint", "checkpoint-4", config="", folder=halved)
+    train("one_encoder", "--checkpointing_steps", "4", "--train_text_encoder", config=config, folder=halved)
+    resumed = train("one_encoder", *arguments, "--resume_from_checkpoint", "checkpoint-4", config=config, folder=halved)
     assert_same(resumed, whole)
     assert resumed.lines == whole.lines and [line["step"] for line in whole.lines] == list(range(1, 9))
     assert resumed.metadata()["ss_apt_gamma"] == whole.metadata()["ss_apt_gamma"]

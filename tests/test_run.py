@@ -83,6 +83,15 @@ def test_accumulated_batches_make_one_line_each_weighted_by_its_counted_samples(
     assert (line["step"], line["loss_tuned"], line["l_attn"], line["augmented"]) == (1, 4.0, 5.0, 0.5)
 
 
+def test_a_value_is_the_mean_over_the_batches_that_have_it(tmp_path):
+    run = make_run(tmp_path)
+    run.record(make_step(counted=1, loss_frozen=6.0, loss_weight=1.0), ends_step=False)
+    run.record(make_step(counted=3, loss_frozen=None, loss_weight=5.0))  # without frozen pass
+    run.close()
+    (line,) = lines(tmp_path / "log.jsonl")
+    assert (line["loss_frozen"], line["loss_weight"]) == (6.0, 4.0)
+
+
 def test_a_step_without_counted_samples_has_gamma_gap_and_nulls(tmp_path):
     run = make_run(tmp_path)
     run.record(make_step(counted=0))
@@ -172,6 +181,18 @@ def test_state_round_trip_keeps_step_indicator_and_the_place_in_the_random_strea
 
 def numbers(run):
     return tuple(torch.rand(3, generator=run.generator()).tolist())
+
+
+def test_the_place_between_two_frozen_passes_comes_back(tmp_path):
+    first = make_run(tmp_path, frozen_every=3)
+    for _ in range(2):
+        first.record(make_step())
+    first.save(tmp_path)
+    second = make_run(tmp_path, frozen_every=3)
+    assert second.load(tmp_path)
+    assert not second.objective.frozen_due
+    second.objective.steps += 1
+    assert second.objective.frozen_due
 
 
 def test_the_random_stream_is_another_for_every_batch_and_the_same_until_the_batch_is_recorded(tmp_path):
@@ -304,6 +325,13 @@ def test_the_start_line_says_what_is_on(tmp_path):
         "augmentation of latents",
         f"log {tmp_path / 'a.jsonl'}",
     ]
+
+
+def test_the_start_line_tells_the_joint_regularizer(tmp_path):
+    unet, network = make_tuned("output_blocks")
+    config = AptConfig.from_mapping({"preset": "sdxl", "regularizer": "joint"})
+    run = AptRun(AptObjective(config, unet, network.off), log_path=None, augment_space="latent")
+    assert "up-blocks 0, 1: 3 outputs of cross-attention" in run.start_line().split(" | ")
 
 
 def test_the_start_line_says_what_is_off(tmp_path):

@@ -629,6 +629,13 @@ def test_a_line_a_step_is_logged_and_tracked(train: Train, capsys: pytest.Captur
     assert said.count("apt-hooks") == 1 and "overrides num_bins = 4" in said and "up-blocks 2, 3" in said
 
 
+def test_with_frozen_every_a_line_in_so_many_compares_the_models(train: Train) -> None:
+    run = train({"preset": "sd15", "frozen_every": 2, "regularizer": "joint"})
+    assert [line["loss_frozen"] is not None for line in run.log] == [True, False, True]
+    assert [line["l_joint"] is not None for line in run.log] == [True, False, True]
+    assert all(line["loss_weight"] is not None and line["l_attn"] is None for line in run.log)
+
+
 def test_every_saved_lora_carries_metadata_of_its_moment(train: Train) -> None:
     run = train({"preset": "sd15", "num_bins": 4}, save_every_n_steps=2)
     last, second = (run.saved(name)["metadata"] for name in ("lora.pt", "lora-step2.pt"))
