@@ -293,7 +293,7 @@ def test_a_patched_script_trains_what_apt_written_into_it_by_hand_does(train: Tr
     assert max(float((plain[k] - wanted[k]).abs().max()) for k in wanted) > 1e-3
 
 
-def test_with_frozen_every_the_base_model_runs_in_those_steps_only(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_frozen_every_the_base_runs_in_those_steps_only(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[int] = []
     frozen_pass = DreamBoothRun.frozen_pass
 

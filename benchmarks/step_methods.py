@@ -1,0 +1,233 @@
+"""What the step benchmarks compare: ways to make one training step of the same batch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from step_models import Training
+from torch import Tensor
+
+from apt_hooks import AptConfig, AptObjective
+from apt_hooks.blocks import select_up_blocks
+from apt_hooks.config import parse_toml
+from apt_hooks.errors import AptError
+from apt_hooks.frozen import frozen_base
+from apt_hooks.indicator import OverfittingIndicator
+
+FLOOR = "floor"
+METHODS = {
+    "plain": "the trainer's own step",
+    FLOOR: "plain, and the frozen model's forward pass, below which no APT can go",
+    "eager": "APT by this library, in PyTorch",
+    "fused": "APT by this library, with its Triton kernels",
+    "obvious": "APT as one would write it: attention maps and hidden states of both models kept",
+    "dco": "DCO by this library",
+}
+"""Names and what they are."""
+
+CONFIGS = {
+    "eager": {"attention_impl": "eager"},
+    "fused": {"attention_impl": "triton"},
+    "dco": {"objective": "dco"},
+}
+
+
+@dataclasses.dataclass
+class Method:
+    """A way to make one step.
+
+    Attributes:
+        step: forward and backward pass; leaves gradients.
+        period: steps after which the cost repeats (`frozen_every`); what is reported is their mean.
+        prepared: makes a context around the steps, in which what the method changes of the U-Net is in place.
+    """
+
+    step: Callable[[], None]
+    period: int = 1
+    prepared: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+def parse_extra(text: str) -> AptConfig:
+    """`frozen_every=2 blocks=[1]`, keys of `[apt]` as TOML without spaces in them, as a configuration.
+
+    Raises:
+        AptError: it is not that, or a key or value is not allowed.
+    """
+    try:
+        values = parse_toml("\n".join(text.split()).encode())
+    except ValueError as error:
+        raise AptError(f"--extra takes 'KEY=VALUE ...', values as in TOML; found {text!r}: {error}") from error
+    config = AptConfig.from_mapping(values)
+    if not values or not config.enabled or config.objective == "dreambooth":
+        raise AptError(f"--extra must leave something to do in a step; found {text!r}")
+    return config
+
+
+def choose_methods(names: Sequence[str] | None, checkpointing: str, device: torch.device | None) -> list[str]:
+    """The methods that were named, or all; the floor is always among them. What is left out is printed.
+
+    Args:
+        device: where they run; None: they are counted only.
+
+    Raises:
+        AptError: a method that was named is none, or cannot be run.
+    """
+    for name in names or ():
+        if name not in METHODS:
+            raise AptError(f"--methods takes {', '.join(METHODS)}, separated by commas; found {name!r}")
+    chosen = []
+    for name in METHODS:
+        reason = _why_not(name, checkpointing, device)
+        if names is None and reason:
+            print(f"{name} is left out: {reason}")
+        elif names is None or name in names or name == FLOOR:
+            if reason:
+                raise AptError(f"{name} cannot be run here: {reason}; name other --methods")
+            chosen.append(name)
+    return chosen
+
+
+def _why_not(name: str, checkpointing: str, device: torch.device | None) -> str | None:
+    if name == "obvious" and checkpointing == "reentrant":
+        return "what it keeps has no graph under reentrant checkpointing"
+    if name == "fused" and device is not None and device.type != "cuda":
+        return "Triton's kernels need a CUDA device"
+    if name == "fused" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+@contextlib.contextmanager
+def make_methods(names: Iterable[str], extras: dict[str, AptConfig], training: Training) -> Iterator[dict[str, Method]]:
+    """The methods by name; those of `extras` by the text that gave them.
+
+    Hooks of all of them stay on the U-Net till the end; those of methods that are not running return at once.
+    """
+    methods: dict[str, Method] = {}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            if name == "plain":
+                methods[name] = Method(_plain(training))
+            elif name == FLOOR:
+                methods[name] = Method(_floor(training))
+            elif name == "obvious":
+                obvious = Obvious(training)
+                methods[name] = Method(obvious.step, prepared=obvious.prepared)
+        configs = {name: AptConfig(**CONFIGS[name]) for name in names if name in CONFIGS}
+        for name, config in {**configs, **extras}.items():
+            objective = AptObjective(config, training.unet, training.adapters_off)
+            stack.callback(objective.close)
+            methods[name] = Method(_library(training, objective), config.frozen_every)
+        yield {name: methods[name] for name in (*names, *extras)}
+
+
+def _plain(training: Training) -> Callable[[], None]:
+    def step() -> None:
+        training.per_sample_loss(training.predict()).mean().backward()
+
+    return step
+
+
+def _floor(training: Training) -> Callable[[], None]:
+    def step() -> None:
+        with frozen_base([training.unet], training.adapters_off):
+            training.predict()
+        training.per_sample_loss(training.predict()).mean().backward()
+
+    return step
+
+
+def _library(training: Training, objective: AptObjective) -> Callable[[], None]:
+    def step() -> None:
+        found = objective.step(training.predict, training.target, training.timesteps)
+        found.loss(training.per_sample_loss(found.prediction)).backward()
+        objective.verify()
+
+    return step
+
+
+class Obvious:
+    """APT by the formulas: attention maps and hidden states are kept, all terms are part of one graph.
+
+    The loss is the library's, with the defaults of `AptConfig`. Cross-attention of the up-blocks that are compared
+    makes its maps once and mixes the values by them, instead of a fused attention that has none.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.config = training, AptConfig()
+        self.indicator = OverfittingIndicator()
+        self.kept: dict[str, list[Tensor]] | None = None
+        self.processors: dict[str, Any] = {}
+        for block in select_up_blocks(training.unet, "auto"):
+            self.processors.update({f"{name}.processor": self._cross_attention for name, _ in block.cross_attention})
+            self.processors.update({f"{name}.processor": self._self_attention for name, _ in block.self_attention})
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Inside, the U-Net's attention runs through the processors that keep what they compute."""
+        unet: Any = self.training.unet
+        before = dict(unet.attn_processors)
+        unet.set_attn_processor({**before, **{name: _Processor(run) for name, run in self.processors.items()}})
+        try:
+            yield
+        finally:
+            unet.set_attn_processor(before)
+
+    def step(self) -> None:
+        self.loss().backward()
+
+    def loss(self) -> Tensor:
+        training, config = self.training, self.config
+        with frozen_base([training.unet], training.adapters_off):
+            frozen, kept_frozen = self._pass()
+        tuned, kept = self._pass()
+        loss_tuned, loss_frozen = training.per_sample_loss(tuned), training.per_sample_loss(frozen)
+        weight = 1 - self.indicator.gamma(training.timesteps)
+        self.indicator.update(training.timesteps, loss_tuned, loss_frozen)
+        alignment, representation = [], []
+        for a, b in zip(kept["maps"], kept_frozen["maps"], strict=True):
+            alignment.append((a.float() - b.float()).square().sum(dim=-1).mean())
+        for a, b in zip(kept["hidden"], kept_frozen["hidden"], strict=True):
+            l_mu = (a.float().mean(dim=1) - b.float().mean(dim=1)).square().mean()
+            l_sigma = (a.float().std(dim=1, correction=0) - b.float().std(dim=1, correction=0)).square().mean()
+            representation.append(l_mu + l_sigma)
+        l_dist, l_attn = torch.stack(representation).mean(), torch.stack(alignment).mean()
+        return (weight * loss_tuned).mean() + config.lambda_dist * l_dist + config.lambda_attn * l_attn
+
+    def _pass(self) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        self.kept = kept = {"maps": [], "hidden": []}
+        prediction = self.training.predict()
+        self.kept = None  # what checkpointing computes again later is not kept twice
+        return prediction, kept
+
+    def _cross_attention(self, attn: Any, x: Tensor, text: Tensor) -> Tensor:
+        q, k, v = (attn.head_to_batch_dim(y) for y in (attn.to_q(x), attn.to_k(text), attn.to_v(text)))
+        maps = attn.get_attention_scores(q, k)
+        if self.kept is not None:
+            self.kept["maps"].append(maps)
+        return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(maps @ v)))
+
+    def _self_attention(self, attn: Any, x: Tensor, _text: None) -> Tensor:
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        output = AttnProcessor2_0()(attn, x)
+        if self.kept is not None:
+            self.kept["hidden"].append(output)
+        return output
+
+
+class _Processor:
+    """Of one attention layer, in the form that diffusers calls."""
+
+    def __init__(self, run: Callable[[Any, Tensor, Any], Tensor]) -> None:
+        self.run = run
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None
+    ) -> Tensor:
+        return self.run(attn, hidden_states, encoder_hidden_states)
