@@ -47,6 +47,7 @@ _NOT_APT = {
     "lambda_dist": 0.0,
     "lambda_attn": 0.0,
     "lambda_joint": 0.0,
+    "frozen_every": 1,
 }
 
 
@@ -79,8 +80,7 @@ class AptConfig:
     the keys that switch APT's own terms are off, whatever was given, so that a preset can serve for a baseline too.
 
     Raises:
-        AptError: a value breaks the rule of its key, only one of `identifier` and `class_word` is given, or
-            `frozen_every` with DCO.
+        AptError: a value breaks the rule of its key, or only one of `identifier` and `class_word` is given.
     """
 
     enabled: bool = _flag(True)
@@ -99,7 +99,7 @@ class AptConfig:
     lambda_dist: float = _at_least_zero(1.0)
     lambda_attn: float = _at_least_zero(1.0)
     regularizer: Literal["separate", "joint"] = _choice("separate", "separate", "joint")
-    lambda_joint: float = _at_least_zero(1.0)
+    lambda_joint: float = _at_least_zero(0.01)
     representation_source: Literal["self_attention", "block"] = _choice("self_attention", "self_attention", "block")
     blocks: Literal["auto"] | tuple[int, ...] = _key(
         "auto", '"auto" or a list of different up-block numbers, counted from 0', _is_blocks
@@ -126,11 +126,6 @@ class AptConfig:
         if self.objective != "apt":
             for name, off in _NOT_APT.items():
                 object.__setattr__(self, name, off)
-        if self.objective == "dco" and self.frozen_every > 1:
-            raise AptError(
-                '[apt] objective = "dco" compares both models in every step; found frozen_every = '
-                f"{self.frozen_every}: take it out"
-            )
         if (self.identifier is None) != (self.class_word is None):
             given, missing = ("identifier", "class_word") if self.identifier else ("class_word", "identifier")
             raise AptError(f"[apt] {given} = {getattr(self, given)!r} needs {missing} too: give both or neither")
