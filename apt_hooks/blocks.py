@@ -50,7 +50,7 @@ def find_up_blocks(unet: nn.Module) -> tuple[UpBlock, ...]:
         children = ", ".join(name for name, _ in unet.named_children()) or "no child modules"
         raise AptError(
             f"looked for up_blocks or output_blocks in {type(unet).__name__}, found {children}: "
-            "pass the U-Net itself, or set lambda_dist and lambda_attn to 0, which need no hooks"
+            "pass the U-Net itself, or set lambda_dist and lambda_attn (lambda_joint) to 0, which need no hooks"
         )
     return tuple(_up_block(index, parts, last) for index, (parts, last) in enumerate(levels))
 

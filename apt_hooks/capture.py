@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .blocks import select_up_blocks
-from .contributions import AddGradient, Contribution, Gate, Kind, Node, Place, Regularized
+from .contributions import AddGradient, Awaited, Contribution, Gate, Kind, Node, ObservedPass, Place
 from .errors import AptError
 
 Source = Literal["self_attention", "cross_attention", "block"]
@@ -51,13 +51,14 @@ class FeatureCapture:
     """Hooks on the up-blocks of a U-Net.
 
     A pass is read inside `with capture.record() as features:`, and observed inside `with capture.regularize(...)`,
-    where what a regularizer adds to the gradient is known as soon as a layer has run, so that nothing of the layer has
-    to be kept for it. Outside of both the hooks return at once: sampling and validation go unread. The attention
-    backend stays the user's: queries and keys are the outputs of `to_q` and `to_k`.
+    where what a regularizer adds to the gradient is known as soon as a layer has run, so that neither maps nor keys and
+    queries of both models are kept for it. Otherwise the hooks return at once: sampling and validation go unread. The
+    attention backend stays the user's: queries and keys are the outputs of `to_q` and `to_k`.
 
-    Gradient checkpointing: a layer that is observed gets a node that adds the gradient. Non-reentrant checkpointing
-    keeps that node; reentrant checkpointing runs its first pass without a graph, so there the node is put in when the
-    layer is recomputed. A gradient that no recomputation has come for is an error at the next pass or `verify`.
+    Gradient checkpointing: a layer that is observed gets a node that adds the gradient, in the first pass where that
+    has a graph, and in a recomputation. A gradient that no recomputation has come for is an error at the next pass or
+    `verify`. Selective checkpointing (`context_fn`) is not supported: what an observer computes would count as the
+    layer's.
 
     A context manager; `close()` may be called any number of times and leaves the U-Net as it was.
 
@@ -86,7 +87,8 @@ class FeatureCapture:
         self.layers: tuple[AttentionLayer, ...] = ()
         self.representation_places: tuple[str, ...] = ()
         self._observe: Callable[[Place, Tensor], Node | None] | None = None
-        self._awaited: dict[Place, Node] = {}
+        self._awaited = Awaited()
+        self._traceable = True
         self._handles: list[RemovableHandle] = []
         cross = [layer for block in up_blocks for layer in block.cross_attention] if attention else []
         self.layers = tuple(AttentionLayer(name, int(m.heads), float(m.scale)) for name, m in cross)  # type: ignore[arg-type]
@@ -94,7 +96,7 @@ class FeatureCapture:
             self._hook(module.to_q, ("queries", i))
             self._hook(module.to_k, ("keys", i))
         if representation:
-            places = []
+            places: list[tuple[str, nn.Module]] = []
             for block in up_blocks:
                 places += (block.output,) if representation_source == "block" else getattr(block, representation_source)
             self.representation_places = tuple(name for name, _ in places)
@@ -105,17 +107,21 @@ class FeatureCapture:
     def record(self, reduce: Callable[[Kind, Tensor], Tensor] | None = None) -> Iterator[Features]:
         """Read the pass that runs inside.
 
-        What reentrant checkpointing computes has no graph; to regularize such a pass, `regularize` it.
-
         Args:
             reduce: applied to each tensor as it comes, so that a frozen pass keeps statistics, not maps.
 
         Raises:
-            AptError: a place was not passed through, or the gradient of the pass before got lost.
+            AptError: a place was not passed through, the gradient of the pass before got lost, or gradients are wanted
+                of a place that is computed without them (reentrant checkpointing).
         """
-        features = Features()
+        features, differentiated = Features(), torch.is_grad_enabled()
 
         def observe(place: Place, output: Tensor) -> None:
+            if differentiated and not torch.is_grad_enabled():
+                raise AptError(
+                    f"{self._name(place)} runs without a graph (reentrant gradient checkpointing?), so no gradient "
+                    "would reach it: use AptObjective or regularize(), or read under torch.no_grad()"
+                )
             kind, i = place
             getattr(features, kind)[i] = output if reduce is None else reduce(kind, output)
 
@@ -123,38 +129,41 @@ class FeatureCapture:
             yield features
 
     @contextlib.contextmanager
-    def regularize(self, observer: Observer) -> Iterator[Regularized]:
+    def regularize(self, observer: Observer) -> Iterator[ObservedPass]:
         """Show `observer` every place of the pass that runs inside; `connect` afterwards.
 
         Raises:
-            AptError: as `record`.
+            AptError: a place was not passed through or more than once, or the gradient of the pass before got lost.
         """
-        regularized = Regularized()
+        observed, shown = ObservedPass(), set()
 
         def observe(place: Place, output: Tensor) -> Node | None:
+            if place in shown:
+                raise AptError(f"{self._name(place)} ran twice in one pass; call the U-Net once, with the whole batch")
+            shown.add(place)
             with torch.no_grad():
                 contribution = observer(*place, output.detach())
             severed = not torch.is_grad_enabled()
             if contribution is None or not (severed or output.requires_grad):
                 return None
-            node = Node(self._awaited, place, contribution, regularized.factors, severed)
-            regularized.nodes.append(node)
+            node = Node(self._awaited, place, contribution, observed.factors, severed)
+            observed.nodes.append(node)
             return node
 
-        with self._observed(observe):
-            yield regularized
+        with self._observed(observe, traceable=False):
+            yield observed
 
     def connect(
-        self, prediction: Tensor, regularized: Regularized, values: Mapping[str, Tensor]
+        self, prediction: Tensor, observed: ObservedPass, values: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Make `values`, the observer's scalars, differentiable: their gradient is what the contributions add.
 
         Take every loss from the prediction and the values that this returns: one node then collects the gradients of
-        all values before any enters the network.
+        all values before any enters the network. A loss of the pass's own output goes past it.
         """
-        if not regularized.nodes or not prediction.requires_grad:
+        if not observed.nodes or not prediction.requires_grad:
             return prediction, dict(values)
-        prediction, *connected = Gate.apply(self._awaited, regularized, tuple(values), prediction, *values.values())
+        prediction, *connected = Gate.apply(self._awaited, observed, tuple(values), prediction, *values.values())
         return prediction, dict(zip(values, connected, strict=True))
 
     def verify(self) -> None:
@@ -163,8 +172,8 @@ class FeatureCapture:
         Raises:
             AptError: some were not, so the regularizers did not reach the LoRA.
         """
-        lost = [self._name(node.place) for node in self._awaited.values() if node.severed]
-        self._awaited.clear()
+        lost = [self._name(place) for place in self._awaited.lost]
+        self._awaited.lost.clear()
         if lost:
             raise AptError(
                 f"the regularizers' gradient got lost at {len(lost)} places ({', '.join(lost[:3])}, ...): they ran "
@@ -190,7 +199,7 @@ class FeatureCapture:
             self.close()
 
     @contextlib.contextmanager
-    def _observed(self, observe: Callable[[Place, Tensor], Node | None]) -> Iterator[None]:
+    def _observed(self, observe: Callable[[Place, Tensor], Node | None], *, traceable: bool = True) -> Iterator[None]:
         self.verify()
         seen: set[Place] = set()
 
@@ -198,7 +207,7 @@ class FeatureCapture:
             seen.add(place)
             return observe(place, output)
 
-        self._observe = noting
+        self._observe, self._traceable = noting, traceable
         try:
             yield
         finally:
@@ -207,19 +216,34 @@ class FeatureCapture:
 
     def _hook(self, module: Any, place: Place) -> None:
         def attend(_module: nn.Module, _args: Any, output: Any) -> Any:
-            if self._observe is None and not self._awaited:
+            node = self._attend(place, output[0] if isinstance(output, tuple) else output)
+            if node is None:
                 return None
-            tensor = output[0] if isinstance(output, tuple) else output
-            node = self._observe(place, tensor) if self._observe is not None else self._awaited.get(place)
-            if node is None or not torch.is_grad_enabled():
-                return None
-            if not tensor.requires_grad:  # nothing that is trained lies before it
-                self._awaited.pop(place, None)
-                return None
-            tensor = AddGradient.apply(tensor, node)
-            return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+            if isinstance(output, tuple):
+                return (AddGradient.apply(output[0], node), *output[1:])
+            return AddGradient.apply(output, node)
 
         self._handles.append(module.register_forward_hook(attend))
+
+    def _attend(self, place: Place, tensor: Tensor) -> Node | None:
+        """The node to put behind a place, if any."""
+        if self._observe is None and not self._awaited:
+            return None
+        if not self._traceable and torch.compiler.is_compiling():
+            return None  # no node would come out of it, and that the place was not observed is found at the end
+        if self._observe is not None:
+            node = self._observe(place, tensor)
+        elif torch._C._current_graph_task_id() == -1:  # a backward pass that failed left them; this is no recomputation
+            self._awaited.clear()
+            return None
+        else:
+            node = self._awaited.get(place)
+        if node is None or not torch.is_grad_enabled():
+            return None
+        if not tensor.requires_grad:  # nothing that is trained lies before it
+            self._awaited.pop(place, None)
+            return None
+        return node
 
     def _check_complete(self, seen: set[Place]) -> None:
         wanted: list[Place] = [(kind, i) for i in range(len(self.layers)) for kind in ("queries", "keys")]

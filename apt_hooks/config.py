@@ -179,6 +179,11 @@ class AptConfig:
         base = tomllib.loads(preset_text(values["preset"]))["apt"]
         return cls(**{**base, **own}, preset_name=values["preset"])
 
+    @property
+    def aligns_attention(self) -> bool:
+        """Whether attention maps are compared, for which both models' captions must be of one token length."""
+        return self.lambda_attn > 0 and self.regularizer == "separate"
+
     def overrides(self) -> dict[str, Any]:
         """The keys whose value differs from the preset's, or from the defaults where no preset is named."""
         base = AptConfig.preset(self.preset_name) if self.preset_name else AptConfig()

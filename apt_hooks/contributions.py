@@ -8,44 +8,70 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Kind = Literal["queries", "keys", "hidden"]
 Place = tuple[Kind, int]
+Factors = Mapping[str, Tensor | None]
+"""The derivative of the loss by each value that went through `FeatureCapture.connect`; None: 0."""
 
 
 class Contribution(Protocol):
     """What a regularizer adds to the gradient of one place.
 
     Attributes:
+        gradient: a tensor that waits for the backward pass; it is taken over by the graph, which frees it afterwards.
         needs_output: whether the place's output is wanted in the backward pass; under gradient checkpointing it is
             computed again then, and not kept.
     """
 
+    gradient: Tensor | None
     needs_output: bool
 
-    def __call__(self, upstream: Tensor, output: Tensor | None, factors: Mapping[str, Tensor | None]) -> Tensor:
-        """`upstream`, the gradient of the place's output, with the regularizer's added; of its shape and dtype.
-
-        `factors` has the derivative of the loss by each value that went through `FeatureCapture.connect`; None: 0.
-        """
+    def __call__(self, upstream: Tensor, output: Tensor | None, factors: Factors) -> Tensor:
+        """`upstream`, the gradient of the place's output, with the regularizer's added; of its shape and dtype."""
         ...
 
 
 @dataclasses.dataclass
-class Regularized:
+class ObservedPass:
     """A pass whose places were observed; for `FeatureCapture.connect`."""
 
     nodes: list[Node] = dataclasses.field(default_factory=list)
     factors: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
 
 
+class Awaited(dict[Place, "Node"]):
+    """The nodes of the backward pass that is under way: from the gate's backward to their own.
+
+    A recomputation comes in between and finds them here: reentrant checkpointing differentiates the recomputed graph,
+    and non-reentrant checkpointing wants as much saved in it as in the first pass.
+
+    Attributes:
+        lost: places without a graph that no recomputation of a backward pass came by.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost: list[Place] = []
+
+    def begin(self, nodes: list[Node]) -> None:
+        """To be called inside of a backward pass; at its end nothing is awaited any more."""
+        self._end()
+        self.update({node.place: node for node in nodes})
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        asked = [node for node in self.values() if any(factor is not None for factor in node.factors.values())]
+        self.lost += [node.place for node in asked if node.severed]
+        self.clear()
+
+
 @dataclasses.dataclass
 class Node:
-    """One place of one pass. It is awaited from the gate's backward to its own, so that a recomputation, which comes
-    in between, finds it: reentrant checkpointing differentiates the recomputed graph, and non-reentrant checkpointing
-    wants as much saved in it as in the first pass."""
+    """One place of one pass; `severed` where it was computed without a graph."""
 
-    awaited: dict[Place, Node]
+    awaited: Awaited
     place: Place
     contribution: Contribution
     factors: dict[str, Tensor | None]
@@ -57,22 +83,28 @@ class Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, awaited: dict, regularized: Regularized, names: tuple, prediction: Tensor, *values: Tensor
+        ctx: Any, awaited: Awaited, observed: ObservedPass, names: tuple, prediction: Tensor, *values: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.awaited, ctx.regularized, ctx.names = awaited, regularized, names
+        ctx.awaited, ctx.observed, ctx.names = awaited, observed, names
         ctx.shape, ctx.options = prediction.shape, {"dtype": prediction.dtype, "device": prediction.device}
         ctx.set_materialize_grads(False)
+        # Saved, so that they are freed by the backward pass and not only when the loss is forgotten.
+        ctx.save_for_backward(*(node.contribution.gradient for node in observed.nodes))
+        for node in observed.nodes:
+            node.contribution.gradient = None
         # Copies, which are small: trainers may change a prediction in place, and a view of many refuses that.
         return (prediction.clone(), *(value.clone() for value in values))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream, *factors = gradients
-        ctx.regularized.factors.update(zip(ctx.names, factors, strict=True))
-        if any(factor is not None for factor in factors):
-            ctx.awaited.update({node.place: node for node in ctx.regularized.nodes})
-            if upstream is None:  # a loss of the values alone; the network has to be gone through all the same
-                upstream = torch.zeros(ctx.shape, **ctx.options)
+        ctx.observed.factors.update(zip(ctx.names, factors, strict=True))
+        for node, gradient in zip(ctx.observed.nodes, ctx.saved_tensors, strict=True):
+            node.contribution.gradient = gradient
+        ctx.awaited.begin(ctx.observed.nodes)
+        if upstream is None:  # a loss of the values alone; the network has to be gone through all the same
+            upstream = torch.zeros(ctx.shape, **ctx.options)
         return (None, None, None, upstream, *(None for _ in ctx.names))
 
 
@@ -84,13 +116,16 @@ class AddGradient(torch.autograd.Function):
         ctx.node = node
         if node.contribution.needs_output:
             ctx.save_for_backward(output)
-        return output.view_as(output)
+        return output.detach()  # and no view, which could not be changed in place
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         node = ctx.node
         (output,) = ctx.saved_tensors or (None,)
         node.awaited.pop(node.place, None)
         if all(factor is None for factor in node.factors.values()):
             return upstream, None
-        return node.contribution(upstream, output, node.factors), None
+        added = node.contribution(upstream, output, node.factors)
+        node.contribution.gradient = None
+        return added, None

@@ -29,8 +29,8 @@ def frozen_base(modules: Iterable[nn.Module], adapters_off: AdaptersOff) -> Iter
     modules = all_modules(modules)
     training = [module for module in modules if module.training]
     parameters = [(p, p.requires_grad) for module in modules for p in module._parameters.values() if p is not None]
-    devices = {p.device for p, _ in parameters}
-    devices = sorted((d for d in devices if d.type not in ("cpu", "meta", "mps")), key=str)
+    used = {p.device for p, _ in parameters}
+    devices = sorted((d for d in used if d.type not in ("cpu", "meta", "mps")), key=str)
     try:
         _set_training(training, False)
         with contextlib.ExitStack() as stack:
@@ -74,4 +74,8 @@ def all_modules(roots: Iterable[nn.Module]) -> list[nn.Module]:
 
 def _set_training(modules: list[nn.Module], mode: bool) -> None:
     for module in modules:
-        object.__setattr__(module, "training", mode)  # nn.Module's own looks for parameters among its names first
+        # nn.Module's own way looks for parameters among its names first; a scripted module has no other.
+        if "training" in vars(module):
+            vars(module)["training"] = mode
+        else:
+            module.training = mode

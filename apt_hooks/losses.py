@@ -60,6 +60,7 @@ def attention_alignment_loss(
         from .ops.attention_alignment import AttentionAlignment
 
         options = {"heads": heads, "scale": scale, "mask": mask, "impl": impl}
+        options["differentiated"] = torch.is_grad_enabled()
         total: Tensor = AttentionAlignment.apply(q, k, q_frozen, k_frozen, options)
         return total / (q.shape[0] * heads * q.shape[1])
     with torch.autocast(q.device.type, enabled=False):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .augmentation import Placement, ZoomOutRotate
 from .capture import FeatureCapture, Features
 from .config import AptConfig
-from .contributions import Regularized
+from .contributions import ObservedPass
 from .frozen import AdaptersOff, frozen_base
 from .indicator import OverfittingIndicator
 from .losses import dco_weight
@@ -40,7 +40,7 @@ class TunedPass:
     """What was compared in a pass that is differentiated; for `AptObjective.join`."""
 
     regularizers: Regularizers
-    regularized: Regularized
+    observed: ObservedPass
 
 
 class AptObjective:
@@ -77,10 +77,9 @@ class AptObjective:
         )
         self.augmentation = ZoomOutRotate(config.zoom_out, config.rotation_degrees)
         self.steps = 0
-        """Steps begun; every `frozen_every`-th has a frozen pass."""
+        """Batches assessed; every `frozen_every`-th has a frozen pass."""
         self.capture: FeatureCapture | None = None
-        joint = config.regularizer == "joint"
-        attention = config.lambda_attn > 0 and not joint
+        joint, attention = config.regularizer == "joint", config.aligns_attention
         representation = (config.lambda_joint if joint else config.lambda_dist) > 0
         if attention or representation:
             self.capture = FeatureCapture(
@@ -166,7 +165,7 @@ class AptObjective:
 
     @property
     def frozen_due(self) -> bool:
-        """Whether this step has a frozen pass; the same until `assess` ends the step."""
+        """Whether this batch has a frozen pass; the same until `assess`. In others no regularizer acts."""
         return self.steps % self.config.frozen_every == 0
 
     @contextlib.contextmanager
@@ -195,14 +194,14 @@ class AptObjective:
             impl=self.config.attention_impl,
             differentiable=torch.is_grad_enabled() and not self.config.monitor_only,
         )
-        with self.capture.regularize(regularizers.observe) as regularized:
-            yield TunedPass(regularizers, regularized)
+        with self.capture.regularize(regularizers.observe) as observed:
+            yield TunedPass(regularizers, observed)
 
     def join(self, tuned: Tensor, frozen: Tensor, tuned_pass: TunedPass | None) -> Passes:
         """Both predictions with what was compared on the way."""
         if self.capture is None or tuned_pass is None:
             return Passes(tuned, frozen)
-        tuned, terms = self.capture.connect(tuned, tuned_pass.regularized, tuned_pass.regularizers.values())
+        tuned, terms = self.capture.connect(tuned, tuned_pass.observed, tuned_pass.regularizers.values())
         return Passes(tuned, frozen, terms)
 
     def assess(self, passes: Passes, target: Tensor, timesteps: Tensor, counted: Tensor | None = None) -> AptStep:
@@ -239,7 +238,7 @@ class AptObjective:
         regularizer = nothing
         if not self.config.monitor_only:
             # The terms are means over the samples that count; the trainer's loss is a mean over the whole batch.
-            share = self.config.frozen_every * count / batch
+            share = (self.config.frozen_every if due else 0) * count / batch
             dist, attn, joint = self.config.lambda_dist, self.config.lambda_attn, self.config.lambda_joint
             lambdas = {"l_mu": dist, "l_sigma": dist, "l_attn": attn, "l_joint": joint}
             regularizer = sum((lambdas[name] * share * term for name, term in passes.terms.items()), nothing)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .capture import AttentionLayer, Features
-from .contributions import Contribution, Kind
+from .contributions import Contribution, Factors, Kind
 from .errors import AptError
 from .losses import full_precision, statistics_loss
 from .ops.attention_alignment import sum_and_gradients
 from .ops.channel_statistics import mean_and_deviation
 from .ops.choice import Impl
-
-Factors = Mapping[str, Tensor | None]
 
 
 def frozen_reduction(regularizer: Literal["separate", "joint"], impl: Impl) -> Callable[[Kind, Tensor], Tensor]:
@@ -34,7 +32,8 @@ class Regularizers:
     """Observes a tuned pass (`FeatureCapture.regularize`) beside what the frozen pass left.
 
     As soon as a layer has run, its term and its gradient are computed and the frozen model's side of it is let go. What
-    stays until the backward pass is the gradient by each layer's queries and keys, and two numbers a channel.
+    stays until the backward pass is a gradient of the size of each layer's queries and of its keys; of the hidden
+    states a few numbers a channel, and, without gradient checkpointing, themselves.
 
     Args:
         frozen: of the frozen pass, by `frozen_reduction`; emptied on the way.
@@ -63,7 +62,7 @@ class Regularizers:
         self._rows = rows
         self._impl = impl
         self._differentiable = differentiable
-        self._waiting: dict[int, tuple[Kind, Tensor, _Scaled]] = {}
+        self._waiting: dict[int, dict[Kind, tuple[Tensor, _Scaled]]] = {}
         self._terms: dict[str, list[Tensor]] = {}
 
     def observe(self, kind: Kind, i: int, output: Tensor) -> Contribution | None:
@@ -88,13 +87,12 @@ class Regularizers:
     def _attention(self, kind: Kind, i: int, output: Tensor) -> _Scaled:
         """Queries and keys come apart; the second of the two settles both."""
         contribution = _Scaled("l_attn", self._rows)
-        if i not in self._waiting:
-            self._waiting[i] = (kind, output, contribution)
+        both = self._waiting.setdefault(i, {})
+        both[kind] = output, contribution
+        if len(both) < 2:
             return contribution
-        _, other, waiting = self._waiting.pop(i)
-        (q, of_q), (k, of_k) = ((output, contribution), (other, waiting))
-        if kind == "keys":
-            (q, of_q), (k, of_k) = (k, of_k), (q, of_q)
+        del self._waiting[i]
+        (q, of_q), (k, of_k) = both["queries"], both["keys"]
         q, k, q_frozen, k_frozen = (
             _chosen(x, self._rows) for x in (q, k, self._frozen.queries.pop(i), self._frozen.keys.pop(i))
         )
@@ -125,13 +123,14 @@ class Regularizers:
         l_mu, l_sigma = statistics_loss(statistics, frozen)
         self._add("l_mu", l_mu)
         self._add("l_sigma", l_sigma)
-        channels, positions = statistics[0].numel(), output[0].numel() // statistics.shape[2]
         mean, deviation = statistics
-        by_mean, by_deviation = (statistics - frozen) * (2 / (channels * positions * self._places))
+        positions = output[0].numel() // mean.shape[1]
+        by_mean, by_deviation = (statistics - frozen) * (2 / (mean.numel() * positions * self._places))
         # A channel held at the least deviation (`representation_statistics`) has no gradient.
         by_deviation = torch.where(deviation > 1e-6, by_deviation / deviation, 0.0)
         shape = (-1, 1, mean.shape[1]) if output.ndim == 3 else (-1, mean.shape[1], 1, 1)
-        return _Statistics(*(x.reshape(shape) for x in (mean, by_mean, by_deviation)), self._rows)
+        mean, by_mean, by_deviation = (x.reshape(shape) for x in (mean, by_mean, by_deviation))
+        return _Statistics(mean, by_mean, by_deviation, self._rows)
 
     def _joint(self, i: int, output: Tensor) -> _Scaled:
         """Squared distance of the outputs in units of the frozen one's own square: ours (the paper's D.2 leaves it
@@ -140,7 +139,7 @@ class Regularizers:
         output, frozen = _chosen(output, self._rows), _chosen(self._frozen.hidden.pop(i), self._rows)
         if output.shape != frozen.shape:
             raise AptError(f"both models' outputs must have one shape; found {output.shape} and {frozen.shape}")
-        size = full_precision(frozen).square().flatten(1).sum(dim=1).clamp_min(1e-12)
+        size = full_precision(frozen).square().flatten(1).sum(dim=1).clamp_min(1e-6 * frozen[0].numel())
         difference = output - frozen
         self._add("l_joint", (full_precision(difference).square().flatten(1).sum(dim=1) / size).mean())
         share = 2 / (size * len(size) * self._places)
@@ -159,8 +158,9 @@ class _Scaled:
 
     def __call__(self, upstream: Tensor, output: Tensor | None, factors: Factors) -> Tensor:
         factor = factors.get(self.value)
-        if factor is None or self.gradient is None:
+        if factor is None:
             return upstream
+        assert self.gradient is not None  # the graph has given it back
         return _plus(upstream, full_precision(self.gradient) * (self.share * factor), self.rows)
 
 
@@ -172,6 +172,7 @@ class _Statistics:
     by_mean: Tensor
     by_deviation: Tensor
     rows: Tensor | None
+    gradient: Tensor | None = None
     needs_output: bool = True
 
     def __call__(self, upstream: Tensor, output: Tensor | None, factors: Factors) -> Tensor:

@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import weakref
 
 import pytest
 import torch
@@ -244,6 +245,7 @@ def test_passes_outside_and_recomputations_are_not_observed(layout, checkpointin
 
 
 class AddOne:
+    gradient = None
     needs_output = True
 
     def __call__(self, upstream, output, factors):
@@ -363,6 +365,142 @@ def test_gradients_of_a_real_diffusers_unet_do_not_depend_on_checkpointing():
             library_loss(capture, prediction, target, terms).backward()
         found.append(torch.cat([p.grad.flatten() for p in lora]))
     assert relative_difference(found[1], found[0]) < 1e-5
+
+
+def plain_lora_gradient(layout):
+    unet, network = make_tuned(layout)
+    x, timesteps, context, target = make_batch(unet)
+    F.mse_loss(unet(x, timesteps, context), target).backward()
+    return network.gradient()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", *CHECKPOINTING])
+def test_a_backward_pass_that_fails_leaves_nothing_to_the_next_pass(layout, checkpointing):
+    """As one does that runs out of memory in a loop that skips such a step."""
+    unet, network = make_tuned(layout, checkpointing)
+    x, timesteps, context, target = make_batch(unet)
+    with FeatureCapture(unet) as capture:
+        layer = unet.get_submodule(capture.layers[0].name)  # places behind it have been gone through by then
+
+        def out_of_memory(module, args, output):
+            if output.requires_grad:
+                output.register_hook(lambda gradient: (_ for _ in ()).throw(MemoryError()))
+
+        handle = layer.to_k.register_forward_hook(out_of_memory)
+        loss = captured_loss(unet, network, capture)
+        with pytest.raises(MemoryError):
+            loss.backward()
+        handle.remove()
+        del loss
+        network.zero_grad()
+        F.mse_loss(unet(x, timesteps, context), target).backward()
+        assert relative_difference(network.gradient(), plain_lora_gradient(layout)) < 1e-5
+        network.zero_grad()
+        captured_loss(unet, network, capture).backward()
+        assert relative_difference(network.gradient(), lora_gradient(layout, "off")) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", *CHECKPOINTING])
+def test_a_backward_pass_of_the_prediction_alone_is_the_plain_one(layout, checkpointing):
+    unet, network = make_tuned(layout, checkpointing)
+    x, timesteps, context, target = make_batch(unet)
+    with FeatureCapture(unet) as capture:
+        prediction, _ = compared(unet, lambda: unet(x, timesteps, context), network.off, capture)
+        F.mse_loss(prediction, target).backward()
+    assert relative_difference(network.gradient(), plain_lora_gradient(layout)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", "non_reentrant"])
+def test_terms_may_be_differentiated_one_by_one_and_again(layout, checkpointing):
+    unet, network = make_tuned(layout, checkpointing)
+    x, timesteps, context, target = make_batch(unet)
+    parameters = list(network.parameters())
+    with FeatureCapture(unet) as capture:
+        prediction, terms = compared(unet, lambda: unet(x, timesteps, context), network.off, capture)
+        parts = [WEIGHT * F.mse_loss(prediction, target), len(capture.layers) * terms["l_attn"]]
+        parts += [len(capture.representation_places) * terms[name] for name in ("l_mu", "l_sigma")]
+        for _ in range(2):
+            found = [torch.autograd.grad(part, parameters, retain_graph=True) for part in parts]
+            total = torch.cat([sum(gradients).flatten() for gradients in zip(*found, strict=True)])
+            assert relative_difference(total, lora_gradient(layout, "off")) < 1e-5
+        # Of the last parameter alone: most places are not gone through, and that is no loss.
+        torch.autograd.grad(parts[1], parameters[-1:], allow_unused=True)
+
+
+def test_the_gradients_that_waited_are_freed_by_the_backward_pass_though_the_loss_is_kept():
+    unet, network = make_tuned("up_blocks")
+    with FeatureCapture(unet) as capture:
+        kept = []
+        make = Regularizers.observe
+
+        class Watched(Regularizers):
+            def observe(self, *args):
+                contribution = make(self, *args)
+                kept.append(contribution)
+                return contribution
+
+        x, timesteps, context, target = make_batch(unet)
+        with frozen_base([unet], network.off), capture.record(frozen_reduction("separate", "eager")) as frozen:
+            unet(x, timesteps, context)
+        regularizers = Watched(frozen, capture.layers, len(capture.representation_places))
+        with capture.regularize(regularizers.observe) as observed:
+            prediction = unet(x, timesteps, context)
+        waiting = [weakref.ref(c.gradient) for c in kept if c.gradient is not None]
+        assert len(waiting) == 2 * len(capture.layers)
+        prediction, terms = capture.connect(prediction, observed, regularizers.values())
+        loss = library_loss(capture, prediction, target, terms)
+        loss.backward()
+        assert [reference() for reference in waiting] == [None] * len(waiting)
+        assert all(c.gradient is None for c in kept)
+        assert loss.requires_grad
+
+
+def test_queries_may_be_changed_in_place_by_the_layer():
+    unet, network = make_tuned("up_blocks")
+    wanted = lora_gradient("up_blocks", "off")
+    attention = unet.up_blocks[3].attentions[0].attn2
+    with FeatureCapture(unet) as capture:
+        attention.to_q.register_forward_hook(lambda m, a, q: q.mul_(1.0))  # behind the library's
+        captured_loss(unet, network, capture).backward()
+    assert relative_difference(network.gradient(), wanted) < 1e-5
+
+
+def test_a_model_compiled_after_the_capture_was_attached_is_an_error_and_not_a_run_without_regularizers():
+    unet, _ = make_tuned("up_blocks")
+    batch = make_batch(unet)[:3]
+    capture = FeatureCapture(unet)
+    compiled = torch.compile(unet, backend="eager")
+    with (
+        pytest.raises(AptError, match=r"the pass did not come through 6 of 6 places .* the model was compiled"),
+        capture.regularize(lambda *_: AddOne()),
+    ):
+        compiled(*batch)
+
+
+def test_a_u_net_that_runs_twice_in_one_pass_is_refused():
+    unet, _ = make_tuned("up_blocks")
+    batch = make_batch(unet)[:3]
+    with (
+        pytest.raises(AptError, match="ran twice in one pass; call the U-Net once"),
+        FeatureCapture(unet).regularize(lambda *_: AddOne()),
+    ):
+        unet(*batch)
+        unet(*batch)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reading_what_has_no_graph_where_gradients_are_wanted_is_refused(layout):
+    unet, _ = make_tuned(layout, "reentrant")
+    batch = make_batch(unet)[:3]
+    capture = FeatureCapture(unet)
+    with pytest.raises(AptError, match="runs without a graph"), capture.record():
+        unet(*batch)
+    with torch.no_grad(), capture.record() as features:
+        unet(*batch)
+    assert len(features.queries) == len(capture.layers)
 
 
 @pytest.fixture

@@ -255,18 +255,55 @@ def test_a_frozen_pass_every_third_step_regularizes_with_three_times_the_strengt
     wanted, _, _ = every.run()
     objective = make_objective(third.unet, third.network, frozen_every=3)
     for step in range(7):
-        before = objective.indicator.state_dict()
+        before, weight = objective.indicator.state_dict(), 1 - objective.indicator.gamma(TIMESTEPS)
         due = objective.frozen_due
         made = objective.step(third.predict, third.target, TIMESTEPS)
         made.loss(third.per_sample(made.prediction)).backward()
         objective.verify()
         assert due == (step % 3 == 0)
         assert (objective.indicator.state_dict() != before) == due
-        assert torch.allclose(made.weight, 1 - objective.indicator.gamma(TIMESTEPS)) or due
+        assert torch.equal(made.weight, weight)
         assert set(made.values) == (set(wanted.values) if due else {"loss_weight"})
         strength = 3 * float(wanted.regularizer.detach()) if due else 0.0
         assert float(made.regularizer.detach()) == pytest.approx(strength, rel=1e-9)
     assert third.frozen_calls == 3
+
+
+def test_a_loop_that_makes_the_frozen_pass_when_none_is_due_gets_no_regularizer_there():
+    case = Case()
+    found = []
+    with make_objective(case.unet, case.network, frozen_every=2) as objective:
+        for _ in range(3):
+            with objective.frozen_pass() as features:
+                frozen = case.predict()
+            with objective.tuned_pass(features) as tuned_pass:
+                tuned = case.predict()
+            step = objective.assess(objective.join(tuned, frozen, tuned_pass), case.target, TIMESTEPS)
+            found.append(float(step.regularizer.detach()))
+    assert found[0] == found[2] > 0.0
+    assert found[1] == 0.0
+
+
+def test_every_rank_updates_its_indicator_where_a_frozen_pass_is_due_though_nothing_counts(monkeypatch):
+    case, updates = Case(), []
+    objective = make_objective(case.unet, case.network, frozen_every=2)
+    monkeypatch.setattr(objective.indicator, "update", lambda timesteps, *losses: updates.append(len(timesteps)))
+    for counted in (None, None, torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)):
+        objective.step(case.predict, case.target, TIMESTEPS, counted=counted)
+    assert updates == [4, 0]  # of the first and the third, as on every other rank
+
+
+@pytest.mark.parametrize("config", [{}, {"regularizer": "joint"}], ids=["separate", "joint"])
+def test_a_layer_without_variation_gives_finite_terms_and_gradients(config):
+    case = Case()
+    for stem in STEMS["up_blocks"]:
+        for name in ("attn1", "attn2"):
+            output = case.unet.get_submodule(f"{stem}.{name}").to_out[0]
+            torch.nn.init.zeros_(output.weight)
+            torch.nn.init.zeros_(output.bias)
+    step, _, gradient = case.run(**config)
+    assert all(math.isfinite(value) for value in step.values.values())
+    assert torch.isfinite(gradient).all()
 
 
 def test_where_nothing_counts_the_frozen_pass_does_not_run():

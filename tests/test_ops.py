@@ -94,29 +94,48 @@ def test_statistics_of_a_shape_without_positions_are_refused():
 
 def test_triton_asked_for_where_it_cannot_run_is_refused_with_the_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    choice._broken.cache_clear()
-    with pytest.raises(AptError, match=r'attention_impl = "triton" cannot be used here: .*; take "auto" or "eager"'):
-        sum_and_gradients(*inputs(dtype=torch.float32), heads=HEADS, scale=1.0, impl="triton")
-    choice._broken.cache_clear()
+    for call in (
+        lambda: sum_and_gradients(*inputs(dtype=torch.float32), heads=HEADS, scale=1.0, impl="triton"),
+        lambda: mean_and_deviation(torch.zeros(2, 3, 4), impl="triton"),
+    ):
+        with pytest.raises(
+            AptError, match=r'attention_impl = "triton" cannot be used here: .*; take "auto" or "eager"'
+        ):
+            call()
 
 
-def test_what_the_kernel_does_not_do_is_told(monkeypatch):
+def test_what_the_kernels_do_not_do_is_told(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(choice, "_broken", lambda device: None)
+    monkeypatch.setattr(choice, "unavailable", lambda device: None)
     with pytest.raises(AptError, match=r"its kernel does not do 5 tokens of head size 8 in torch\.float64"):
         sum_and_gradients(*inputs(), heads=HEADS, scale=1.0, impl="triton")
+    with pytest.raises(AptError, match="its kernel does no float64"):
+        mean_and_deviation(torch.zeros(2, 3, 4, dtype=torch.float64), impl="triton")
 
 
-def test_a_kernel_that_cannot_be_built_is_told_once_and_gone_without(monkeypatch, caplog):
-    cuda, fits = torch.device("cuda"), lambda: None
+def test_a_kernel_that_cannot_be_used_is_told_once_and_gone_without(monkeypatch, caplog):
+    cuda = torch.device("cuda")
     choice._say_once.cache_clear()
-    monkeypatch.setattr(choice, "_broken", lambda device: "no C compiler")
-    assert not choice.takes_triton("auto", cuda, fits)
-    assert not choice.takes_triton("auto", cuda, fits)
+    monkeypatch.setattr(choice, "unavailable", lambda device: None)
+    assert not choice.takes_triton("auto", cuda, lambda device: "no C compiler")
+    assert not choice.takes_triton("auto", cuda, lambda device: "no C compiler")
     assert [record.getMessage() for record in caplog.records] == [
         "apt-hooks: the regularizers run without Triton's kernel: no C compiler"
     ]
-    monkeypatch.setattr(choice, "_broken", lambda device: None)
-    assert choice.takes_triton("auto", cuda, fits)
-    assert not choice.takes_triton("eager", cuda, fits)
-    assert not choice.takes_triton("auto", torch.device("cpu"), fits)
+    assert choice.takes_triton("auto", cuda, lambda device: None)
+    assert not choice.takes_triton("eager", cuda, lambda device: None)
+    assert not choice.takes_triton("auto", torch.device("cpu"), lambda device: None)
+
+
+def test_a_kernel_that_fails_or_finds_other_numbers_is_no_good():
+    wanted = torch.ones(3), torch.full((2,), 5.0)
+
+    def failing():
+        raise RuntimeError("Failed to find\nC compiler")
+
+    assert choice.fault(lambda: wanted, wanted) is None
+    assert choice.fault(failing, wanted) == "the kernel cannot be built (RuntimeError: Failed to find C compiler)"
+    for wrong in (torch.full((2,), 5.2), torch.full((2,), float("nan"))):
+        assert "numbers are wrong" in choice.fault(lambda wrong=wrong: (wanted[0], wrong), wanted)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        choice.fault(lambda: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()), wanted)

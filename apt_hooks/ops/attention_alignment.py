@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..losses import attention_map, full_precision
-from .choice import Impl, takes_triton
+from .choice import Impl, fault, takes_triton
 
 CHUNK = 2**22
 """Numbers of a map that the eager way holds at a time (16 MiB in float32; five such pieces live at once)."""
@@ -47,14 +48,8 @@ def sum_and_gradients(
     Raises:
         AptError: `impl` is "triton", and it cannot be used.
     """
-
-    def unfit() -> str | None:
-        from .attention_alignment_triton import supports
-
-        given = f"{k.shape[1]} tokens of head size {q.shape[2] // heads} in {q.dtype}"
-        return None if supports(q, k, heads) else f"its kernel does not do {given}"
-
-    if takes_triton(impl, q.device, unfit):
+    trial = functools.partial(_trial, q.dtype, k.shape[1], q.shape[2] // heads)
+    if takes_triton(impl, q.device, trial):
         from .attention_alignment_triton import sum_and_gradients as fused
 
         return fused(q, k, q_frozen, k_frozen, heads=heads, scale=scale, mask=mask, gradients=gradients)
@@ -67,15 +62,15 @@ class AttentionAlignment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, q_frozen: Tensor, k_frozen: Tensor, options: dict[str, Any]) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
+        wanted = options.pop("differentiated") and any(ctx.needs_input_grad)
         total, *gradients = sum_and_gradients(q, k, q_frozen, k_frozen, gradients=wanted, **options)
-        ctx.gradients = gradients
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(times(gradient, factor) for gradient in ctx.gradients), None, None, None)
+        return (*(times(gradient, factor) for gradient in ctx.saved_tensors), None, None, None)
 
 
 def times(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -115,3 +110,19 @@ def _eager(
 def _split(x: Tensor, heads: int) -> Tensor:
     """[batch, n, heads * channels] -> [batch, heads, n, channels], in full precision."""
     return full_precision(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@functools.cache
+def _trial(dtype: torch.dtype, tokens: int, size: int, device: torch.device) -> str | None:
+    """Why Triton's kernel cannot do heads of this size on this device; found out by having it do some."""
+    from .attention_alignment_triton import sum_and_gradients as fused
+    from .attention_alignment_triton import supports
+
+    generator, scale = torch.Generator().manual_seed(0), size**-0.5
+    shapes = [(1, length, 2 * size) for length in (70, tokens, 70, tokens)]
+    q, k, q_frozen, k_frozen = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    if not supports(q, k, 2):
+        return f"its kernel does not do {tokens} tokens of head size {size} in {dtype}"
+    with torch.autocast(device.type, enabled=False):
+        wanted = _eager(q, k, q_frozen, k_frozen, 2, scale, None, True)
+    return fault(lambda: fused(q, k, q_frozen, k_frozen, heads=2, scale=scale), wanted)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ..losses import full_precision, representation_statistics
-from .choice import Impl, takes_triton
+from .choice import Impl, fault, takes_triton
 
 CHUNK = 2**22
 """Numbers that the eager way casts at a time: 16 MiB in float32."""
@@ -24,13 +26,25 @@ def mean_and_deviation(h: Tensor, *, impl: Impl = "auto") -> Tensor:
     Raises:
         AptError: another shape; or `impl` is "triton", and it cannot be used.
     """
-    if h.ndim not in (3, 4) or h.numel() <= CHUNK:
-        return representation_statistics(h)
-    if takes_triton(impl, h.device, lambda: "its kernel does no float64" if h.dtype == torch.float64 else None):
+    if h.ndim in (3, 4) and takes_triton(impl, h.device, functools.partial(_trial, h.dtype, h.ndim)):
         from .channel_statistics_triton import mean_and_deviation as fused
 
         return fused(h)
+    if h.ndim not in (3, 4) or h.numel() <= CHUNK:
+        return representation_statistics(h)
     return _eager(h)
+
+
+@functools.cache
+def _trial(dtype: torch.dtype, ndim: int, device: torch.device) -> str | None:
+    """Why Triton's kernel cannot do hidden states of this kind on this device; found out by having it do some."""
+    from .channel_statistics_triton import mean_and_deviation as fused
+
+    if dtype == torch.float64:
+        return "its kernel does no float64"
+    shape = (2, 300, 80) if ndim == 3 else (2, 80, 15, 20)
+    h = (3 + torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(device, dtype)
+    return fault(lambda: fused(h).unbind(), representation_statistics(h).unbind())
 
 
 def _eager(h: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class AptTrainer:
         self._captions = None
         if self.apt_config.identifier and self.apt_config.class_word:
             self._captions = ClassCaptions(self.apt_config.identifier, self.apt_config.class_word)
-            if self.apt_config.lambda_attn > 0:
+            if self.apt_config.aligns_attention:
                 self._captions.check_lengths(tokenizers)
         return tokenizers
 
