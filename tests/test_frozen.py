@@ -2,6 +2,7 @@ import pytest
 import torch
 from models import LAYOUTS, make_batch, make_diffusers_unet, make_tuned, make_unet, relative_difference
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from apt_hooks.errors import AptError
 from apt_hooks.frozen import frozen_base
@@ -127,3 +128,21 @@ def test_a_switch_that_makes_no_context_is_refused_and_everything_is_as_before()
     with pytest.raises(AptError, match=r"^adapters_off must make a context .*; found NoneType; for peft: "):
         context.__enter__()
     assert unet.training and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("way", ["peft", "stand-in"])
+def test_inside_lora_computes_nothing(way):
+    if way == "peft":
+        peft = pytest.importorskip("peft")
+        base, unet = make_diffusers_unet(), make_diffusers_unet().train()
+        unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+        off = lambda: adapters_off(unet)  # noqa: E731
+    else:
+        base, (unet, network) = make_unet("up_blocks"), make_tuned("up_blocks")
+        off = network.off
+    batch, counts = make_batch(unet)[:3], []
+    for model, context in ((base, torch.no_grad), (unet, lambda: frozen_base([unet], off)), (unet, torch.no_grad)):
+        with FlopCounterMode(display=False) as counter, context():
+            model(*batch)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] < counts[2]

@@ -284,6 +284,24 @@ def test_a_loop_that_makes_the_frozen_pass_when_none_is_due_gets_no_regularizer_
     assert found[1] == 0.0
 
 
+def test_the_frozen_pass_may_be_compiled():
+    plain, found = Case(), Case()
+    wanted, _, gradient = plain.run()
+    with make_objective(found.unet, found.network) as objective:
+        compiled = torch.compile(found.unet, backend="eager")  # after the hooks are on
+        step = objective.step(
+            found.predict,
+            found.target,
+            TIMESTEPS,
+            predict_frozen=lambda: compiled(found.x, TIMESTEPS, found.context),
+        )
+        step.loss(found.per_sample(step.prediction)).backward()
+    assert {k: float(v) for k, v in step.values.items()} == pytest.approx(
+        {k: float(v) for k, v in wanted.values.items()}, rel=1e-9
+    )
+    assert relative_difference(found.network.gradient(), gradient) < 1e-9
+
+
 def test_every_rank_updates_its_indicator_where_a_frozen_pass_is_due_though_nothing_counts(monkeypatch):
     case, updates = Case(), []
     objective = make_objective(case.unet, case.network, frozen_every=2)

@@ -56,7 +56,7 @@ def run_demo(
     Args:
         out: folder, made where it is missing.
         concept: number of a concept.
-        seed: of everything; the same seed gives the same numbers on the same machine.
+        seed: of everything; the same seed gives the same LoRAs on machines of a kind, however many their cores.
         methods: "base" and those of `METHODS`, in the order of the columns.
         training: what all methods share.
         scenes, repeats: prompts that are judged, and pictures of each.
