@@ -141,8 +141,7 @@ class FeatureCapture:
             if place in shown:
                 raise AptError(f"{self._name(place)} ran twice in one pass; call the U-Net once, with the whole batch")
             shown.add(place)
-            with torch.no_grad():
-                contribution = observer(*place, output.detach())
+            contribution = observer(*place, output.detach())
             severed = not torch.is_grad_enabled()
             if contribution is None or not (severed or output.requires_grad):
                 return None

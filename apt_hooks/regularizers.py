@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from .capture import AttentionLayer, Features
 from .contributions import Contribution, Factors, Kind
 from .errors import AptError
-from .losses import full_precision, statistics_loss
+from .losses import full_precision
 from .ops.attention_alignment import sum_and_gradients
 from .ops.channel_statistics import mean_and_deviation
 from .ops.choice import Impl
@@ -31,9 +32,9 @@ def frozen_reduction(regularizer: Literal["separate", "joint"], impl: Impl) -> C
 class Regularizers:
     """Observes a tuned pass (`FeatureCapture.regularize`) beside what the frozen pass left.
 
-    As soon as a layer has run, its term and its gradient are computed and the frozen model's side of it is let go. What
-    stays until the backward pass is a gradient of the size of each layer's queries and of its keys; of the hidden
-    states a few numbers a channel, and, without gradient checkpointing, themselves.
+    As soon as a layer has run, its attention maps are compared, gradients with them, and the frozen model's side is let
+    go. What stays until the backward pass is a gradient of the size of each layer's queries and of its keys; of the
+    hidden states a few numbers a channel, compared at the end, and, without gradient checkpointing, themselves.
 
     Args:
         frozen: of the frozen pass, by `frozen_reduction`; emptied on the way.
@@ -64,6 +65,7 @@ class Regularizers:
         self._differentiable = differentiable
         self._waiting: dict[int, dict[Kind, tuple[Tensor, _Scaled]]] = {}
         self._terms: dict[str, list[Tensor]] = {}
+        self._statistics: dict[torch.Size, _Statistics] = {}
 
     def observe(self, kind: Kind, i: int, output: Tensor) -> Contribution | None:
         """Take in one place; as `FeatureCapture.regularize` calls it."""
@@ -71,7 +73,7 @@ class Regularizers:
             self._rows = self._rows.to(output.device, non_blocking=True)
         contribution: Contribution
         if kind == "hidden":
-            compare = self._joint if self._regularizer == "joint" else self._statistics
+            compare = self._joint if self._regularizer == "joint" else self._representation
             contribution = compare(i, output)
         else:
             contribution = self._attention(kind, i, output)
@@ -79,7 +81,10 @@ class Regularizers:
 
     def values(self) -> dict[str, Tensor]:
         """`l_mu` and `l_sigma`, `l_attn`, `l_joint`: means over the samples that count and over the layers."""
-        return {name: torch.stack(losses).mean() for name, losses in self._terms.items()}
+        found = {name: torch.stack(losses).mean() for name, losses in self._terms.items()}
+        if self._statistics:
+            found["l_mu"], found["l_sigma"] = torch.stack([s.losses() for s in self._statistics.values()]).sum(dim=0)
+        return found
 
     def _add(self, name: str, loss: Tensor) -> None:
         self._terms.setdefault(name, []).append(loss)
@@ -117,20 +122,19 @@ class Regularizers:
         self._add("l_attn", total / count)
         return contribution
 
-    def _statistics(self, i: int, output: Tensor) -> _Statistics:
-        statistics = mean_and_deviation(_chosen(output, self._rows), impl=self._impl)
-        frozen = _chosen(self._frozen.hidden.pop(i), self._rows, dim=1)
-        l_mu, l_sigma = statistics_loss(statistics, frozen)
-        self._add("l_mu", l_mu)
-        self._add("l_sigma", l_sigma)
-        mean, deviation = statistics
-        positions = output[0].numel() // mean.shape[1]
-        by_mean, by_deviation = (statistics - frozen) * (2 / (mean.numel() * positions * self._places))
-        # A channel held at the least deviation (`representation_statistics`) has no gradient.
-        by_deviation = torch.where(deviation > 1e-6, by_deviation / deviation, 0.0)
-        shape = (-1, 1, mean.shape[1]) if output.ndim == 3 else (-1, mean.shape[1], 1, 1)
-        mean, by_mean, by_deviation = (x.reshape(shape) for x in (mean, by_mean, by_deviation))
-        return _Statistics(mean, by_mean, by_deviation, self._rows)
+    def _representation(self, i: int, output: Tensor) -> _OfStatistics:
+        if output.shape not in self._statistics:
+            self._statistics[output.shape] = _Statistics(output.shape, self._places, self._rows)
+        statistics, frozen = self._statistics[output.shape], self._frozen.hidden.pop(i)
+        tuned = mean_and_deviation(_chosen(output, self._rows), impl=self._impl)
+        if frozen.shape[1:] != (len(output), tuned.shape[2]):
+            raise AptError(
+                "the hidden states of both models must have one shape; found statistics of "
+                f"{(len(output), tuned.shape[2])} and {tuple(frozen.shape[1:])} samples and channels"
+            )
+        statistics.tuned.append(tuned)
+        statistics.frozen.append(frozen)
+        return _OfStatistics(statistics, len(statistics.tuned) - 1)
 
     def _joint(self, i: int, output: Tensor) -> _Scaled:
         """Squared distance of the outputs in units of the frozen one's own square: ours (the paper's D.2 leaves it
@@ -161,33 +165,77 @@ class _Scaled:
         if factor is None:
             return upstream
         assert self.gradient is not None  # the graph has given it back
-        return _plus(upstream, full_precision(self.gradient) * (self.share * factor), self.rows)
+        # A dimension more than none makes the products those of full precision.
+        return _plus(upstream, self.gradient, full_precision(factor).reshape(1) * self.share, self.rows)
+
+
+class _Statistics:
+    """The channel statistics of all places whose hidden states have one shape, compared at once: a call costs more
+    than the arithmetic here.
+
+    Attributes:
+        tuned: [2, samples that count, channels] a place, means and deviations.
+        frozen: [2, batch, channels] a place.
+        rows: the samples that count; None: all.
+    """
+
+    def __init__(self, shape: torch.Size, places: int, rows: Tensor | None) -> None:
+        self.tuned: list[Tensor] = []
+        self.frozen: list[Tensor] = []
+        self.rows = rows
+        self._shape = shape
+        self._all_places = places
+        self._gradients: tuple[Tensor | None, Tensor | None, Sequence[tuple[Tensor, Tensor]]] | None = None
+
+    @functools.cached_property
+    def _difference(self) -> Tensor:
+        """[places, 2, samples that count, channels]."""
+        return torch.stack(self.tuned) - _chosen(torch.stack(self.frozen), self.rows, dim=2)
+
+    def losses(self) -> Tensor:
+        """[2]: this shape's share of `l_mu` and of `l_sigma`."""
+        return self._difference.square().mean(dim=(0, 2, 3)) * (len(self.tuned) / self._all_places)
+
+    def gradient(self, number: int, l_mu: Tensor | None, l_sigma: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(a, b) such that the gradient of a place's hidden state h is a + b * h; by the derivatives of the loss."""
+        known = self._gradients
+        if known is None or known[0] is not l_mu or known[1] is not l_sigma:
+            known = self._gradients = l_mu, l_sigma, self._all_gradients(l_mu, l_sigma)
+        return known[2][number]
+
+    def _all_gradients(self, l_mu: Tensor | None, l_sigma: Tensor | None) -> Sequence[tuple[Tensor, Tensor]]:
+        mean, deviation = torch.stack(self.tuned, dim=1)
+        numbers = self._shape.numel() // self._shape[0] * mean.shape[1]
+        by_mean, by_deviation = (self._difference * (2 / (numbers * self._all_places))).unbind(dim=1)
+        # A channel held at the least deviation (`representation_statistics`) has no gradient.
+        slope = torch.where(deviation > 1e-6, by_deviation / deviation, 0.0) * (0.0 if l_sigma is None else l_sigma)
+        offset = by_mean * (0.0 if l_mu is None else l_mu) - slope * mean
+        sizes = (*mean.shape[:2], 1, -1) if len(self._shape) == 3 else (*mean.shape, 1, 1)
+        return list(zip(offset.reshape(sizes), slope.reshape(sizes), strict=True))
 
 
 @dataclasses.dataclass
-class _Statistics:
-    """The gradient of the statistics, from the hidden state itself and a few numbers a channel."""
+class _OfStatistics:
+    """The gradient of one place's statistics."""
 
-    mean: Tensor
-    by_mean: Tensor
-    by_deviation: Tensor
-    rows: Tensor | None
+    statistics: _Statistics
+    number: int
     gradient: Tensor | None = None
     needs_output: bool = True
 
     def __call__(self, upstream: Tensor, output: Tensor | None, factors: Factors) -> Tensor:
         assert output is not None  # it was asked for
-        l_mu, l_sigma = factors.get("l_mu"), factors.get("l_sigma")
-        gradient = full_precision(_chosen(output, self.rows)) - self.mean
-        gradient = gradient.mul_(self.by_deviation * (0.0 if l_sigma is None else l_sigma))
-        gradient += self.by_mean * (0.0 if l_mu is None else l_mu)
-        return _plus(upstream, gradient, self.rows)
+        offset, slope = self.statistics.gradient(self.number, factors.get("l_mu"), factors.get("l_sigma"))
+        rows = self.statistics.rows
+        return _plus(upstream, _chosen(output, rows), slope, rows, offset)
 
 
-def _plus(upstream: Tensor, gradient: Tensor, rows: Tensor | None) -> Tensor:
-    if rows is None:
-        return (full_precision(upstream) + gradient).to(upstream.dtype)
-    return upstream.index_add(0, rows, gradient.to(upstream.dtype))
+def _plus(upstream: Tensor, x: Tensor, factor: Tensor, rows: Tensor | None, offset: Tensor | None = None) -> Tensor:
+    """`upstream + offset + x * factor`, of the rows alone, in the factor's precision; in `upstream`'s dtype."""
+    if rows is not None:
+        return upstream.index_copy(0, rows, _plus(upstream.index_select(0, rows), x, factor, None, offset))
+    start = upstream if offset is None else upstream + offset
+    return torch.addcmul(start, x, factor).to(upstream.dtype)
 
 
 def _chosen(x: Tensor, rows: Tensor | None, dim: int = 0) -> Tensor:

@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> None:
     """Time the methods, append a row for each, and print them."""
     setting = Setting(**{name: getattr(args, name) for name in Setting._fields})
     training = Training.make(make_unet(setting, args.device), setting)
-    with make_methods(args.methods, args.extra, training) as methods:
-        measured = measure(methods, args.rounds, args.device, training.drop_gradients)
+    methods = make_methods(args.methods, args.extra, training)
+    measured = measure(methods, args.rounds, args.device, training.drop_gradients)
     where = {**setting._asdict(), "rounds": args.rounds, **machine(args.device)}
     rows = [{"method": name, **figures, **where} for name, figures in summarize(measured).items()]
     append_rows(args.out, COLUMNS, rows)

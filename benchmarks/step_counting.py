@@ -207,6 +207,6 @@ def count_methods(training: Training, methods: Sequence[str], extras: Mapping[st
     for name in [*methods, *extras]:
         own = {name: extras[name]} if name in extras else {}
         kernels = (own[name].attention_impl if own else CONFIGS.get(name, {}).get("attention_impl")) == "triton"
-        with make_methods([] if own else [name], own, training) as made:
-            found[name] = count_step(made[name], training, kernels=kernels)
+        method = make_methods([] if own else [name], own, training)[name]
+        found[name] = count_step(method, training, kernels=kernels)
     return found

@@ -22,6 +22,7 @@ from apt_hooks.indicator import OverfittingIndicator
 FLOOR = "floor"
 METHODS = {
     "plain": "the trainer's own step",
+    "idle": "plain, with APT's hooks in place and not used",
     FLOOR: "plain, and the frozen model's forward pass, below which no APT can go",
     "eager": "APT by this library, in PyTorch",
     "fused": "APT by this library, with its Triton kernels",
@@ -102,28 +103,15 @@ def _why_not(name: str, checkpointing: str, device: torch.device | None) -> str 
     return None
 
 
-@contextlib.contextmanager
-def make_methods(names: Iterable[str], extras: dict[str, AptConfig], training: Training) -> Iterator[dict[str, Method]]:
-    """The methods by name; those of `extras` by the text that gave them.
-
-    Hooks of all of them stay on the U-Net till the end; those of methods that are not running return at once.
-    """
-    methods: dict[str, Method] = {}
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            if name == "plain":
-                methods[name] = Method(_plain(training))
-            elif name == FLOOR:
-                methods[name] = Method(_floor(training))
-            elif name == "obvious":
-                obvious = Obvious(training)
-                methods[name] = Method(obvious.step, prepared=obvious.prepared)
-        configs = {name: AptConfig(**CONFIGS[name]) for name in names if name in CONFIGS}
-        for name, config in {**configs, **extras}.items():
-            objective = AptObjective(config, training.unet, training.adapters_off)
-            stack.callback(objective.close)
-            methods[name] = Method(_library(training, objective), config.frozen_every)
-        yield {name: methods[name] for name in (*names, *extras)}
+def make_methods(names: Iterable[str], extras: dict[str, AptConfig], training: Training) -> dict[str, Method]:
+    """The methods by name; those of `extras` by the text that gave them."""
+    own = {"plain": Method(_plain(training)), FLOOR: Method(_floor(training))}
+    for name, kept in {"idle": Idle(training), "obvious": Obvious(training)}.items():
+        own[name] = Method(kept.step, prepared=kept.prepared)
+    for name, config in {**{name: AptConfig(**keys) for name, keys in CONFIGS.items()}, **extras}.items():
+        library = Library(training, config)
+        own[name] = Method(library.step, config.frozen_every, library.prepared)
+    return {name: own[name] for name in (*names, *extras)}
 
 
 def _plain(training: Training) -> Callable[[], None]:
@@ -142,13 +130,35 @@ def _floor(training: Training) -> Callable[[], None]:
     return step
 
 
-def _library(training: Training, objective: AptObjective) -> Callable[[], None]:
-    def step() -> None:
+class Library:
+    """A step of this library's."""
+
+    def __init__(self, training: Training, config: AptConfig) -> None:
+        self.training, self.config = training, config
+        self.objective: AptObjective | None = None
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Inside, the hooks are in place."""
+        with AptObjective(self.config, self.training.unet, self.training.adapters_off) as self.objective:
+            yield
+
+    def step(self) -> None:
+        training, objective = self.training, self.objective
+        assert objective is not None, "a step is made inside of prepared()"
         found = objective.step(training.predict, training.target, training.timesteps)
         found.loss(training.per_sample_loss(found.prediction)).backward()
         objective.verify()
 
-    return step
+
+class Idle(Library):
+    """A plain step between the hooks."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training, AptConfig())
+
+    def step(self) -> None:
+        _plain(self.training)()
 
 
 class Obvious:

@@ -53,8 +53,7 @@ def test_under_reentrant_checkpointing_all_of_the_lora_gets_a_gradient():
     gradients = {}
     for checkpointing in ("off", "reentrant"):
         training = training_of(TINY._replace(dtype="float32", checkpointing=checkpointing))
-        with step_methods.make_methods(["plain"], {}, training) as methods:
-            methods["plain"].step()
+        step_methods.make_methods(["plain"], {}, training)["plain"].step()
         gradients[checkpointing] = gradients_of(training)
     assert gradients["reentrant"].keys() == gradients["off"].keys()
     for name, gradient in gradients["off"].items():
@@ -74,25 +73,25 @@ def gradients_of(training):
 @pytest.mark.parametrize("checkpointing", ["off", "nonreentrant"])
 def test_the_obvious_way_has_the_librarys_gradient(checkpointing):
     training = training_of(TINY._replace(dtype="float32", batch=2, checkpointing=checkpointing))
-    with step_methods.make_methods(["plain", "eager", "obvious"], {}, training) as methods:
-        found = {}
-        for name, method in methods.items():
-            with method.prepared():
-                method.step()
-                training.drop_gradients()
-                method.step()  # the second, so that gamma has a say
-                found[name] = gradients_of(training)
+    found = {}
+    for name, method in step_methods.make_methods(["plain", "idle", "eager", "obvious"], {}, training).items():
+        with method.prepared():
+            method.step()
+            training.drop_gradients()
+            method.step()  # the second, so that gamma has a say
+            found[name] = gradients_of(training)
     far = 0.0
     for name, gradient in found["eager"].items():
         torch.testing.assert_close(found["obvious"][name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
         far = max(far, float((found["plain"][name] - gradient).abs().max() / gradient.abs().max()))
+        assert torch.equal(found["idle"][name], found["plain"][name])
     assert far > 0.1  # it is not the plain step's
 
 
 def test_the_obvious_way_leaves_the_processors_as_they_were():
     training = training_of(TINY)
     before = dict(training.unet.attn_processors)
-    with step_methods.make_methods(["obvious"], {}, training) as methods, methods["obvious"].prepared():
+    with step_methods.make_methods(["obvious"], {}, training)["obvious"].prepared():
         changed = [name for name, own in training.unet.attn_processors.items() if own is not before[name]]
     assert changed and all(name.startswith("up_blocks.0.") for name in changed)
     assert training.unet.attn_processors == before
@@ -101,8 +100,7 @@ def test_the_obvious_way_leaves_the_processors_as_they_were():
 def test_an_extra_method_has_the_keys_that_were_given():
     config = step_methods.parse_extra('frozen_every=2 blocks=[0] regularizer="joint"')
     assert (config.frozen_every, config.blocks, config.regularizer) == (2, (0,), "joint")
-    with step_methods.make_methods([], {"some": config}, training_of(TINY)) as methods:
-        assert methods["some"].period == 2
+    assert step_methods.make_methods([], {"some": config}, training_of(TINY))["some"].period == 2
 
 
 # Timing.

@@ -222,7 +222,7 @@ def test_reduce_is_kept_in_place_of_the_hidden_states():
     with torch.no_grad(), capture.record(frozen_reduction("separate", "eager")) as reduced:
         unet(*batch)
     for i, h in whole.hidden.items():
-        assert torch.equal(reduced.hidden[i], representation_statistics(h))
+        assert relative_difference(reduced.hidden[i], representation_statistics(h)) < 1e-6
     assert reduced.queries[0].shape == whole.queries[0].shape
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import attention_map, full_precision
+from ..losses import full_precision
 from .choice import Impl, fault, takes_triton
 
 CHUNK = 2**22
@@ -70,12 +70,9 @@ class AttentionAlignment(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(times(gradient, factor) for gradient in ctx.saved_tensors), None, None, None)
-
-
-def times(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient * factor` for a scalar that its dtype may not hold: a mean over many, in float16."""
-    return (full_precision(gradient) * factor).to(gradient.dtype)
+        # In full precision: the factor of a mean over many may be beyond float16.
+        q, k = ((full_precision(x) * factor).to(x.dtype) for x in ctx.saved_tensors)
+        return q, k, None, None, None
 
 
 def _eager(
@@ -88,23 +85,35 @@ def _eager(
     mask: Tensor | None,
     gradients: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    by_head = _split(k, heads)
-    total = by_head.new_zeros(())
-    grad_q = torch.empty_like(q) if gradients else None
-    grad_k = torch.zeros_like(by_head) if gradients else None
-    rows = max(1, CHUNK // max(1, by_head[..., 0].numel()))
+    keys, keys_frozen = _split(k, heads).mul(scale), _split(k_frozen, heads).mul(scale)
+    twice = keys + keys
+    total, grad_q, grad_k = keys.new_zeros(()), None, None
+    if gradients:
+        grad_q, grad_k = torch.empty_like(q), torch.zeros_like(keys)
+        by_head = grad_q.unflatten(-1, (heads, -1)).transpose(1, 2)
+    rows = max(1, CHUNK // max(1, keys[..., 0].numel()))
     for start in range(0, q.shape[1], rows):
         piece = slice(start, start + rows)
-        tuned = attention_map(q[:, piece], k, heads, scale, mask)
-        difference = tuned - attention_map(q_frozen[:, piece], k_frozen, heads, scale, mask)
+        queries = _split(q[:, piece], heads)
+        tuned = _softmax(queries, keys, mask)
+        difference = tuned - _softmax(_split(q_frozen[:, piece], heads), keys_frozen, mask)
         total += difference.square().sum()
-        if grad_q is None or grad_k is None:
+        if grad_k is None:
             continue
-        scores = difference.mul_(tuned).mul_(2)
-        scores -= tuned.mul_(scores.sum(dim=-1, keepdim=True))
-        grad_q[:, piece] = (scores @ by_head).mul_(scale).transpose(1, 2).flatten(2)
-        grad_k += (scores.transpose(-1, -2) @ _split(q[:, piece], heads)).mul_(scale)
-    return total, grad_q, None if grad_k is None else grad_k.transpose(1, 2).flatten(2).to(k.dtype)
+        scores = difference.mul_(tuned)  # half of P; the other half is in `twice`
+        scores.addcmul_(tuned, scores.sum(dim=-1, keepdim=True), value=-1)
+        by_head[:, :, piece] = scores @ twice
+        grad_k += scores.transpose(-1, -2) @ queries
+    if grad_k is not None:
+        grad_k = grad_k.mul_(2 * scale).transpose(1, 2).flatten(2).to(k.dtype)
+    return total, grad_q, grad_k
+
+
+def _softmax(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    scores = q @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
