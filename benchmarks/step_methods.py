@@ -28,8 +28,11 @@ METHODS = {
     "fused": "APT by this library, with its Triton kernels",
     "obvious": "APT as one would write it: attention maps and hidden states of both models kept",
     "dco": "DCO by this library",
+    "compiled": "eager, with torch.compile for the frozen pass",
 }
 """Names and what they are."""
+
+ON_REQUEST = ("compiled",)  # takes minutes to begin
 
 CONFIGS = {
     "eager": {"attention_impl": "eager"},
@@ -84,6 +87,8 @@ def choose_methods(names: Sequence[str] | None, checkpointing: str, device: torc
     chosen = []
     for name in METHODS:
         reason = _why_not(name, checkpointing, device)
+        if names is None and name in ON_REQUEST:
+            continue
         if names is None and reason:
             print(f"{name} is left out: {reason}")
         elif names is None or name in names or name == FLOOR:
@@ -96,6 +101,8 @@ def choose_methods(names: Sequence[str] | None, checkpointing: str, device: torc
 def _why_not(name: str, checkpointing: str, device: torch.device | None) -> str | None:
     if name == "obvious" and checkpointing == "reentrant":
         return "what it keeps has no graph under reentrant checkpointing"
+    if name == "compiled" and device is None:
+        return "what a compiler makes of it is not counted"
     if name == "fused" and device is not None and device.type != "cuda":
         return "Triton's kernels need a CUDA device"
     if name == "fused" and importlib.util.find_spec("triton") is None:
@@ -106,7 +113,8 @@ def _why_not(name: str, checkpointing: str, device: torch.device | None) -> str 
 def make_methods(names: Iterable[str], extras: dict[str, AptConfig], training: Training) -> dict[str, Method]:
     """The methods by name; those of `extras` by the text that gave them."""
     own = {"plain": Method(_plain(training)), FLOOR: Method(_floor(training))}
-    for name, kept in {"idle": Idle(training), "obvious": Obvious(training)}.items():
+    others = {"idle": Idle(training), "compiled": Compiled(training), "obvious": Obvious(training)}
+    for name, kept in others.items():
         own[name] = Method(kept.step, prepared=kept.prepared)
     for name, config in {**{name: AptConfig(**keys) for name, keys in CONFIGS.items()}, **extras}.items():
         library = Library(training, config)
@@ -136,6 +144,7 @@ class Library:
     def __init__(self, training: Training, config: AptConfig) -> None:
         self.training, self.config = training, config
         self.objective: AptObjective | None = None
+        self.predict_frozen: Callable[[], Tensor] | None = None
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
@@ -146,7 +155,9 @@ class Library:
     def step(self) -> None:
         training, objective = self.training, self.objective
         assert objective is not None, "a step is made inside of prepared()"
-        found = objective.step(training.predict, training.target, training.timesteps)
+        found = objective.step(
+            training.predict, training.target, training.timesteps, predict_frozen=self.predict_frozen
+        )
         found.loss(training.per_sample_loss(found.prediction)).backward()
         objective.verify()
 
@@ -159,6 +170,22 @@ class Idle(Library):
 
     def step(self) -> None:
         _plain(self.training)()
+
+
+class Compiled(Library):
+    """A step whose frozen pass is compiled, once for all rounds, with the hooks in place."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training, AptConfig(attention_impl="eager"))
+        self.objective = None
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        if self.objective is None:
+            self.objective = AptObjective(self.config, self.training.unet, self.training.adapters_off)
+            compiled = torch.compile(self.training.unet)
+            self.predict_frozen = lambda: self.training.predict(compiled)
+        yield
 
 
 class Obvious:

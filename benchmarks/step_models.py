@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -174,11 +175,11 @@ class Training:
         noisy.requires_grad_(setting.checkpointing == "reentrant")
         return cls(unet, noisy, target, timesteps, conditions, None if dtype == torch.float32 else dtype)
 
-    def predict(self) -> Tensor:
-        """The U-Net's answer, in float32: [batch, 4, px / 8, px / 8]."""
+    def predict(self, unet: Callable[..., Any] | None = None) -> Tensor:
+        """The U-Net's answer, or a compiled one's, in float32: [batch, 4, px / 8, px / 8]."""
         device = self.noisy.device.type
         with contextlib.nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
-            return self.unet(self.noisy, self.timesteps, **self.conditions).sample.float()
+            return (self.unet if unet is None else unet)(self.noisy, self.timesteps, **self.conditions).sample.float()
 
     def per_sample_loss(self, prediction: Tensor) -> Tensor:
         """Mean squared error: [batch]."""
