@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.table_only:
         args.out.mkdir(parents=True, exist_ok=True)
         if log.exists() and not log.read_bytes().endswith(b"\n"):
-            _append(log, "")  # ends a line that was cut off
+            append_line(log, "")  # ends a line that was cut off
         done = find(read_rows(log), asked)
         groups = {place: [asked[name][place] for name in args.methods if place not in done[name]] for place in places}
         with concurrent.futures.ProcessPoolExecutor(args.workers) as pool:
@@ -129,10 +129,10 @@ def run_group(log: Path, group: list[Settings], training: Training, overrides: d
         start, name = time.monotonic(), settings["method"]
         result = run_method(name, examination, concept.captions(), training, seed=seed, overrides=overrides)
         seconds = round(time.monotonic() - start, 1)
-        _append(log, json.dumps({**settings, "set": overrides, **result.metrics(), **machine, "seconds": seconds}))
+        append_line(log, json.dumps({**settings, "set": overrides, **result.metrics(), **machine, "seconds": seconds}))
 
 
-def _append(log: Path, line: str) -> None:
+def append_line(log: Path, line: str) -> None:
     with log.open("a", encoding="utf-8") as file:
         file.write(line + "\n")  # at once, so that the lines of two processes do not mix
 

@@ -22,7 +22,7 @@ def adapters_off(*models: nn.Module) -> Iterator[None]:
     Raises:
         AptError: the models carry no adapters.
     """
-    layers = _layers(models)
+    layers = adapter_layers(*models)
     if not layers:
         names = ", ".join(type(model).__name__ for model in models)
         raise AptError(f"looked for LoRA layers of peft in {names}, found none: call add_adapter before the training")
@@ -46,7 +46,7 @@ def check_trained(parameters: Iterable[nn.Parameter], *models: nn.Module) -> Non
     Raises:
         AptError: something else is trained, or an adapter is active that is not.
     """
-    layers = _layers(models)
+    layers = adapter_layers(*models)
     own = {id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith(_BASE)}
     foreign = [p for p in parameters if p.requires_grad and id(p) not in own]
     if foreign:
@@ -71,7 +71,8 @@ _BASE = ("base_layer.", "original_module.")
 """Where an adapter's layer keeps the model's own weights."""
 
 
-def _layers(models: Iterable[nn.Module]) -> list[Any]:
+def adapter_layers(*models: nn.Module) -> list[Any]:
+    """All layers of `models` that have adapters, switched on or off."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 

@@ -92,7 +92,7 @@ def bench(benchmark, monkeypatch, tmp_path):
                 raise ValueError("no picture")
             ran.append((settings["concept"], settings["seed"], settings["method"]))
             scores = row(benchmark, recall=settings["concept"] / 10)
-            benchmark._append(log, json.dumps({**settings, **scores, "device": "a machine"}))
+            benchmark.append_line(log, json.dumps({**settings, **scores, "device": "a machine"}))
 
     def call(*options):
         ran.clear()

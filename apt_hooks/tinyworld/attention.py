@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..attention_maps import token_maps
 from ..capture import FeatureCapture
-from ..losses import attention_map
 from .model import encode_images, encode_texts
 
 
@@ -26,10 +25,5 @@ def attention_of_words(pipeline: Any, prompt: str, picture: Tensor, *, timestep:
     with FeatureCapture(pipeline.unet, representation=False) as capture:
         with capture.record() as features:
             pipeline.unet(noisy, moment, encode_texts(pipeline, [prompt]))
-        maps = []
-        for i, layer in enumerate(capture.layers):
-            weights = attention_map(features.queries[i], features.keys[i], layer.heads, layer.scale)[0].mean(dim=0)
-            side = round(weights.shape[0] ** 0.5)
-            weights = weights.T.reshape(1, -1, side, side)
-            maps.append(F.interpolate(weights, size=latents.shape[-2:], mode="bilinear")[0])
-    return torch.stack(maps).mean(dim=0)[1 : len(prompt.split()) + 1]  # the first token is the start of the text
+        maps = token_maps(capture.layers, features, (latents.shape[2], latents.shape[3]))[0]
+    return maps[1 : len(prompt.split()) + 1]  # the first token is the start of the text

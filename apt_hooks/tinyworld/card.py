@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import errors_in_one_line
+from ..pictures import draw_grid
 from .evaluate import agreement
 from .judges import load_judges
 from .model import GUIDANCE, SAMPLING_STEPS, WEIGHTS, load_pipeline, sample
-from .pictures import draw_grid
 from .world import held_out_scenes
 
 CAPTIONS = 256

@@ -146,7 +146,7 @@ def _cost(name: str, training: Training) -> int:
 
 def _draw(out: Path, examination: Examination, results: Mapping[str, Result]) -> list[str]:
     """Draw what there is to see, and take away pictures of an earlier run that there is nothing for; names them."""
-    from . import pictures
+    from .. import pictures
 
     trained = {name: result.trained for name, result in results.items() if result.trained}
     for name in _PICTURES:

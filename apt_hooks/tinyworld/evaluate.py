@@ -78,7 +78,10 @@ class Examination:
 
     def judge(self, identifier: str | None = IDENTIFIER) -> Judgement:
         """Let the pipeline as it is now draw the prompts, and score what it draws."""
-        pictures = sample(self.pipeline, self.prompts(identifier), seed=2 * self._seed + 1)
+        return self.score(sample(self.pipeline, self.prompts(identifier), seed=2 * self._seed + 1))
+
+    def score(self, pictures: Tensor) -> Judgement:
+        """Score pictures of the prompts, one of each: [pictures, 3, 64, 64], from 0 to 1."""
         features = self.judges.features(pictures)
         precision, recall = precision_recall(self._base, features)
         of_each = {

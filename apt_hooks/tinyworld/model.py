@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AptError
+from ..integrations.quiet import quiet
 from .world import vocabulary
 
 WEIGHTS = Path(__file__).with_name("weights")
@@ -180,7 +179,7 @@ def load_pipeline(folder: Path | None = None) -> Any:
         import transformers.utils.logging as transformers_logging
     except ImportError as error:
         raise AptError(f'the tiny world needs diffusers ({error}): pip install "apt-hooks[demo]"') from error
-    with _quiet(diffusers_logging), _quiet(transformers_logging):
+    with quiet(diffusers_logging), quiet(transformers_logging):
         from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
         pipeline: Any = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
@@ -190,20 +189,6 @@ def load_pipeline(folder: Path | None = None) -> Any:
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     return pipeline
-
-
-@contextlib.contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """Without the bars and notes of loading, of which none is for whoever runs a demo."""
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a demo shows: the methods side by side, the indicator, delta noise, and where the model looks."""
+"""What runs show: the methods side by side, the indicator, delta noise, and where the model looks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibrate import read_log
-from ..files import write_atomically, write_figure
+from .calibrate import read_log
+from .files import write_atomically, write_figure
 
 
 def draw_comparison(path: Path, prompts: Sequence[str], references: Tensor, columns: Mapping[str, Tensor]) -> None:
@@ -23,25 +23,28 @@ def draw_comparison(path: Path, prompts: Sequence[str], references: Tensor, colu
         references: [pictures, 3, height, width], from 0 to 1.
         columns: by title, [prompts, 3, height, width].
     """
+    shown = [references[row % len(references)] for row in range(len(prompts))]
+    title = (
+        "Left: pictures trained on. Right: what each model draws.\n"
+        "Wanted: this subject, in the scene that the prompt names."
+    )
+    draw_table(path, title, prompts, {"trained on": shown, **columns})
+
+
+def draw_table(path: Path, title: str, rows: Sequence[str], columns: Mapping[str, Sequence[Tensor] | Tensor]) -> None:
+    """Pictures, [3, height, width] each, a row for each of `rows`; `columns` by title."""
     from matplotlib.figure import Figure
 
-    titles = ["trained on", *columns]
-    rows = len(prompts)
-    figure = Figure(figsize=(2.6 + 1.5 * len(titles), 1.2 + 1.5 * rows), layout="constrained")
-    figure.suptitle(
-        "Left: pictures trained on. Right: what each model draws.\n"
-        "Wanted: this subject, in the scene that the prompt names.",
-        fontsize=10,
-    )
-    axes = figure.subplots(rows, len(titles), squeeze=False)
-    for row, prompt in enumerate(prompts):
-        shown = [references[row % len(references)], *(pictures[row] for pictures in columns.values())]
-        for column, picture in enumerate(shown):
+    figure = Figure(figsize=(2.6 + 1.5 * len(columns), 1.2 + 1.5 * len(rows)), layout="constrained")
+    figure.suptitle(title, fontsize=10, wrap=True)
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for row, name in enumerate(rows):
+        for column, (heading, pictures) in enumerate(columns.items()):
             ax = axes[row][column]
-            _show(ax, picture)
+            _show(ax, pictures[row])
             if row == 0:
-                ax.set_title(titles[column], fontsize=11)
-        axes[row][0].set_ylabel(textwrap.fill(prompt, 22), rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
+                ax.set_title(heading, fontsize=11)
+        axes[row][0].set_ylabel(textwrap.fill(name, 22), rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
     write_figure(path, figure)
 
 
@@ -117,6 +120,38 @@ def draw_attention(
             ax.set(xticks=[], yticks=[])
             if row == 0:
                 ax.set_title(word, fontsize=11)
+    write_figure(path, figure)
+
+
+def draw_plane(
+    path: Path,
+    singles: Mapping[str, tuple[float, float]],
+    blends: Mapping[tuple[str, str], tuple[float, float]],
+    axes: tuple[str, str] = ("subject score", "text score"),
+) -> None:
+    """DreamBlend's plane of both scores: a line of single checkpoints, and each blend at an arrow from its late one.
+
+    Args:
+        singles: (subject, text) by name, from early to late.
+        blends: the same by the names of the early and the late checkpoint.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(*zip(*singles.values(), strict=True), "o-", color="#9aa5b1", label="single checkpoints")
+    for name, xy in singles.items():
+        ax.annotate(name, xy, textcoords="offset points", xytext=(6, -12), fontsize=9, color="#555555")
+    for (early, late), xy in blends.items():
+        ax.annotate("", xy, singles[late], arrowprops={"arrowstyle": "->", "color": "#d95f02", "alpha": 0.5})
+        ax.plot(*xy, "D", color="#d95f02", zorder=3)
+        ax.annotate(f"{early} + {late}", xy, textcoords="offset points", xytext=(6, 6), fontsize=9, color="#d95f02")
+    if blends:
+        ax.plot([], [], "D", color="#d95f02", label="blends: early + late")
+    ax.set(xlabel=axes[0], ylabel=axes[1])
+    ax.legend(loc="best")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
     write_figure(path, figure)
 
 

@@ -1,0 +1,105 @@
+"""Steering latents so that their cross-attention becomes that of another run.
+
+DreamBlend (arXiv 2411.19390) does so with the attention of an earlier checkpoint. Its loss is not published; this is
+the nearest one that is, pix2pix-zero's (arXiv 2302.03027, cross-attention guidance), and what it does about the size of
+a step: one gradient step a denoising step, of a sum over positions and tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .capture import AttentionLayer, FeatureCapture, Features
+from .contributions import Kind
+from .errors import AptError
+from .ops.attention_alignment import AttentionAlignment
+
+Predict = Callable[[Tensor], object]
+"""Runs a denoiser on latents, [batch, channels, height, width], with everything else as in the step at hand."""
+
+
+@dataclasses.dataclass
+class AttentionRecording:
+    """The queries and keys of a run's cross-attention, in float16: less than their maps, which come from them again.
+
+    Attributes:
+        layers: whose they are.
+        steps: by the number of the denoising step, from 0.
+    """
+
+    layers: tuple[AttentionLayer, ...]
+    steps: dict[int, Features] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def record(
+        self, step: int, capture: FeatureCapture, batch: int, *, device: torch.device | str | None = None
+    ) -> Iterator[None]:
+        """Read the pass that runs inside.
+
+        Args:
+            batch: how many samples, the last of the pass, to keep: behind those without a prompt, that is.
+            device: where to keep them; None: where they are.
+        """
+
+        def keep(_kind: Kind, output: Tensor) -> Tensor:
+            return output[-batch:].to(device or output.device, torch.float16, copy=True)
+
+        with torch.no_grad(), capture.record(keep) as features:
+            yield
+        self.steps[step] = features
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes of memory, in bytes."""
+        kept = [x for f in self.steps.values() for kind in (f.queries, f.keys) for x in kind.values()]
+        return sum(x.numel() * x.element_size() for x in kept)
+
+
+def attention_distance(layers: Sequence[AttentionLayer], features: Features, reference: Features) -> Tensor:
+    """How far the attention maps of a batch are from a reference's: a sum over samples, so that no sample's gradient
+    depends on the others.
+
+        sum over samples, layers, queries, tokens of the mean over heads of (A - A_ref)^2
+
+    Differentiable by the queries and keys of `features`, once; computed in float32.
+
+    Raises:
+        AptError: the maps have other sizes.
+    """
+    terms = []
+    for i, layer in enumerate(layers):
+        q, k = features.queries[i], features.keys[i]
+        wanted = [x.to(q.device, q.dtype) for x in (reference.queries[i], reference.keys[i])]
+        if [x.shape for x in wanted] != [q.shape, k.shape]:
+            found, recorded = (" and ".join(str(tuple(x.shape)) for x in pair) for pair in ((q, k), wanted))
+            raise AptError(
+                "guidance needs the recorded run's batch, picture size and token length; queries and keys of "
+                f"{layer.name} are {found}, recorded were {recorded}"
+            )
+        options = {"heads": layer.heads, "scale": layer.scale, "differentiated": True}
+        terms.append(AttentionAlignment.apply(q, k, *wanted, options) / layer.heads)
+    return torch.stack(terms).sum()
+
+
+def guide(latents: Tensor, predict: Predict, capture: FeatureCapture, reference: Features, lr: float) -> Tensor:
+    """`latents - lr * gradient of attention_distance`, in their dtype.
+
+    Args:
+        latents: [batch, channels, height, width], not scaled for the denoiser.
+        predict: one pass of the denoiser, with the prompt alone and not without it.
+        capture: on the denoiser that `predict` runs.
+        reference: of the same step of another run.
+    """
+    # A power of two, which changes no digit: gradients of single queries are too small for float16.
+    scale = 2.0**10 if latents.dtype == torch.float16 else 1.0
+    with torch.enable_grad():
+        start = latents.detach().requires_grad_()
+        with capture.record() as features:
+            predict(start)
+        (gradient,) = torch.autograd.grad(attention_distance(capture.layers, features, reference) * scale, start)
+    return (latents.float() - lr / scale * gradient.float()).to(latents.dtype)

@@ -1,0 +1,199 @@
+"""DreamBlend on the tiny world: does a blend keep the prompt of an early checkpoint and the subject of a late one?
+
+    python benchmarks/dreamblend.py --out DIR [--concepts 4,5,6,7] [--seeds 0,1,2] [--late 150,300,600] ...
+
+For each concept and seed a LoRA is trained, its checkpoints are kept in DIR, and each of them is judged alone and, as
+the late one, blended with the early one; the attention shift of each (`apt-hooks maps --collapse`) is measured. As soon
+as something is measured, a line of JSON is appended to DIR/runs.jsonl, and it is not measured again. Then the means are
+printed, and drawn in the plane of text and identity score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from tinyworld import append_line, numbers, read_rows
+
+from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.integrations.diffusers_sampling.collapse import attention_collapse
+from apt_hooks.integrations.diffusers_sampling.dreamblend import DreamBlend
+from apt_hooks.pictures import draw_plane
+from apt_hooks.tinyworld.concepts import CONCEPTS
+from apt_hooks.tinyworld.evaluate import Examination
+from apt_hooks.tinyworld.judges import load_judges
+from apt_hooks.tinyworld.model import GUIDANCE, SAMPLING_STEPS, load_pipeline
+from apt_hooks.tinyworld.personalize import METHODS, Training, lora, method_config, reference_pictures, save_lora, train
+
+OPTIONS = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE, "output_type": "pt"}
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    with errors_in_one_line():
+        run(_arguments())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--concepts", type=numbers, default=[4, 5, 6, 7])
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    parser.add_argument("--method", default="dreambooth", help=", ".join(METHODS))
+    parser.add_argument("--checkpoints", type=numbers, default=[5, 10, 20, 40, 80, 150, 300, 600])
+    parser.add_argument("--early", type=int, default=10)
+    parser.add_argument("--late", type=numbers, default=[150, 300, 600])
+    parser.add_argument("--guidance-lr", type=float, default=1.0)
+    parser.add_argument("--scenes", type=int, default=24, help="prompts, a picture each")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--table-only", action="store_true", help="measure nothing")
+    parser.add_argument("--smoke", action="store_true", help="one small run, to see that it works")
+    args = parser.parse_args()
+    if args.smoke:
+        args.concepts, args.seeds, args.checkpoints, args.early, args.late, args.scenes = [4], [0], [1, 2], 1, [2], 5
+    for option, known in {"concepts": range(len(CONCEPTS)), "late": args.checkpoints}.items():
+        for item in getattr(args, option):
+            if item not in known:
+                raise AptError(f"--{option} takes {', '.join(map(str, known))}, separated by commas; found {item!r}")
+    if args.early not in args.checkpoints or args.method not in METHODS:
+        raise AptError(f"--early is one of --checkpoints, --method of {', '.join(METHODS)}")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what is missing, and show the means."""
+    places = [(concept, seed) for concept in args.concepts for seed in args.seeds]
+    failed = []
+    if not args.table_only:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with concurrent.futures.ProcessPoolExecutor(args.workers) as pool:
+            futures = {pool.submit(measure, args, *place): place for place in places}
+            for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
+                if error := future.exception():
+                    failed.append("concept {}, seed {}: {!r}".format(*futures[future], error))
+    asked = [wanted for concept, seed in places for wanted in settings(args, concept, seed)]
+    rows = [row for row in read_rows(args.out / "runs.jsonl") if any(w.items() <= row.items() for w in asked)]
+    points = means(rows)
+    print_table(points)
+    if points:
+        draw(args.out / "dreamblend.png", points)
+    if failed:
+        raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
+
+
+def settings(args: argparse.Namespace, concept: int, seed: int) -> list[Row]:
+    """What is to be measured of one training: each checkpoint alone, and the blends."""
+    shared = {"concept": concept, "seed": seed, "method": args.method, "scenes": args.scenes}
+    alone = [{**shared, "early": None, "late": step} for step in args.checkpoints]
+    blends = [
+        {**shared, "early": args.early, "late": step, "guidance_lr": args.guidance_lr}
+        for step in args.late
+        if step != args.early
+    ]
+    return alone + blends
+
+
+def measure(args: argparse.Namespace, concept: int, seed: int) -> None:
+    """All of one concept and seed, in a process of its own."""
+    from step import commit  # the benchmark beside this one
+
+    torch.set_num_threads(1)
+    log = args.out / "runs.jsonl"
+    done = read_rows(log)
+    missing = [wanted for wanted in settings(args, concept, seed) if not any(wanted.items() <= r.items() for r in done)]
+    if not missing:
+        return
+    pipeline, references = load_pipeline(), reference_pictures(CONCEPTS[concept])
+    files = checkpoints(args, pipeline, concept, seed)
+    examination = Examination(
+        pipeline, load_judges(), CONCEPTS[concept], references, scenes=args.scenes, repeats=1, seed=seed
+    )
+    prompts, seeds = examination.prompts(), [1000 * seed + i for i in range(args.scenes)]
+    generators = [torch.Generator() for _ in seeds]
+
+    def call() -> None:
+        for generator, own in zip(generators, seeds, strict=True):
+            generator.manual_seed(own)
+        pipeline(prompts, generator=generators, **OPTIONS)
+
+    alone = {str(w["late"]): files[w["late"]] for w in missing if w["early"] is None}
+    shifts = attention_collapse(pipeline, alone, call) if alone else {}
+    for wanted in missing:
+        early, late = wanted["early"] or wanted["late"], wanted["late"]
+        with DreamBlend(pipeline, files[early], files[late], guidance_lr=args.guidance_lr) as blend:
+            recording = blend.early(prompts, seeds, **OPTIONS)
+            pictures = recording.images if wanted["early"] is None else blend.blend(recording).images
+        row = {**wanted, **examination.score(pictures.clamp(0, 1)).scores, "commit": commit()}
+        if wanted["early"] is None:
+            row["attention_shift"] = shifts[str(late)]
+        append_line(log, json.dumps(row))
+
+
+def checkpoints(args: argparse.Namespace, pipeline: Any, concept: int, seed: int) -> dict[int, Path]:
+    """The LoRAs of one training, made where one is missing."""
+    folder = args.out / f"{args.method}-{concept}-{seed}"
+    files = {step: folder / f"{step}.safetensors" for step in args.checkpoints}
+    if all(path.exists() for path in files.values()):
+        return files
+    folder.mkdir(exist_ok=True)
+    training, step = Training(steps=max(args.checkpoints)), 0
+
+    def advance() -> None:
+        nonlocal step
+        step += 1
+        if step in files:
+            save_lora(pipeline, files[step])
+
+    config, references = method_config(args.method), reference_pictures(CONCEPTS[concept])
+    with lora(pipeline, training.rank, seed):
+        train(pipeline, references, CONCEPTS[concept].captions(), config, training, seed=seed, advance=advance)
+    return files
+
+
+def means(rows: Iterable[Row]) -> dict[tuple[int | None, int], dict[str, list[float]]]:
+    """By (early, late) and score, the concepts' means over their seeds: runs of one concept are not independent."""
+    found: dict[tuple[int | None, int], dict[int, list[Row]]] = {}
+    for row in rows:
+        found.setdefault((row["early"], row["late"]), {}).setdefault(row["concept"], []).append(row)
+    scores = ("text", "identity", "frechet", "attention_shift")
+    return {
+        point: {
+            name: [statistics.fmean(row[name] for row in own) for own in concepts.values()]
+            for name in scores
+            if all(name in row for own in concepts.values() for row in own)
+        }
+        for point, concepts in sorted(found.items(), key=lambda item: (item[0][0] is not None, item[0][1]))
+    }
+
+
+def cell(values: list[float], style: str) -> str:
+    """Mean, and the standard error over concepts."""
+    text = format(statistics.fmean(values), style)
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:{style}}"
+
+
+def print_table(points: Mapping[tuple[int | None, int], Mapping[str, list[float]]]) -> None:
+    columns = {"text": ".3f", "identity": ".3f", "frechet": ".0f", "attention_shift": ".3f"}
+    print("| checkpoint | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for (early, late), scores in points.items():
+        cells = [cell(scores[name], style) if name in scores else "" for name, style in columns.items()]
+        print(f"| {late if early is None else f'{early} + {late}'} | " + " | ".join(cells) + " |")
+
+
+def draw(path: Path, points: Mapping[tuple[int | None, int], Mapping[str, list[float]]]) -> None:
+    at = {point: (statistics.fmean(s["identity"]), statistics.fmean(s["text"])) for point, s in points.items()}
+    singles = {str(late): xy for (early, late), xy in at.items() if early is None}
+    blends = {(str(early), str(late)): xy for (early, late), xy in at.items() if early is not None}
+    draw_plane(path, singles, blends, ("subject: identity score", "prompt: text score"))
+
+
+if __name__ == "__main__":
+    main()

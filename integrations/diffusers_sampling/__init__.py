@@ -1,0 +1,1 @@
+"""diffusers' pipelines while they sample: DreamBlend, and where words look."""

@@ -1,0 +1,107 @@
+"""Several LoRAs on one pipeline, of which one takes part at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from apt_hooks.errors import AptError
+from apt_hooks.integrations.peft import adapter_layers
+from apt_hooks.integrations.quiet import quiet
+
+LoraFile = str | Path
+
+
+class Loras:
+    """LoRA files of kohya's or diffusers' format, loaded on a pipeline that has none; `close` leaves it as it was.
+
+    In between the pipeline is to be used inside of `active` only.
+
+    Raises:
+        AptError: a pipeline that has LoRAs; a file that cannot be read, is no LoRA, or is one of another base model.
+    """
+
+    def __init__(self, pipeline: Any, files: Mapping[str, LoraFile]) -> None:
+        self.pipeline = pipeline
+        self._models = [m for m in (getattr(pipeline, n, None) for n in _MODELS) if m is not None]
+        if adapter_layers(*self._models):
+            raise AptError("the pipeline has LoRAs loaded already: call unload_lora_weights() first")
+        self._trained = [p for model in self._models for p in model.parameters() if p.requires_grad]
+        self._open = True
+        self._active: str | None = None
+        try:
+            for name, path in files.items():
+                self._load(name, Path(path))
+            self._switch(None)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Inside, the LoRA of this name takes part, and no other; None: the base model. May be nested."""
+        before = self._active
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, name: str | None) -> None:
+        if name is not None:
+            self.pipeline.set_adapters([name])
+        for layer in adapter_layers(*self._models):
+            object.__setattr__(layer, "_disable_adapters", name is None)
+        self._active = name
+
+    def close(self) -> None:
+        """Take them off; may be called again."""
+        if not self._open:
+            return
+        self._open = False
+        self.pipeline.unload_lora_weights()
+        for parameter in self._trained:  # peft freezes what it is put on
+            parameter.requires_grad_(True)
+        for model in self._models:
+            # Left behind by some releases of diffusers, which then refuse the next LoRA.
+            vars(model).pop("_hf_peft_config_loaded", None)
+
+    def __enter__(self) -> Loras:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def _load(self, name: str, path: Path) -> None:
+        import diffusers.utils.logging as logging
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except OSError as error:
+            raise AptError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except SafetensorError as error:
+            raise AptError(f"{path}: is no safetensors file ({error})") from error
+        if not any("lora" in key.lower() for key in tensors):
+            raise AptError(f"{path}: is no LoRA, its tensors are named like {next(iter(tensors), 'nothing')!r}")
+        try:
+            with quiet(logging), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is the second adapter, for example
+                self.pipeline.load_lora_weights(tensors, adapter_name=name)
+        # Each release of diffusers and peft fails at another place, in another way.
+        except Exception as error:
+            raise AptError(_misfit(path, self.pipeline, str(error))) from error
+        if not any(name in found for found in self.pipeline.get_list_adapters().values()):
+            raise AptError(_misfit(path, self.pipeline, "none of its layers is there"))
+
+
+_MODELS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def _misfit(path: Path, pipeline: Any, why: str) -> str:
+    why = " ".join(why.split())[:150]
+    return f"{path}: does not fit {type(pipeline).__name__}; is it of another base model? ({why})"

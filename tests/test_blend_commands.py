@@ -1,0 +1,195 @@
+import json
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel
+from typer.testing import CliRunner
+
+from apt_hooks import AptError, pictures
+from apt_hooks.cli import app
+from apt_hooks.integrations.diffusers_sampling.judges import ClipJudge
+from apt_hooks.integrations.diffusers_sampling.sweep import find_checkpoints
+from apt_hooks.integrations.diffusers_sampling.words import words_of
+from apt_hooks.tinyworld.model import TOKENS, load_pipeline, new_tokenizer
+from apt_hooks.tinyworld.personalize import lora, save_lora
+
+PROMPT = "a photo of a big sks cup in the snow"
+FEW = ("--model", "tinyworld", "--prompt", PROMPT, "--steps", "4", "--guidance-scale", "4")
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    """Two random ones, named as kohya names an earlier and the last epoch's."""
+    folder, pipeline = tmp_path_factory.mktemp("loras"), load_pipeline()
+    for seed, name in enumerate(("cup-000002.safetensors", "cup.safetensors")):
+        with lora(pipeline, 4, seed):
+            generator = torch.Generator().manual_seed(seed)
+            for key, parameter in pipeline.unet.named_parameters():
+                if "lora_B" in key:
+                    parameter.data = 0.2 * (seed + 1) * torch.randn(parameter.shape, generator=generator)
+            save_lora(pipeline, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A random CLIP in a folder."""
+    folder, tokenizer = tmp_path_factory.mktemp("clip"), new_tokenizer()
+    numbers = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, **numbers}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def references(tmp_path):
+    folder = tmp_path / "references"
+    folder.mkdir()
+    for i, color in enumerate(("red", "blue")):
+        Image.new("RGB", (40, 30), color).save(folder / f"{i}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if code == 0 and result.exception:
+        raise result.exception
+    assert (result.exit_code != 0) == (code != 0)
+    return result
+
+
+def test_blend_writes_each_picture_all_of_them_together_and_the_maps(loras, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(pictures, "draw_attention", lambda path, *given: drawn.update({path.name: given}))
+    early, late = find_checkpoints(loras).values()
+    arguments = ("blend", *FEW, "--early", early, "--late", late, "--guidance-lr", "1", "--seed", "5", "--count", "2")
+    said = run(*arguments, "--out", tmp_path / "out").stdout
+    assert "attention kept of a run: 0.4 MiB" in said  # 4 steps, 2 bytes, 45056 numbers of queries and 6400 of keys
+    names = [f"{seed}-{name}.png" for seed in (5, 6) for name in ("early", "late", "blend")]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*names, "blend.png"}
+    assert len({(tmp_path / "out" / name).read_bytes() for name in names}) == 6
+    words, shown, maps = drawn["6-maps.png"]
+    assert words == ["photo", "big", "sks", "cup", "snow"] and list(shown) == list(maps) == ["early", "late", "blend"]
+    assert {tuple(m.shape) for m in maps.values()} == {(5, 16, 16)} and not torch.equal(maps["late"], maps["blend"])
+    again = run(*arguments, "--out", tmp_path / "again").stdout
+    assert again.replace("again", "out") == said
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_maps_draws_the_base_and_each_lora_at_the_nearest_timesteps(loras, tmp_path, monkeypatch):
+    drawn = []
+    draw = pictures.draw_attention
+    monkeypatch.setattr(pictures, "draw_attention", lambda *given: drawn.append(given) or draw(*given))
+    out = tmp_path / "maps.png"
+    run("maps", *FEW, "--lora", loras / "cup.safetensors", "--timesteps", "999,250", "--out", out)
+    (_, words, shown, maps), moments = drawn[0], ("t=801", "t=201")
+    assert list(maps) == [f"{name}, {moment}" for name in ("base", "cup") for moment in moments]
+    assert torch.equal(shown["base, t=801"], shown["base, t=201"])
+    assert not torch.equal(shown["base, t=801"], shown["cup, t=801"])
+    assert len(words) == 5 and Image.open(out).size[0] > 500
+
+
+def test_collapse_prints_a_number_a_lora(loras):
+    both = [argument for path in sorted(loras.iterdir()) for argument in ("--lora", path)]
+    lines = run("maps", *FEW, "--collapse", *both).stdout.splitlines()
+    assert lines[0].endswith("share of the attention that lies elsewhere than the base model's")
+    found = dict(line.split() for line in lines[1:])
+    assert 0 < float(found["cup-000002"]) < float(found["cup"]) < 1
+
+
+def test_a_sweep_scores_each_checkpoint_and_each_pair(loras, clip, references, tmp_path):
+    out = tmp_path / "out"
+    given = ("--sweep", loras, "--references", references, "--clip", clip, "--plain-prompt", PROMPT.replace("sks ", ""))
+    said = run("blend", *FEW, *given, "--guidance-lr", "1", "--count", "2", "--out", out).stdout
+    rows = json.loads((out / "sweep.json").read_text())
+    assert [(row["early"], row["late"]) for row in rows] == [(None, "2"), (None, "last"), ("2", "last")]
+    assert all(-1 <= row[score] <= 1 for row in rows for score in ("text", "subject"))
+    assert len({row["subject"] for row in rows}) == 3
+    assert "2 + last" in said and (out / "sweep.png").stat().st_size > 10_000
+
+
+def test_a_picture_is_most_like_itself(clip, references):
+    judge = ClipJudge(references, str(clip))
+    red, blue = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
+    text, subject = judge.score([red, blue], "a photo of a cup")
+    assert judge.score([red], "a photo of a cup")[1] == pytest.approx(judge.score([blue], "a cup")[1], abs=1e-5)
+    cosine = 2 * subject - 1  # two pairs of four are of a picture with itself
+    assert -1 <= cosine < 0.9999 and -1 <= text <= 1
+
+
+def test_the_score_is_transformers_own(clip, references):
+    judge = ClipJudge(references, str(clip))
+    picture = Image.effect_noise((32, 32), 80).convert("RGB")
+    text, _ = judge.score([picture], "a photo of a cup")
+    pixels = torch.tensor(list(picture.getdata())).reshape(32, 32, 3).permute(2, 0, 1)[None] / 255
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    model = CLIPModel.from_pretrained(clip)
+    with torch.no_grad():
+        words = new_tokenizer()(["a photo of a cup"], return_tensors="pt")
+        found = model(pixel_values=(pixels - mean) / deviation, **words)
+    assert text == pytest.approx(float(found.logits_per_image / model.logit_scale.exp()), abs=1e-5)
+
+
+def test_words_are_put_together_from_tokens_without_fillers():
+    tokenizer = new_tokenizer()
+    assert words_of(tokenizer, "a photo of a sks cup") == [("photo", [2]), ("sks", [5]), ("cup", [6])]
+    word, places = words_of(tokenizer, "a snowcup")[0]  # which is no token of its own
+    assert word == "snowcup" and len(places) > 1 and places[0] == 2
+    assert words_of(tokenizer, "a of the , .") == []
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (("a-000010", "a-000002", "a"), ["2", "10", "last"]),
+        (("checkpoint-500/lora", "checkpoint-100/lora", "lora"), ["100", "500", "last"]),
+        (("a-1", "b-1"), ["a-1", "b-1"]),
+    ],
+)
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path, files, names):
+    for name in files:
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert list(find_checkpoints(tmp_path)) == names
+
+
+def test_bad_input_is_told_before_anything_is_drawn(loras, clip, references, tmp_path):
+    late = loras / "cup.safetensors"
+    none = tmp_path / "none"
+    none.mkdir()
+    out = ("--out", tmp_path / "out")
+    for arguments, message in (
+        (("blend", *FEW, *out), "blend takes --early and --late, or --sweep and --references"),
+        (("blend", *FEW, *out, "--early", late, "--late", late, "--sweep", loras), "blend takes --early and --late"),
+        (("blend", *FEW, *out, "--sweep", none, "--references", references), "needs two or more .safetensors, found 0"),
+        (("blend", *FEW, *out, "--sweep", loras, "--references", none), "no pictures there"),
+        (
+            ("blend", *FEW, *out, "--sweep", loras, "--references", references, "--clip", none),
+            "--clip .* cannot be loaded",
+        ),
+        (("maps", *FEW, "--lora", none / "a.safetensors"), "a.safetensors: no such file"),
+        (("maps", *FEW, "--collapse"), "name one or more by --lora"),
+        (("maps", *FEW, "--timesteps", "often"), "--timesteps takes whole numbers"),
+        (("maps", *FEW, "--lora", late, "--lora", late), "is named twice"),
+        (("maps", "--model", "tinyworld", "--prompt", "of the"), "has no words to draw but of, the"),
+        (("maps", "--model", none, "--prompt", PROMPT), "cannot be loaded as a pipeline of diffusers"),
+    ):
+        error = run(*arguments, code=1).exception
+        assert isinstance(error, AptError) and "\n" not in str(error)
+        assert re.search(message, str(error))
+    assert not (tmp_path / "out").exists()
