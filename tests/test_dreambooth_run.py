@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -13,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -51,7 +53,7 @@ class Trained:
 
     folder: Path
 
-    @property
+    @functools.cached_property
     def lora(self) -> dict[str, Tensor]:
         return load_file(self.folder / f"{WEIGHTS}.safetensors")
 
@@ -101,9 +103,8 @@ def train(
         own = tmp_path / f"run{runs}"
         own.mkdir()
         script = own / f"{name}.py"
-        script.write_text(edit((SCRIPTS / f"{name}.py").read_text(encoding="utf-8")), encoding="utf-8")
-        if patched:
-            patch(script, script)
+        source = edit((SCRIPTS / f"{name}.py").read_text(encoding="utf-8"))
+        script.write_text(patched_source(source, name) if patched else source, encoding="utf-8")
         given = [*arguments, "--output_dir", str(folder or own / "out")]
         if config is not None:
             (own / "apt.toml").write_text(f"[apt]\n{config}\n", encoding="utf-8")
@@ -118,6 +119,15 @@ def train(
     yield run
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+@functools.cache
+def patched_source(source: str, name: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, f"{name}.py")
+        script.write_text(source, encoding="utf-8")
+        patch(script, script)
+        return script.read_text(encoding="utf-8")
 
 
 def _load(path: Path, name: str) -> ModuleType:
@@ -181,8 +191,9 @@ def test_without_apt_arguments_a_patched_script_trains_the_lora_of_the_unpatched
     train: Train, name: str, arguments: tuple[str, ...]
 ) -> None:
     plain = train(name, *arguments, patched=False)
-    assert_same(train(name, *arguments), plain)
-    assert plain.metadata().keys() == train(name, *arguments).metadata().keys()
+    found = train(name, *arguments)
+    assert_same(found, plain)
+    assert plain.metadata().keys() == found.metadata().keys()
 
 
 @pytest.mark.parametrize(
@@ -687,12 +698,20 @@ script.main(script.parse_args())
 """
 
 
-def test_two_processes_have_one_indicator_and_learn(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
+@pytest.fixture(scope="module", autouse=True)
+def two_processes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[subprocess.Popen[bytes], Path] | None]:
+    """What accelerate launches, and its folder: begun before the file's first test, to run beside those of one core."""
+    if not any(item.name == test_two_processes_have_one_indicator_and_learn.__name__ for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("two_processes")
+    script = folder / "script.py"
     script.write_bytes((SCRIPTS / "one_encoder.py").read_bytes())
     patch(script, script)
-    (tmp_path / "driver.py").write_text(DRIVER, encoding="utf-8")
-    (tmp_path / "apt.toml").write_text("[apt]\n", encoding="utf-8")
+    (folder / "driver.py").write_text(DRIVER, encoding="utf-8")
+    (folder / "apt.toml").write_text("[apt]\n", encoding="utf-8")
     with socket.socket() as free:  # not 0 for the launcher, which older versions of accelerate wait at
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -701,21 +720,25 @@ def test_two_processes_have_one_indicator_and_learn(tmp_path: Path) -> None:
     arguments = ["--apt_config", "apt.toml", "--max_train_steps", "24", "--learning_rate", "1e-2"]
     arguments += ["--train_batch_size", "1", "--train_text_encoder"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(
-        [sys.executable, *launch, *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    with (folder / "said.txt").open("wb") as said:  # a file: nobody empties a pipe meanwhile
+        process = subprocess.Popen(
+            [sys.executable, *launch, *arguments], cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT
+        )
+    yield process, folder
+    if process.poll() is None:  # not waited for: the session was stopped; the launcher ends its processes
+        process.terminate()
+        process.wait()
+
+
+def test_two_processes_have_one_indicator_and_learn(two_processes: tuple[subprocess.Popen[bytes], Path]) -> None:
+    process, folder = two_processes
+    assert process.wait(timeout=300) == 0, (folder / "said.txt").read_text(errors="replace")
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["gammas"] == ranks[1]["gammas"] and max(ranks[0]["gammas"]) > 0.0
     losses = [sum(pair) / 2 for pair in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
     assert ranks[0]["losses"] != ranks[1]["losses"]
     assert sum(losses[-8:]) < sum(losses[:8])
-    assert len((tmp_path / "out" / f"{WEIGHTS}-apt.jsonl").read_text().splitlines()) == 24
+    assert len((folder / "out" / f"{WEIGHTS}-apt.jsonl").read_text().splitlines()) == 24
 
 
 @pytest.mark.gpu

@@ -1,12 +1,11 @@
 """Triton's kernels against the plain losses: on a GPU where there is one, else in Triton's interpreter.
 
 The interpreter has to be chosen before triton is imported. Where another test's imports came first, this file's tests
-run in a process of their own, which one of them starts.
+run in a process of their own, for which one of them waits.
 """
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -307,9 +306,9 @@ def test_two_runs_of_the_statistics_are_the_same_to_the_bit():
     assert torch.equal(statistics.mean_and_deviation(h), statistics.mean_and_deviation(h))
 
 
-def test_the_kernels_in_a_process_of_their_own():
+def own_process(_folder):
     if KERNELS_RUN:
-        pytest.skip("they run in this one")
+        return None
     command = [
         sys.executable,
         "-m",
@@ -321,10 +320,14 @@ def test_the_kernels_in_a_process_of_their_own():
         "not compiles",
         str(Path(__file__)),
     ]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 50, result.stdout
+    return command, os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.skipif(KERNELS_RUN, reason="they run in this one")
+@pytest.mark.ahead.with_args(own_process)
+def test_the_kernels_in_a_process_of_their_own(ahead):
+    assert ahead.returncode == 0, ahead.stdout + ahead.stderr
+    assert int(re.search(r"(\d+) passed", ahead.stdout)[1]) > 50, ahead.stdout
 
 
 COMPILE = """
@@ -345,19 +348,24 @@ print("shared", compiled.metadata.shared)
 """
 
 
-def test_the_kernel_compiles_for_a_gpu_that_is_not_here(tmp_path):
-    if not (Path(triton.__file__).parent / "backends/nvidia/bin/ptxas").exists():
-        pytest.skip("this triton comes without ptxas")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        pytest.skip(f"triton {triton.__version__} compiles by another interface")
+HAS_PTXAS = (Path(triton.__file__).parent / "backends/nvidia/bin/ptxas").exists()
+COMPILES = HAS_PTXAS and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+
+def compilation(folder):
+    if not COMPILES:
+        return None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
+    return [sys.executable, "-c", COMPILE], environment | {"TRITON_CACHE_DIR": str(folder)}
+
+
+@pytest.mark.skipif(not HAS_PTXAS, reason="this triton comes without ptxas")
+@pytest.mark.skipif(HAS_PTXAS and not COMPILES, reason=f"triton {triton.__version__} compiles by another interface")
+@pytest.mark.ahead.with_args(compilation)
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here(ahead):
+    assert ahead.returncode == 0, ahead.stderr
     # What a block of a GeForce of compute capability 8.6 may have.
-    assert int(re.search(r"shared (\d+)", result.stdout)[1]) <= 99 * 1024
+    assert int(re.search(r"shared (\d+)", ahead.stdout)[1]) <= 99 * 1024
 
 
 # Tests that start no kernel in this process.

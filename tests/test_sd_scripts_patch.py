@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import concurrent.futures
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -310,18 +311,21 @@ def test_a_file_that_cannot_be_written_leaves_all_as_they_were(
 APT_15 = 'preset = "sd15"\nblocks = [2, 3]\nenabled = true'
 
 
-class Workshop:
-    """A plain and a patched checkout, and runs by name, each made once."""
+Ended = subprocess.CompletedProcess[str]
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.done: dict[str, Path] = {}
+
+class Workshop:
+    """A plain and a patched checkout, and runs by name, each made once and two at a time."""
+
+    def __init__(self, folder: Path, pool: concurrent.futures.Executor) -> None:
+        self.folder, self.pool = folder, pool
+        self.begun: dict[str, concurrent.futures.Future[Ended]] = {}
         write_checkout(folder / "plain")
         sd_scripts.patch(write_checkout(folder / "patched"))
         (folder / "hidden").mkdir()
         (folder / "hidden/sitecustomize.py").write_text("import sys\nsys.modules['apt_hooks'] = None\n")
 
-    def start(
+    def begin(
         self,
         name: str,
         *arguments: str,
@@ -329,41 +333,56 @@ class Workshop:
         script: str = "train_network.py",
         apt: str | None = None,
         hidden: bool = False,
-    ) -> subprocess.CompletedProcess[str]:
+    ) -> None:
         write_job(self.folder / name, apt)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
         if hidden:
             environment["PYTHONPATH"] = str(self.folder / "hidden")
-        return subprocess.run(
+        self.begun[name] = self.pool.submit(
+            subprocess.run,
             [sys.executable, str(self.folder / trainer / script), "--config_file", "train.toml", *arguments],
             cwd=self.folder / name, env=environment, capture_output=True, text=True, encoding="utf-8",
         )  # fmt: skip
 
-    def train(self, name: str, *arguments: str, **options: object) -> Path:
+    def ended(self, name: str) -> Ended:
+        return self.begun[name].result()
+
+    def trained(self, name: str) -> Path:
         """The output folder of a run that has to succeed."""
-        if name not in self.done:
-            result = self.start(name, *arguments, **options)  # type: ignore[arg-type]
-            assert result.returncode == 0, result.stderr
-            self.done[name] = self.folder / name / "out"
-            (self.done[name] / "stdout.txt").write_text(result.stdout, encoding="utf-8")
-        return self.done[name]
+        result = self.ended(name)
+        assert result.returncode == 0, result.stderr
+        out = self.folder / name / "out"
+        (out / "stdout.txt").write_text(result.stdout, encoding="utf-8")
+        return out
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("runs"))
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """All runs of the tests below, begun in their order; those that no test has asked for by its end are left out."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        workshop = Workshop(tmp_path_factory.mktemp("runs"), pool)
+        workshop.begin("plain", trainer="plain")
+        workshop.begin("run patched")
+        workshop.begin("run hidden", hidden=True)
+        workshop.begin("refused", apt=APT_15, hidden=True)
+        workshop.begin("apt", apt=APT_15)
+        (workshop.folder / "apt.toml").write_text(f"[apt]\n{APT_15}\n")
+        workshop.begin("by argument", "--apt_config", str(workshop.folder / "apt.toml"))
+        workshop.begin("sdxl", apt='preset = "sdxl"', script="sdxl_train_network.py")
+        workshop.begin("flux", apt=APT_15, script="flux_train_network.py")
+        yield workshop
+        pool.shutdown(cancel_futures=True)
 
 
 def arguments_of(run: Path) -> dict[str, object]:
     return json.loads((run / "args.json").read_text())
 
 
-@pytest.mark.parametrize("hidden", [False, True], ids=["apt-hooks installed", "apt-hooks not installed"])
+@pytest.mark.parametrize("name", ["run patched", "run hidden"], ids=["apt-hooks installed", "apt-hooks not installed"])
 def test_without_a_section_the_patched_trainer_writes_what_the_unpatched_one_does(
-    workshop: Workshop, hidden: bool
+    workshop: Workshop, name: str
 ) -> None:
-    plain = workshop.train("plain", trainer="plain")
-    patched = workshop.train(f"patched, hidden {hidden}", hidden=hidden)
+    plain, patched = workshop.trained("plain"), workshop.trained(name)
     assert sorted(path.name for path in patched.iterdir()) == sorted(path.name for path in plain.iterdir())
     for name in ("lora.pt", "tracker.jsonl", "stdout.txt"):
         assert (patched / name).read_bytes() == (plain / name).read_bytes()
@@ -371,43 +390,37 @@ def test_without_a_section_the_patched_trainer_writes_what_the_unpatched_one_doe
 
 
 def test_a_section_without_apt_hooks_installed_ends_with_the_line_that_installs_it(workshop: Workshop) -> None:
-    result = workshop.start("refused", apt=APT_15, hidden=True)
+    result = workshop.ended("refused")
     assert result.returncode == 1
     assert result.stderr.strip().endswith("pip install apt-hooks")
     assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_a_section_switches_apt_on_and_no_key_of_it_becomes_an_argument(workshop: Workshop) -> None:
-    run = workshop.train("apt", apt=APT_15)
+    run, plain = workshop.trained("apt"), workshop.trained("plain")
     assert (run / "stdout.txt").read_text().count("is on | preset sd15") == 1
     assert (run / "lora-apt.jsonl").exists()
-    assert (run / "lora.pt").read_bytes() != (workshop.train("plain", trainer="plain") / "lora.pt").read_bytes()
-    assert arguments_of(run) == {**arguments_of(workshop.train("plain", trainer="plain")), "apt_config": None}
+    assert (run / "lora.pt").read_bytes() != (plain / "lora.pt").read_bytes()
+    assert arguments_of(run) == {**arguments_of(plain), "apt_config": None}
     assert arguments_of(run)["blocks"] is None
 
 
 def test_the_argument_apt_config_equals_the_section(workshop: Workshop) -> None:
-    path = workshop.folder / "apt.toml"
-    path.write_text(f"[apt]\n{APT_15}\n")
-    by_argument, by_section = (
-        workshop.train("by argument", "--apt_config", str(path)),
-        workshop.train("apt", apt=APT_15),
-    )
+    by_argument, by_section = workshop.trained("by argument"), workshop.trained("apt")
     for name in ("lora.pt", "lora-apt.jsonl", "tracker.jsonl"):
         assert (by_argument / name).read_bytes() == (by_section / name).read_bytes()
 
 
 def test_the_patched_sdxl_script_runs_with_apt(workshop: Workshop) -> None:
-    run = workshop.train("sdxl", apt='preset = "sdxl"', script="sdxl_train_network.py")
+    run = workshop.trained("sdxl")
     assert (run / "stdout.txt").read_text().count("is on | preset sdxl") == 1
     assert len((run / "lora-apt.jsonl").read_text().splitlines()) == 3
 
 
 def test_another_script_refuses_a_section_that_it_would_ignore(workshop: Workshop) -> None:
-    script = "flux_train_network.py"
-    result = workshop.start("flux", apt=APT_15, script=script)
+    result = workshop.ended("flux")
     assert result.returncode == 1
-    assert result.stderr.startswith("apt-hooks: error: ") and script in result.stderr
+    assert result.stderr.startswith("apt-hooks: error: ") and "flux_train_network.py" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
 

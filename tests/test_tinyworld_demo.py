@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -6,14 +7,24 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
+from apt_hooks.tinyworld import evaluate
 from apt_hooks.tinyworld.demo import run_demo
 from apt_hooks.tinyworld.evaluate import METRICS
+from apt_hooks.tinyworld.model import sample
 from apt_hooks.tinyworld.personalize import Training
 
 PICTURES = ("comparison.png", "indicator.png", "delta_noise.png", "attention.png")
 
 
-def demo(out, *, methods=("base", "dreambooth", "apt"), concept=5, seed=0, steps=2, scenes=4):
+@pytest.fixture(scope="module", autouse=True)
+def rough():
+    """Pictures of two steps of sampling: no test here looks at how good they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "sample", functools.partial(sample, steps=2))
+        yield
+
+
+def demo(out, *, methods, concept=5, seed=0, steps=2, scenes=4):
     said = []
     metrics = run_demo(
         out,
@@ -28,28 +39,35 @@ def demo(out, *, methods=("base", "dreambooth", "apt"), concept=5, seed=0, steps
     return metrics, "\n".join(said)
 
 
-def test_a_demo_writes_pictures_numbers_and_loras_and_says_so(tmp_path):
-    metrics, said = demo(tmp_path / "one")
-    assert json.loads((tmp_path / "one" / "metrics.json").read_text()) == metrics
+@pytest.fixture(scope="module")
+def together(rough, tmp_path_factory):
+    """The folder of a demo of several methods, and what it returned and said."""
+    folder = tmp_path_factory.mktemp("demo") / "together"
+    return folder, *demo(folder, methods=("base", "dreambooth", "dco", "apt"))
+
+
+def test_a_demo_writes_pictures_numbers_and_loras_and_says_so(together):
+    folder, metrics, said = together
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert (metrics["concept"], metrics["seed"], metrics["samples"]) == (5, 0, 4)
-    assert list(metrics["methods"]) == ["base", "dreambooth", "apt"]
+    assert list(metrics["methods"]) == ["base", "dreambooth", "dco", "apt"]
     for name, scores in metrics["methods"].items():
         assert set(scores) == {*METRICS, "delta_noise"} and (scores["delta_noise"] > 0) == (name != "base")
         assert set(metrics["spread"][name]) == {"text", "identity"} and metrics["spread"][name]["identity"] > 0
     for name in PICTURES:
-        assert (tmp_path / "one" / name).read_bytes().startswith(b"\x89PNG")
-    for name in ("dreambooth", "apt"):
-        assert (tmp_path / "one" / f"{name}.safetensors").exists()
-        assert len((tmp_path / "one" / f"{name}-apt.jsonl").read_text().splitlines()) == 2
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("dreambooth", "dco", "apt"):
+        assert (folder / f"{name}.safetensors").exists()
+        assert len((folder / f"{name}-apt.jsonl").read_text().splitlines()) == 2
     assert all(name in said for name in ("DreamBooth", "frechet", "comparison.png"))
 
 
-def test_a_method_repeats_itself_and_does_not_depend_on_which_others_ran(tmp_path):
-    alone, _ = demo(tmp_path / "alone", methods=("apt",))
-    together, _ = demo(tmp_path / "together", methods=("dco", "apt"))
-    assert alone["methods"]["apt"] == together["methods"]["apt"]
+def test_a_method_repeats_itself_and_does_not_depend_on_which_others_ran(together, tmp_path):
+    folder, metrics, _ = together
+    alone, _ = demo(tmp_path, methods=("apt",))
+    assert alone["methods"]["apt"] == metrics["methods"]["apt"]
     for name in ("apt.safetensors", "apt-apt.jsonl", "indicator.png"):
-        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "together" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_the_base_model_alone_needs_no_training(tmp_path):

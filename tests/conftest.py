@@ -1,0 +1,50 @@
+"""For all tests: what makes the suite faster, and changes nothing that a test sees."""
+
+import concurrent.futures
+import gc
+import subprocess
+
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "ahead: with_args(prepare) begins a process with the session; fixture `ahead` waits for its end"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen():
+    """What the imports made stays until the end: no garbage collection during the tests has to look at it again."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begun(request, tmp_path_factory):
+    """What becomes of the long processes that the chosen tests wait for, by `prepare`, which takes a folder of its own.
+
+    They run one at a time, on a core that the tests leave idle. `prepare` returns command and environment, or None
+    where there is nothing to run. It is called here, and not when a process begins, at which time a test may have
+    changed whatever it likes.
+    """
+    found = {}
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    for marker in (item.get_closest_marker("ahead") for item in request.session.items):
+        if marker and marker.args[0] not in found:
+            folder = tmp_path_factory.mktemp("ahead")
+            prepared = marker.args[0](folder)
+            found[marker.args[0]] = prepared and pool.submit(_run, *prepared, folder)
+    yield found
+    pool.shutdown(cancel_futures=True)
+
+
+def _run(command, environment, folder):
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+
+
+@pytest.fixture
+def ahead(request, begun):
+    """The ended process of a test that is marked so."""
+    return begun[request.node.get_closest_marker("ahead").args[0]].result()
