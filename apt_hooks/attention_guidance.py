@@ -1,8 +1,9 @@
 """Steering latents so that their cross-attention becomes that of another run.
 
 DreamBlend (arXiv 2411.19390) does so with the attention of an earlier checkpoint. Its loss is not published; this is
-the nearest one that is, pix2pix-zero's (arXiv 2302.03027, cross-attention guidance), and what it does about the size of
-a step: one gradient step a denoising step, of a sum over positions and tokens.
+the nearest one that is, pix2pix-zero's (arXiv 2302.03027, cross-attention guidance): one gradient step a denoising
+step, of a sum over positions and tokens. Ours is that a step is bounded: an overfitted LoRA has single gradients that
+throw the latents so far that no picture is left.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from .errors import AptError
 from .ops.attention_alignment import AttentionAlignment
 
 Predict = Callable[[Tensor], object]
-"""Runs a denoiser on latents, [batch, channels, height, width], with everything else as in the step at hand."""
+"""Runs a denoiser on inputs, [batch, channels, height, width], with everything else as in the step at hand."""
+
+LONGEST = 0.1
+"""The longest step, as a share of the input's own length."""
 
 
 @dataclasses.dataclass
@@ -86,20 +90,24 @@ def attention_distance(layers: Sequence[AttentionLayer], features: Features, ref
     return torch.stack(terms).sum()
 
 
-def guide(latents: Tensor, predict: Predict, capture: FeatureCapture, reference: Features, lr: float) -> Tensor:
-    """`latents - lr * gradient of attention_distance`, in their dtype.
+def guide(inputs: Tensor, predict: Predict, capture: FeatureCapture, reference: Features, lr: float) -> Tensor:
+    """`inputs - lr * gradient of attention_distance`, in their dtype, no sample moved by more than `LONGEST`.
 
     Args:
-        latents: [batch, channels, height, width], not scaled for the denoiser.
+        inputs: [batch, channels, height, width], the latents as the denoiser gets them: of variance 1 whatever the
+            scheduler, so that one `lr` serves all.
         predict: one pass of the denoiser, with the prompt alone and not without it.
         capture: on the denoiser that `predict` runs.
         reference: of the same step of another run.
     """
     # A power of two, which changes no digit: gradients of single queries are too small for float16.
-    scale = 2.0**10 if latents.dtype == torch.float16 else 1.0
+    scale = 2.0**10 if inputs.dtype == torch.float16 else 1.0
     with torch.enable_grad():
-        start = latents.detach().requires_grad_()
+        start = inputs.detach().requires_grad_()
         with capture.record() as features:
             predict(start)
         (gradient,) = torch.autograd.grad(attention_distance(capture.layers, features, reference) * scale, start)
-    return (latents.float() - lr / scale * gradient.float()).to(latents.dtype)
+    step = gradient.float() * (lr / scale)
+    length, longest = (x.float().flatten(1).norm(dim=1) for x in (step, LONGEST * inputs.detach()))
+    step *= (longest / length.clamp_min(1e-12)).clamp(max=1.0)[:, None, None, None]
+    return (inputs.float() - step).to(inputs.dtype)

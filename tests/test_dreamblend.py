@@ -127,6 +127,23 @@ def test_a_step_goes_down_the_gradient(pipeline):
     assert not latents.requires_grad and not moved.requires_grad
 
 
+def test_no_step_is_longer_than_a_share_of_the_input_and_each_sample_has_its_own_length(pipeline):
+    latents, text = torch.randn(2, 4, 16, 16), torch.randn(2, TOKENS, 128)
+    latents[1] *= 3
+    recording = AttentionRecording(())
+    with FeatureCapture(pipeline.unet, representation=False) as capture:
+        with recording.record(0, capture, 2):
+            pipeline.unet(torch.randn(2, 4, 16, 16), 500, text)
+
+        def guided(lr):
+            return guide(latents, lambda x: pipeline.unet(x, 500, text), capture, recording.steps[0], lr) - latents
+
+        far, near = guided(1e6), guided(1e-2)
+    assert torch.allclose(far.flatten(1).norm(dim=1), 0.1 * latents.flatten(1).norm(dim=1), rtol=1e-4)
+    for i in range(2):
+        assert torch.cosine_similarity(far[i].flatten(), near[i].flatten(), dim=0) > 0.99
+
+
 def test_float16_loses_no_small_gradients(pipeline):
     latents, text = torch.randn(1, 4, 16, 16), torch.randn(1, TOKENS, 128)
     recording, moves = AttentionRecording(()), {}
@@ -137,7 +154,7 @@ def test_float16_loses_no_small_gradients(pipeline):
             start, words = latents.to(dtype), text.to(dtype)
             predict = functools.partial(pipeline.unet.to(dtype), timestep=500, encoder_hidden_states=words)
             try:
-                moved = guide(start, predict, capture, recording.steps[0], 1e3)
+                moved = guide(start, predict, capture, recording.steps[0], 100.0)
             finally:
                 pipeline.unet.to(torch.float32)
             moves[dtype] = (moved - start).float()
@@ -159,14 +176,14 @@ def test_a_guidance_of_strength_0_is_the_plain_pipeline_bit_for_bit(scheduled, l
 
 
 def test_the_scheduler_steps_from_the_moved_latents_and_the_unet_sees_them_scaled(scheduled):
-    """By hand: each step's latents moved by a known amount, then scaled, predicted with guidance, and stepped."""
+    """By hand: each step's latents, scaled, are moved by a known amount, predicted from, scaled back and stepped."""
     texts, generator = None, torch.Generator().manual_seed(7)
     start = torch.randn(1, 4, 16, 16, generator=generator)
     seen = []
 
-    def before(step, latents, predict):
-        seen.append(latents)
-        return latents + 0.1 * (step + 1)
+    def before(step, inputs, predict):
+        seen.append(inputs)
+        return inputs + 0.1 * (step + 1)
 
     with denoising_steps(scheduled, before=before):
         found = scheduled(PROMPT, latents=start, **OPTIONS).images
@@ -175,8 +192,9 @@ def test_the_scheduler_steps_from_the_moved_latents_and_the_unet_sees_them_scale
     scheduler.set_timesteps(3)
     latents = start * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps):
-        assert torch.allclose(seen[step], latents, atol=1e-5)
-        latents = latents + 0.1 * (step + 1)
+        inputs = scheduler.scale_model_input(latents, timestep)
+        assert torch.allclose(seen[step], inputs, atol=1e-5)
+        latents = latents + 0.1 * (step + 1) * float(latents.norm() / inputs.norm())
         noisy = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
         with torch.no_grad():
             without, prompted = scheduled.unet(noisy, timestep, torch.cat(texts[::-1])).sample.chunk(2)
@@ -187,10 +205,10 @@ def test_the_scheduler_steps_from_the_moved_latents_and_the_unet_sees_them_scale
 def test_what_guides_is_the_pass_with_the_prompt(pipeline):
     conditions = []
 
-    def before(step, latents, predict):
-        output = predict(latents)
+    def before(step, inputs, predict):
+        output = predict(inputs)
         with torch.no_grad():
-            wanted = pipeline.unet(latents, timestep, pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0])
+            wanted = pipeline.unet(inputs, timestep, pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0])
         conditions.append(torch.allclose(output[0], wanted.sample, atol=1e-5))
 
     options = {**OPTIONS, "num_inference_steps": 1}

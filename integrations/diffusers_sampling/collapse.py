@@ -38,16 +38,16 @@ def attention_collapse(
     shifts: dict[str, list[Tensor]] = {name: [] for name in files}
     with Loras(pipeline, files) as loras, FeatureCapture(pipeline.unet, blocks, representation=False) as capture:
 
-        def read(name: str | None, latents: Tensor, predict: Predict) -> Features:
+        def read(name: str | None, inputs: Tensor, predict: Predict) -> Features:
             with loras.active(name), torch.no_grad(), capture.record() as features:
-                predict(latents)
+                predict(inputs)
             return features
 
-        def before(step: int, latents: Tensor, predict: Predict) -> None:
+        def before(step: int, inputs: Tensor, predict: Predict) -> None:
             if step % every == 0:
-                base = read(None, latents, predict)
+                base = read(None, inputs, predict)
                 for name, found in shifts.items():
-                    found.append(attention_shift(capture.layers, read(name, latents, predict), base).mean().cpu())
+                    found.append(attention_shift(capture.layers, read(name, inputs, predict), base).mean().cpu())
 
         with loras.active(None), denoising_steps(pipeline, before=before):
             call()

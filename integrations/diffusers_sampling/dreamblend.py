@@ -155,10 +155,10 @@ class DreamBlend:
         ):
             attention = AttentionRecording(capture.layers)
 
-            def before(step: int, latents: Tensor, predict: Predict) -> Tensor | None:
+            def before(step: int, inputs: Tensor, predict: Predict) -> Tensor | None:
                 if reference is None or step not in reference.steps or not self._guided(step):
                     return None
-                return guide(latents, predict, capture, reference.steps[step], self.guidance_lr)
+                return guide(inputs, predict, capture, reference.steps[step], self.guidance_lr)
 
             def around(step: int, batch: int) -> contextlib.AbstractContextManager[None]:
                 if not keep(step):

@@ -23,9 +23,9 @@ def denoising_steps(pipeline: Any, *, before: Before | None = None, around: Arou
 
     Args:
         pipeline: of diffusers, for SD 1.x, 2.x or SDXL.
-        before: told the step's number from 0, the latents as the scheduler has them ([batch, channels, height, width],
-            not scaled for the U-Net), and a function that runs the U-Net on such latents with the prompt alone; what it
-            returns takes the latents' place for the rest of the step.
+        before: told the step's number from 0, the latents as the U-Net gets them ([batch, channels, height, width],
+            scaled by the scheduler), and a function that runs the U-Net on such latents with the prompt alone; what it
+            returns takes their place for the rest of the step, scaled back for the scheduler.
         around: told the step's number and the batch; makes a context for the pipeline's own pass of the U-Net, whose
             last samples, as many as the batch, are those with the prompt.
 
@@ -98,13 +98,18 @@ class _Steps:
             own = {name: _last(name, value, batch) for name, value in kwargs.items() if name not in _FIRST}
 
             def predict(x: Tensor) -> Any:
-                return unet(self.scale(x, timestep).to(args[0].dtype), timestep, **own)
+                return unet(x, timestep, **own)
 
+            inputs, changed = args[0][-batch:], None
             self.inside = True
             try:
-                self.changed = self.before(self.number, latents[-batch:], predict)
+                changed = self.before(self.number, inputs, predict)
             finally:
                 self.inside = False
+            if changed is not None:
+                # Scaling is by a factor; by the difference, what is not changed stays so bit for bit.
+                factor = self.scale(torch.ones_like(latents[:1, :1, :1, :1]), timestep)
+                self.changed = latents[-batch:] + ((changed - inputs) / factor).to(latents.dtype)
         if self.around is not None:
             self.passing.enter_context(self.around(self.number, batch))
         if self.changed is None:
