@@ -183,7 +183,7 @@ Model = Annotated[
     str, typer.Option(help="Folder in diffusers' format, one-file checkpoint, name on the hub, or `tinyworld`.")
 ]
 Prompt = Annotated[str, typer.Option(help="With the identifier that the LoRAs were trained with.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the noise.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Scale = Annotated[float, typer.Option(help="Classifier-free guidance.")]
 
@@ -249,11 +249,15 @@ def maps(
     model: Model,
     prompt: Prompt,
     lora: Annotated[list[Path] | None, typer.Option(help="A LoRA; may be given again.")] = None,
-    out: Annotated[Path, typer.Option(metavar="PICTURE.png", help="Where to draw.")] = Path("maps.png"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="PICTURE.png", help="Where to draw; maps.png if not given.")
+    ] = None,
     collapse: Annotated[
         bool, typer.Option("--collapse", help="Draw nothing; print for each LoRA how far its attention has gone.")
     ] = False,
-    timesteps: Annotated[str, typer.Option(help="Where to look, from 999 (noise) to 0.")] = "800,500,200",
+    timesteps: Annotated[
+        str | None, typer.Option(help="Where to look, from 999 (noise) to 0; 800,500,200 if not given.")
+    ] = None,
     seed: Seed = 0,
     steps: Steps = 50,
     guidance_scale: Scale = 7.5,
@@ -263,13 +267,24 @@ def maps(
 
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     if collapse:
+        if out is not None or timesteps is not None:
+            raise AptError("--collapse draws nothing: leave out --out and --timesteps")
         run_collapse(model, lora or [], prompt, seed=seed, options=options, say=typer.echo)
         return
     try:
-        moments = [int(moment) for moment in timesteps.split(",")]
+        moments = [int(moment) for moment in (timesteps or "800,500,200").split(",")]
     except ValueError as error:
         raise AptError(f"--timesteps takes whole numbers, separated by commas; found {timesteps!r}") from error
-    run_maps(model, lora or [], prompt, out, seed=seed, timesteps=moments, options=options, say=typer.echo)
+    run_maps(
+        model,
+        lora or [],
+        prompt,
+        out or Path("maps.png"),
+        seed=seed,
+        timesteps=moments,
+        options=options,
+        say=typer.echo,
+    )
 
 
 def _version(found: sd_scripts.Checkout | diffusers.Status) -> str:

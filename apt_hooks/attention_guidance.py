@@ -18,6 +18,7 @@ from torch import Tensor
 from .capture import AttentionLayer, FeatureCapture, Features
 from .contributions import Kind
 from .errors import AptError
+from .losses import full_precision
 from .ops.attention_alignment import AttentionAlignment
 
 Predict = Callable[[Tensor], object]
@@ -78,6 +79,7 @@ def attention_distance(layers: Sequence[AttentionLayer], features: Features, ref
     terms = []
     for i, layer in enumerate(layers):
         q, k = features.queries[i], features.keys[i]
+        q, k = full_precision(q), full_precision(k)  # before their gradients are rounded
         wanted = [x.to(q.device, q.dtype) for x in (reference.queries[i], reference.keys[i])]
         if [x.shape for x in wanted] != [q.shape, k.shape]:
             found, recorded = (" and ".join(str(tuple(x.shape)) for x in pair) for pair in ((q, k), wanted))
@@ -100,14 +102,28 @@ def guide(inputs: Tensor, predict: Predict, capture: FeatureCapture, reference: 
         capture: on the denoiser that `predict` runs.
         reference: of the same step of another run.
     """
-    # A power of two, which changes no digit: gradients of single queries are too small for float16.
-    scale = 2.0**10 if inputs.dtype == torch.float16 else 1.0
-    with torch.enable_grad():
-        start = inputs.detach().requires_grad_()
-        with capture.record() as features:
-            predict(start)
-        (gradient,) = torch.autograd.grad(attention_distance(capture.layers, features, reference) * scale, start)
-    step = gradient.float() * (lr / scale)
+
+    def gradient(scale: float) -> Tensor:
+        with torch.enable_grad():
+            start = inputs.detach().requires_grad_()
+            with capture.record() as features:
+                predict(start)
+            distance = attention_distance(capture.layers, features, reference) * scale
+            return torch.autograd.grad(distance, start)[0].float() / scale
+
+    step = lr * (_finite(gradient) if inputs.dtype == torch.float16 else gradient(1.0))
     length, longest = (x.float().flatten(1).norm(dim=1) for x in (step, LONGEST * inputs.detach()))
     step *= (longest / length.clamp_min(1e-12)).clamp(max=1.0)[:, None, None, None]
     return (inputs.float() - step).to(inputs.dtype)
+
+
+def _finite(gradient: Callable[[float], Tensor]) -> Tensor:
+    """In float16 gradients of single queries may be too small, and those of an overfitted LoRA too large.
+
+    By powers of two, which change no digit.
+    """
+    for exponent in (10, 0, -10):
+        found = gradient(2.0**exponent)
+        if bool(found.isfinite().all()):
+            return found
+    raise AptError("guidance finds no finite gradient in float16: load the pipeline in bfloat16 or float32")

@@ -96,9 +96,9 @@ def test_maps_draws_the_base_and_each_lora_at_the_nearest_timesteps(loras, tmp_p
     out = tmp_path / "maps.png"
     run("maps", *FEW, "--lora", loras / "cup.safetensors", "--timesteps", "999,250", "--out", out)
     (_, words, shown, maps), moments = drawn[0], ("t=801", "t=201")
-    assert list(maps) == [f"{name}, {moment}" for name in ("base", "cup") for moment in moments]
-    assert torch.equal(shown["base, t=801"], shown["base, t=201"])
-    assert not torch.equal(shown["base, t=801"], shown["cup, t=801"])
+    assert list(maps) == [f"{name}, {moment}" for name in ("base model", "cup") for moment in moments]
+    assert torch.equal(shown["base model, t=801"], shown["base model, t=201"])
+    assert not torch.equal(shown["base model, t=801"], shown["cup, t=801"])
     assert len(words) == 5 and Image.open(out).size[0] > 500
 
 
@@ -157,7 +157,11 @@ def test_words_are_put_together_from_tokens_without_fillers():
     [
         (("a-000010", "a-000002", "a"), ["2", "10", "last"]),
         (("checkpoint-500/lora", "checkpoint-100/lora", "lora"), ["100", "500", "last"]),
-        (("a-1", "b-1"), ["a-1", "b-1"]),
+        (("sd15-000002", "sd15-000010", "sd15"), ["2", "10", "last"]),
+        (("a-step00000500", "a-step00001000"), ["500", "1000"]),
+        (("0010", "0005"), ["5", "10"]),
+        (("a-000001", "b-000001"), ["a-000001", "b-000001"]),
+        (("a-000001", "a", "a-000001-state/model"), ["1", "last"]),
     ],
 )
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path, files, names):
@@ -166,6 +170,23 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path, files, names):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     assert list(find_checkpoints(tmp_path)) == names
+
+
+def test_checkpoints_by_epoch_and_by_step_are_not_mixed(tmp_path):
+    for name in ("a-000001", "a-step00000500"):
+        (tmp_path / f"{name}.safetensors").touch()
+    with pytest.raises(AptError, match="by epoch and by step"):
+        find_checkpoints(tmp_path)
+
+
+def test_a_clip_that_lacks_a_part_and_a_picture_that_is_none_are_refused(clip, references, tmp_path):
+    CLIPModel.from_pretrained(clip).text_model.save_pretrained(tmp_path / "half")
+    new_tokenizer().save_pretrained(tmp_path / "half")
+    with pytest.raises(AptError, match=r"cannot be loaded; .* \(it lacks "):
+        ClipJudge(references, str(tmp_path / "half"))
+    (references / "2.png").write_text("no picture")
+    with pytest.raises(AptError, match=r"--references .*cannot identify"):
+        ClipJudge(references, str(clip))
 
 
 def test_bad_input_is_told_before_anything_is_drawn(loras, clip, references, tmp_path):
@@ -185,6 +206,10 @@ def test_bad_input_is_told_before_anything_is_drawn(loras, clip, references, tmp
         (("maps", *FEW, "--lora", none / "a.safetensors"), "a.safetensors: no such file"),
         (("maps", *FEW, "--collapse"), "name one or more by --lora"),
         (("maps", *FEW, "--timesteps", "often"), "--timesteps takes whole numbers"),
+        (("maps", *FEW, "--timesteps", "5000"), "--timesteps are from 0 to 999; found 5000"),
+        (("maps", *FEW, "--out", tmp_path / "nowhere" / "a.png"), "must be a file in a folder that exists"),
+        (("maps", *FEW, "--collapse", "--lora", late, "--timesteps", "5"), "leave out --out and --timesteps"),
+        (("blend", *FEW, "--early", late, "--late", late, "--guide-from", "9", *out), "leaves no denoising step"),
         (("maps", *FEW, "--lora", late, "--lora", late), "is named twice"),
         (("maps", "--model", "tinyworld", "--prompt", "of the"), "has no words to draw but of, the"),
         (("maps", "--model", none, "--prompt", PROMPT), "cannot be loaded as a pipeline of diffusers"),
@@ -192,4 +217,4 @@ def test_bad_input_is_told_before_anything_is_drawn(loras, clip, references, tmp
         error = run(*arguments, code=1).exception
         assert isinstance(error, AptError) and "\n" not in str(error)
         assert re.search(message, str(error))
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*"))

@@ -9,11 +9,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytest.importorskip("safetensors")
 
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from models import relative_difference
 from safetensors.torch import load_file, save_file
 
-from apt_hooks import AptError
+from apt_hooks import AptError, attention_guidance
 from apt_hooks.attention_guidance import AttentionRecording, attention_distance, guide
 from apt_hooks.attention_maps import attention_shift, token_maps
 from apt_hooks.capture import AttentionLayer, FeatureCapture, Features
@@ -21,6 +21,7 @@ from apt_hooks.integrations.diffusers_sampling import dreamblend
 from apt_hooks.integrations.diffusers_sampling.collapse import attention_collapse
 from apt_hooks.integrations.diffusers_sampling.dreamblend import DreamBlend
 from apt_hooks.integrations.diffusers_sampling.loras import Loras
+from apt_hooks.integrations.diffusers_sampling.pipelines import make_movable
 from apt_hooks.integrations.diffusers_sampling.steps import denoising_steps
 from apt_hooks.losses import attention_map
 from apt_hooks.tinyworld.model import TOKENS, load_pipeline
@@ -162,6 +163,18 @@ def test_float16_loses_no_small_gradients(pipeline):
     assert relative_difference(moves[torch.float16], moves[torch.float32]) < 0.3
 
 
+def test_float16_is_guided_where_a_gradient_is_too_large_for_it(pipeline):
+    tried = []
+
+    def overflowing(scale):
+        tried.append(scale)
+        return torch.tensor([float("nan") if scale >= 1 else 3.0])
+
+    assert attention_guidance._finite(overflowing).tolist() == [3.0] and tried == [2.0**10, 1.0, 2.0**-10]
+    with pytest.raises(AptError, match="no finite gradient in float16"):
+        attention_guidance._finite(lambda scale: torch.tensor([float("inf")]))
+
+
 # In the pipeline.
 
 
@@ -284,6 +297,8 @@ def _trained(model):
 
 
 def test_an_error_in_the_middle_leaves_nothing_behind(pipeline, loras):
+    before = plain(pipeline, loras[0])
+
     def fail(*_):
         raise KeyboardInterrupt
 
@@ -291,7 +306,59 @@ def test_an_error_in_the_middle_leaves_nothing_behind(pipeline, loras):
         pipeline(PROMPT, **OPTIONS)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipeline.unet.modules())
     assert "step" not in vars(pipeline.scheduler)
-    assert torch.equal(plain(pipeline, loras[0]), plain(pipeline, loras[0]))
+    assert torch.equal(plain(pipeline, loras[0]), before)
+
+
+def test_a_pass_that_fails_is_not_explained_by_what_it_did_not_come_through(pipeline, loras, monkeypatch):
+    def fail(*_args, **_options):
+        raise ValueError("of the U-Net's own")
+
+    monkeypatch.setattr(pipeline.unet.mid_block, "forward", fail)
+    with (
+        DreamBlend(pipeline, *loras) as blend,
+        warnings.catch_warnings(record=True) as told,
+        pytest.raises(ValueError, match="of the U-Net's own"),
+    ):
+        blend.early(PROMPT, 7, **OPTIONS)
+    assert not [x for x in told if "did not come through" in str(x.message)]
+
+
+def test_steps_may_be_watched_by_two_at_once(pipeline):
+    seen = []
+    with denoising_steps(pipeline, before=lambda step, *_: seen.append(("outer", step))):
+        with denoising_steps(pipeline, before=lambda step, *_: seen.append(("inner", step))):
+            pipeline(PROMPT, **OPTIONS)
+        assert "step" in vars(pipeline.scheduler)
+    assert "step" not in vars(pipeline.scheduler) and ("outer", 2) in seen and ("inner", 2) in seen
+
+
+def test_what_is_recorded_is_the_pass_with_the_prompt_of_each_step(pipeline, loras):
+    inputs = []
+    with DreamBlend(pipeline, *loras) as blend:
+        with denoising_steps(pipeline, before=lambda _step, x, _predict: inputs.append(x)):
+            recording = blend.early(PROMPT, 7, **OPTIONS)
+        words = pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0]
+        with (
+            blend.loras.active("apt_hooks_early"),
+            FeatureCapture(pipeline.unet, representation=False) as capture,
+            torch.no_grad(),
+        ):
+            for step, timestep in enumerate(pipeline.scheduler.timesteps):
+                with capture.record() as features:
+                    pipeline.unet(inputs[step], timestep, words)
+                for kind in ("queries", "keys"):
+                    for i, wanted in getattr(features, kind).items():
+                        found = getattr(recording.attention.steps[step], kind)[i].float()
+                        assert relative_difference(found, wanted) < 5e-3
+
+
+def test_each_step_is_guided_by_the_same_step_of_the_early_run(pipeline, loras, monkeypatch):
+    given = []
+    monkeypatch.setattr(dreamblend, "guide", lambda inputs, *others: given.append(others[2]) or inputs)
+    with DreamBlend(pipeline, *loras) as blend:
+        early = blend.early(PROMPT, 7, **OPTIONS)
+        blend.blend(early)
+    assert [id(features) for features in given] == [id(early.attention.steps[step]) for step in range(3)]
 
 
 def test_a_lora_of_kohyas_format_is_the_same_lora(pipeline, loras, tmp_path):
@@ -365,7 +432,49 @@ def test_another_size_than_the_recordings_is_refused(pipeline, loras):
             blend.blend(recording)
 
 
-@pytest.mark.parametrize("given", [{"guidance_lr": -1.0}, {"guidance_steps": (3, 2)}, {"guidance_steps": (-1, None)}])
+def test_schedulers_that_go_on_from_other_latents_are_refused(pipeline, loras, monkeypatch):
+    monkeypatch.setattr(pipeline, "scheduler", PNDMScheduler.from_config(pipeline.training_scheduler.config))
+    with pytest.raises(AptError, match="the pipeline's scheduler is PNDMScheduler"):
+        DreamBlend(pipeline, *loras)
+    make_movable(pipeline, (said := []).append)
+    assert type(pipeline.scheduler) is DDIMScheduler and said
+    DreamBlend(pipeline, *loras).close()
+
+
+def test_what_is_no_lora_that_diffusers_loads_whole_is_refused(pipeline, loras, tmp_path):
+    own = load_file(loras[0])
+    key = next(iter(own))
+    elsewhere = {k.replace("up_blocks.1", "up_blocks.7"): v.clone() for k, v in own.items()}
+    for name, tensors, message in (
+        ("dora", {**own, key.replace("lora_A.weight", "dora_scale"): torch.ones(1)}, "is a DoRA, which"),
+        ("loha", {"lora_unet_x.hada_w1_a": torch.ones(1)}, "is a LoHa of LyCORIS"),
+        ("part", {**own, **elsewhere}, r"of its \d+ layers are not there"),
+    ):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(AptError, match=message):
+            DreamBlend(pipeline, loras[0], tmp_path / f"{name}.safetensors")
+    DreamBlend(pipeline, *loras).close()
+
+
+def test_a_range_of_steps_that_holds_none_is_refused(pipeline, loras):
+    with DreamBlend(pipeline, *loras, guidance_steps=(30, None)) as blend:
+        early = blend.early(PROMPT, 7, **OPTIONS)
+        with pytest.raises(AptError, match=r"leaves no denoising step to guide; the early run recorded 0"):
+            blend.blend(early)
+
+
+def test_options_that_are_the_runs_own_are_refused_and_a_negative_prompt_is_for_all(pipeline, loras):
+    with DreamBlend(pipeline, *loras) as blend:
+        with pytest.raises(AptError, match="generator, num_images_per_prompt: not among the options"):
+            blend.early(PROMPT, 7, num_images_per_prompt=2, generator=None)
+        one, two = (blend.early(PROMPT, [7, 8], negative_prompt=p, **OPTIONS).images for p in ("a cup", ["a cup"] * 2))
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"guidance_lr": -1.0}, {"guidance_lr": float("nan")}, {"guidance_steps": (3, 2)}, {"guidance_steps": (-1, None)}],
+)
 def test_guidance_that_makes_no_sense_is_refused(pipeline, loras, given):
     with pytest.raises(AptError, match="guidance_"):
         DreamBlend(pipeline, *loras, **given)

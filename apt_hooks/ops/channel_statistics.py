@@ -49,7 +49,7 @@ def _trial(dtype: torch.dtype, ndim: int, device: torch.device) -> str | None:
 def _eager(h: Tensor) -> Tensor:
     first, positions = (1, (1,)) if h.ndim == 3 else (2, (2, 3))
     means, variances, shares = [], [], []
-    for piece in h.split(max(1, CHUNK * h.shape[first] // h.numel()), dim=first):
+    for piece in h.split(max(1, CHUNK * h.shape[first] // max(1, h.numel())), dim=first):
         # Not `torch.var_mean`, which on a CPU takes ten times as long.
         mean = piece.mean(positions, keepdim=True, dtype=torch.promote_types(h.dtype, torch.float32))
         variances.append((piece - mean).square_().mean(positions))

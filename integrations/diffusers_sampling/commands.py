@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from .collapse import attention_collapse
 from .dreamblend import DreamBlend, Run
 from .judges import CLIP, ClipJudge
 from .loras import LoraFile, Loras
-from .pipelines import load_pipeline
-from .steps import check_pipeline, denoising_steps
+from .pipelines import load_pipeline, make_movable
+from .steps import denoising_steps
 from .sweep import find_checkpoints, sweep, write_rows
 from .words import word_maps, words_of
 
@@ -57,26 +57,27 @@ def run_blend(
     pictures = _pictures()
     _make_folder(out)
     pipeline = load_pipeline(model)
+    make_movable(pipeline, say)
     words = words_of(pipeline.tokenizer, prompt)
     rows: dict[str, list[Tensor]] = {"early": [], "late": [], "blend": []}
     with DreamBlend(pipeline, early, late, **guidance) as blend:
         for number in range(seed, seed + count):
-            with _progress(pipeline, f"early, seed {number}"):
-                runs = {"early": blend.early(prompt, number, **options)}
-            shown = _telling(sorted(runs["early"].attention.steps))
-            with _progress(pipeline, f"late, seed {number}"):
-                runs["late"] = blend.late(runs["early"], keep=shown)
-            with _progress(pipeline, f"blend, seed {number}"):
-                runs["blend"] = blend.blend(runs["early"], keep=shown)
+            _name_progress(pipeline, f"early, seed {number}")
+            runs = {"early": blend.early(prompt, number, **options)}
+            kept, shown = runs["early"].attention.nbytes / 2**20, _telling(sorted(runs["early"].attention.steps))
+            _name_progress(pipeline, f"blend, seed {number}")
+            blended = blend.blend(runs["early"], keep=shown)
+            _name_progress(pipeline, f"late, seed {number}")
+            runs |= {"late": blend.late(runs["early"], keep=shown), "blend": blended}
             for name, run in runs.items():
                 rows[name].append(_picture(run))
-                _save(out / f"{number}-{name}.png", run)
-            if words and shown:
+                _save(out / f"{number}-{name}.png", run.images[0])
+            if words:
                 maps = {name: _mean_maps(run, shown, words) for name, run in runs.items()}
                 newest = {name: own[-1] for name, own in rows.items()}
                 pictures.draw_attention(out / f"{number}-maps.png", [word for word, _ in words], newest, maps)
+            runs.clear()  # before the next run's attention is recorded
     pictures.draw_table(out / "blend.png", prompt, [f"seed {seed + i}" for i in range(count)], rows)
-    kept = runs["early"].attention.nbytes / 2**20
     say(f"in {out}: blend.png, and of each seed early, late, blend and maps; attention kept of a run: {kept:.1f} MiB")
 
 
@@ -95,12 +96,13 @@ def run_sweep(
     say: Say,
     **guidance: Any,
 ) -> list[dict[str, Any]]:
-    """Score each checkpoint of a folder and each pair of them (`sweep`); writes `sweep.json` and `sweep.png`."""
+    """Score each checkpoint of a folder and each pair of them (`sweep`); writes pictures, `sweep.json` and `.png`."""
     pictures = _pictures()
     find_checkpoints(folder)  # before anything is loaded
     judge = ClipJudge(references, clip or CLIP)
     _make_folder(out)
     pipeline = load_pipeline(model)
+    make_movable(pipeline, say)
     rows = sweep(
         pipeline,
         folder,
@@ -109,7 +111,8 @@ def run_sweep(
         plain_prompt or prompt,
         seeds=list(range(seed, seed + count)),
         options=options,
-        tell=lambda what: pipeline.set_progress_bar_config(desc=what, disable=None),
+        tell=lambda what: _name_progress(pipeline, what),
+        keep=lambda name, picture: _save(out / f"{name}.png", picture),
         **guidance,
     )
     write_rows(out / "sweep.json", rows)
@@ -136,22 +139,22 @@ def run_maps(
     say: Say,
 ) -> None:
     """Draw where each word of a prompt looks, in the base model and with each LoRA, at some timesteps."""
-    pictures, pipeline = _pictures(), load_pipeline(model)
-    check_pipeline(pipeline)
+    pictures, files = _pictures(), _named(loras)
+    if not out.parent.is_dir() or out.is_dir():
+        raise AptError(f"--out {out}: must be a file in a folder that exists")
+    if beyond := [moment for moment in timesteps if not 0 <= moment < 1000]:
+        raise AptError(f"--timesteps are from 0 to 999; found {beyond[0]}")
+    pipeline = load_pipeline(model)
     words = words_of(pipeline.tokenizer, prompt)
     if not words:
         raise AptError(f"--prompt {prompt!r} has no words to draw but {', '.join(prompt.split()) or 'none'}")
-    files = _named(loras)
     shown: dict[str, Tensor] = {}
     maps: dict[str, Tensor] = {}
     with Loras(pipeline, files) as on:
         for name in (None, *files):
-            title = name or "base"
-            with (
-                on.active(name),
-                FeatureCapture(pipeline.unet, representation=False) as capture,
-                _progress(pipeline, title),
-            ):
+            title = name or "base model"
+            _name_progress(pipeline, title)
+            with on.active(name), FeatureCapture(pipeline.unet, representation=False) as capture:
                 run, steps = _watch(pipeline, capture, prompt, seed, timesteps, options)
             for step, timestep in steps.items():
                 shown[f"{title}, t={timestep}"] = _picture(run)
@@ -164,15 +167,15 @@ def run_collapse(
     model: str, loras: Sequence[Path], prompt: str, *, seed: int = 0, options: dict[str, Any], say: Say
 ) -> dict[str, float]:
     """Print each LoRA's attention shift (`attention_collapse`), by file."""
-    pipeline = load_pipeline(model)
+    if not loras:
+        raise AptError("--collapse compares LoRAs with the base model: name one or more by --lora")
+    files, pipeline = _named(loras), load_pipeline(model)
 
     def call() -> None:
         pipeline(prompt, generator=torch.Generator().manual_seed(seed), **{**options, "output_type": "latent"})
 
-    if not loras:
-        raise AptError("--collapse compares LoRAs with the base model: name one or more by --lora")
-    with _progress(pipeline, "base"):
-        found = attention_collapse(pipeline, _named(loras), call)
+    _name_progress(pipeline, "base model")
+    found = attention_collapse(pipeline, files, call)
     width = max(len(name) for name in found)
     say(f"{'LoRA':{width}}  share of the attention that lies elsewhere than the base model's")
     for name, shift in found.items():
@@ -226,16 +229,15 @@ def _named(loras: Sequence[Path]) -> dict[str, LoraFile]:
     while len({path.parts[-parts:] for path in loras}) < len(loras) and parts < max(len(p.parts) for p in loras):
         parts += 1
     names = ["/".join(path.with_suffix("").parts[-parts:]).replace(".", "_") for path in loras]
-    if len(set(names)) < len(names):
-        raise AptError(f"--lora: {names[0]} is named twice")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise AptError(f"--lora: {name} is named twice")
     return dict(zip(names, loras, strict=True))
 
 
-@contextlib.contextmanager
-def _progress(pipeline: Any, what: str) -> Iterator[None]:
-    """The pipeline's own bar, named."""
+def _name_progress(pipeline: Any, what: str) -> None:
+    """Say by the pipeline's own bar what it draws."""
     pipeline.set_progress_bar_config(desc=what, disable=None)
-    yield
 
 
 def _telling(steps: Sequence[int]) -> list[int]:
@@ -254,7 +256,7 @@ def _picture(run: Run) -> Tensor:
     return torch.from_numpy(numpy.array(run.images[0].convert("RGB"))).permute(2, 0, 1) / 255
 
 
-def _save(path: Path, run: Run) -> None:
+def _save(path: Path, picture: Any) -> None:
     content = io.BytesIO()
-    run.images[0].save(content, format="png")
+    picture.save(content, format="png")
     write_atomically(path, content.getvalue())

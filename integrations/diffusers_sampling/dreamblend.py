@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -16,9 +17,10 @@ from apt_hooks.capture import FeatureCapture
 from apt_hooks.errors import AptError
 
 from .loras import LoraFile, Loras
-from .steps import check_pipeline, denoising_steps
+from .steps import MOVABLE, check_pipeline, denoising_steps
 
 EARLY, LATE = "apt_hooks_early", "apt_hooks_late"
+_OURS = {"prompt", "prompt_embeds", "generator", "latents", "num_images_per_prompt", "return_dict"}
 
 
 @dataclasses.dataclass
@@ -71,13 +73,16 @@ class DreamBlend:
         loras: Loras | None = None,
     ) -> None:
         check_pipeline(pipeline)
+        scheduler = type(pipeline.scheduler).__name__
+        if scheduler not in MOVABLE:
+            raise AptError(f"guidance works with {', '.join(MOVABLE)}; the pipeline's scheduler is {scheduler}")
         start, stop = guidance_steps
         if start < 0 or (stop is not None and stop < start):
             raise AptError(f"guidance_steps must be two numbers of steps, the first not above; found {start}, {stop}")
         if guidance_lr is None:
             guidance_lr = 0.01 if pipeline.scheduler.config.prediction_type == "v_prediction" else 0.1
-        if guidance_lr < 0:
-            raise AptError(f"guidance_lr must not be below 0; found {guidance_lr}")
+        if not 0 <= guidance_lr < math.inf:
+            raise AptError(f"guidance_lr must be a number, not below 0; found {guidance_lr}")
         self.pipeline = pipeline
         self.guidance_lr = guidance_lr
         self.guidance_steps = start, stop
@@ -114,6 +119,11 @@ class DreamBlend:
         Raises:
             AptError: prompts whose tokens do not stand where the others do; other sizes than the early run's.
         """
+        if not any(map(self._guided, early.attention.steps)):
+            raise AptError(
+                f"guidance_steps {self.guidance_steps} leaves no denoising step to guide; the early run recorded "
+                f"{len(early.attention.steps)}"
+            )
         prompts, _ = _same_number(early.prompts if prompts is None else prompts, early.seeds)
         for ours, theirs in zip(prompts, early.prompts, strict=True):
             self._check_tokens(ours, theirs)
@@ -147,6 +157,12 @@ class DreamBlend:
         reference: AttentionRecording | None = None,
     ) -> Run:
         prompts, seeds = _same_number(prompts, seeds)
+        if own := sorted(_OURS & options.keys()):
+            raise AptError(
+                f"{', '.join(own)}: not among the options of a run, which has prompts and seeds, one a picture"
+            )
+        if isinstance(options.get("negative_prompt"), str):
+            options = {**options, "negative_prompt": [options["negative_prompt"]] * len(prompts)}
         unet = self.pipeline.unet
         with (
             self.loras.active(lora),
@@ -196,7 +212,7 @@ def _nothing_trained(model: Any) -> Iterator[None]:
 
 
 def _same_number(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> tuple[list[str], list[int]]:
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    seeds = [seeds] if isinstance(seeds, int) else [int(seed) for seed in seeds]
     prompts = [prompts] * len(seeds) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(seeds) or not seeds:
         raise AptError(f"as many prompts as seeds are needed; found {len(prompts)} and {len(seeds)}")

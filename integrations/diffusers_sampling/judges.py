@@ -32,7 +32,8 @@ class ClipJudge:
     def __init__(self, references: Path, model: str = CLIP) -> None:
         try:
             import transformers.utils.logging as logging
-            from PIL import Image
+            from PIL import Image, ImageOps
+            from safetensors import SafetensorError
             from transformers import AutoTokenizer, CLIPModel
         except ImportError as error:
             raise AptError(f'scores need transformers ({error}): pip install "apt-hooks[demo]"') from error
@@ -41,15 +42,22 @@ class ClipJudge:
             raise AptError(f"--references {references}: no pictures there ({', '.join(PICTURES)})")
         try:
             with quiet(logging):
-                self._model: Any = CLIPModel.from_pretrained(model).eval()
+                kind: Any = CLIPModel
+                self._model, info = kind.from_pretrained(model, output_loading_info=True)
                 self._tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
+            if missing := [key for key in info["missing_keys"] if not key.endswith("position_ids")]:
+                raise ValueError(f"it lacks {missing[0]} and {len(missing) - 1} more")
+        except (OSError, ValueError, SafetensorError) as error:
             raise AptError(
                 f"--clip {model}: cannot be loaded; name a folder that holds a CLIP model of transformers, or let the "
                 f"hub be reached once ({' '.join(str(error).split())[:150]})"
             ) from error
         self._model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._references = self._embed([Image.open(path) for path in files])[0]
+        try:
+            photos = [ImageOps.exif_transpose(Image.open(path)) for path in files]
+        except OSError as error:
+            raise AptError(f"--references {references}: {error}") from error
+        self._references = self._embed(photos)[0]
 
     def score(self, pictures: Sequence[Any], prompt: str) -> tuple[float, float]:
         """(text score, subject score) of PIL pictures: means of cosine similarities, the second over all pairs.
@@ -62,13 +70,13 @@ class ClipJudge:
 
     @torch.no_grad()
     def _embed(self, pictures: Sequence[Any], prompt: str = "") -> tuple[Tensor, Tensor]:
-        from PIL import Image
+        from PIL import Image, ImageOps
         from torch import frombuffer, uint8
 
         side, device = self._model.config.vision_config.image_size, self._model.device
         tensors = []
         for picture in pictures:
-            square = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+            square = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
             tensors.append(frombuffer(bytearray(square.tobytes()), dtype=uint8).view(side, side, 3))
         pixels = torch.stack(tensors).permute(0, 3, 1, 2).float() / 255
         mean, deviation = (torch.tensor(x)[:, None, None] for x in (_MEAN, _DEVIATION))

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from apt_hooks.errors import AptError
 from apt_hooks.integrations.peft import adapter_layers
 from apt_hooks.integrations.quiet import quiet
@@ -77,6 +79,7 @@ class Loras:
 
     def _load(self, name: str, path: Path) -> None:
         import diffusers.utils.logging as logging
+        import transformers.utils.logging as transformers_logging
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -86,19 +89,28 @@ class Loras:
             raise AptError(f"{path}: cannot be read: {error.strerror or error}") from error
         except SafetensorError as error:
             raise AptError(f"{path}: is no safetensors file ({error})") from error
+        for part, name_of_it in _UNSUPPORTED.items():
+            if any(part in key for key in tensors):
+                raise AptError(f"{path}: is a {name_of_it}, which diffusers does not load; LoRA alone is supported")
         if not any("lora" in key.lower() for key in tensors):
             raise AptError(f"{path}: is no LoRA, its tensors are named like {next(iter(tensors), 'nothing')!r}")
         try:
-            with quiet(logging), warnings.catch_warnings():
+            layers = sum(any(key.endswith(end) for end in _DOWN) for key in tensors)
+            with quiet(logging), quiet(transformers_logging), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it is the second adapter, for example
                 self.pipeline.load_lora_weights(tensors, adapter_name=name)
+        except torch.OutOfMemoryError:
+            raise
         # Each release of diffusers and peft fails at another place, in another way.
         except Exception as error:
             raise AptError(_misfit(path, self.pipeline, str(error))) from error
-        if not any(name in found for found in self.pipeline.get_list_adapters().values()):
-            raise AptError(_misfit(path, self.pipeline, "none of its layers is there"))
+        loaded = sum(name in getattr(layer, "lora_A", ()) for layer in adapter_layers(*self._models))
+        if loaded < layers:
+            raise AptError(_misfit(path, self.pipeline, f"{layers - loaded} of its {layers} layers are not there"))
 
 
+_DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight")
+_UNSUPPORTED = {"dora_scale": "DoRA", "hada_": "LoHa of LyCORIS", "lokr_": "LoKr of LyCORIS"}
 _MODELS = ("unet", "text_encoder", "text_encoder_2")
 
 

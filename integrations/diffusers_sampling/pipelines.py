@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from apt_hooks.errors import AptError
 from apt_hooks.integrations.quiet import quiet
+
+from .steps import MOVABLE, check_pipeline
 
 TINY_WORLD = "tinyworld"
 
@@ -49,7 +52,18 @@ def load_pipeline(model: str) -> Any:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())[:200]
         raise AptError(f"--model {model}: cannot be loaded as a pipeline of diffusers ({why})") from error
+    check_pipeline(pipeline)
     return pipeline.to("cuda" if on_gpu else "cpu")
+
+
+def make_movable(pipeline: Any, say: Callable[[str], None]) -> None:
+    """Put DDIM in the place of a scheduler that guidance does not work with; SD 1.5's own is one."""
+    from diffusers import DDIMScheduler
+
+    name = type(pipeline.scheduler).__name__
+    if name not in MOVABLE:
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        say(f"sampling with DDIM: guidance does not work with the model's {name}")
 
 
 def _is_sdxl(path: Path) -> bool:

@@ -35,36 +35,56 @@ def denoising_steps(pipeline: Any, *, before: Before | None = None, around: Arou
     check_pipeline(pipeline)
     steps = _Steps(pipeline, before, around)
     scheduler, unet = pipeline.scheduler, pipeline.unet
-    handles = [
-        unet.register_forward_pre_hook(steps.enter, with_kwargs=True),
-        unet.register_forward_hook(steps.leave, always_call=True),
-    ]
 
     # Pipelines ask for its parameters, which is why it passes for the scheduler's own.
     @functools.wraps(steps.step)
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         return steps.step(model_output, timestep, steps.take_changed(sample), *args, **kwargs)
 
+    own = vars(scheduler)
+    before_it = {name: own[name] for name in ("scale_model_input", "step") if name in own}
+    handles = [
+        unet.register_forward_pre_hook(steps.enter, with_kwargs=True),
+        unet.register_forward_hook(steps.leave, always_call=True),
+    ]
     # On the object, before its class's methods: schedulers have no hooks.
-    scheduler.scale_model_input, scheduler.step = steps.scaled, step
+    own.update(scale_model_input=steps.scaled, step=step)
     try:
         yield
     finally:
-        del scheduler.scale_model_input, scheduler.step
         for handle in handles:
             handle.remove()
-        steps.passing.close()
+        for name in ("scale_model_input", "step"):
+            own.pop(name)
+        own.update(before_it)
+        steps.leave(None, (), None)
 
 
 def check_pipeline(pipeline: Any) -> None:
-    """Raises AptError unless the pipeline denoises by a U-Net with text, as SD 1.x, 2.x and SDXL do."""
+    """Raises AptError unless the pipeline denoises by a U-Net with text alone, as SD 1.x, 2.x and SDXL do."""
+    name = type(pipeline).__name__
     parts = ("unet", "scheduler", "tokenizer", "text_encoder", "vae")
-    missing = [part for part in parts if not hasattr(pipeline, part)]
-    if missing or not hasattr(pipeline.unet, "up_blocks"):
-        lack = missing[0] if missing else "U-Net with up-blocks"
-        raise AptError(
-            f"{type(pipeline).__name__} is not supported, it has no {lack}: take a pipeline for SD 1.x, 2.x or SDXL"
-        )
+    missing = [part for part in parts if getattr(pipeline, part, None) is None]
+    lack = f"it has no {missing[0]}" if missing else ""
+    if not lack and not hasattr(pipeline.unet, "up_blocks"):
+        lack = "its U-Net has no up-blocks"
+    elif not lack and pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+        lack = "its U-Net takes more than latents"
+    elif not lack and (hasattr(pipeline, "controlnet") or "PAG" in name):
+        lack = "it gives its U-Net more than a text"
+    if lack:
+        raise AptError(f"{name} is not supported, {lack}: take a plain pipeline for SD 1.x, 2.x or SDXL")
+
+
+MOVABLE = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+)
+"""Schedulers whose step begins at the latents it is given. Others begin at some that they remember (PNDM, Heun, UniPC),
+where a change of latents is lost in part."""
 
 
 class _Steps:
@@ -117,8 +137,13 @@ class _Steps:
         again = self.scale(torch.cat([self.changed] * (len(latents) // batch)), timestep).to(args[0].dtype)
         return (again, *args[1:]), kwargs
 
-    def leave(self, _unet: Any, _args: tuple, _output: Any) -> None:
-        if not self.inside:
+    def leave(self, _unet: Any, _args: tuple, output: Any) -> None:
+        if self.inside:
+            return
+        if output is None:  # the pass failed: what it came through is not to be judged
+            error = RuntimeError("the pass failed")
+            self.passing.__exit__(type(error), error, None)
+        else:
             self.passing.close()
 
 

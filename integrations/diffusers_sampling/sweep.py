@@ -16,21 +16,26 @@ from .dreamblend import DreamBlend
 from .judges import ClipJudge
 from .loras import LoraFile, Loras
 
+_STEP = re.compile(r"-(?P<epoch>\d{6})$|-step(?P<step>\d+)$|(^|/)checkpoint-(?P<checkpoint>\d+)/|(^|/)(?P<name>\d+)$")
+
 
 def find_checkpoints(folder: Path) -> dict[str, Path]:
-    """LoRA files below a folder by name, from early to late: by the last number in their paths; without one, the last.
+    """LoRA files below a folder by name, from early to late: by the number their trainer gave them; none: the last.
 
     So kohya's `NAME-000002.safetensors` and `NAME.safetensors`, and those in diffusers' `checkpoint-500`, are in order.
 
     Raises:
         AptError: fewer than two.
     """
-    files = sorted(folder.rglob("*.safetensors"))
-    numbers = {path: re.findall(r"\d+", str(path.relative_to(folder).with_suffix(""))) for path in files}
-    ordered = sorted(files, key=lambda path: (not numbers[path], int(numbers[path][-1]) if numbers[path] else 0))
-    if len(ordered) < 2:
-        raise AptError(f"--sweep {folder}: needs two or more .safetensors, found {len(ordered)}")
-    names = [str(int(numbers[path][-1])) if numbers[path] else "last" for path in ordered]
+    files = [p for p in sorted(folder.rglob("*.safetensors")) if not p.parent.name.endswith("-state")]
+    if len(files) < 2:
+        raise AptError(f"--sweep {folder}: needs two or more .safetensors, found {len(files)}")
+    found = {path: _STEP.search("/".join(path.relative_to(folder).with_suffix("").parts)) for path in files}
+    if len({match.lastgroup for match in found.values() if match}) > 1:
+        raise AptError(f"--sweep {folder}: has checkpoints by epoch and by step, whose order is not known; part them")
+    steps = {path: int(match[match.lastgroup]) if match and match.lastgroup else None for path, match in found.items()}
+    ordered = sorted(files, key=lambda path: (steps[path] is None, steps[path] or 0))
+    names = ["last" if steps[path] is None else str(steps[path]) for path in ordered]
     if len(set(names)) < len(names):
         names = [str(path.relative_to(folder).with_suffix("")).replace(".", "_") for path in ordered]
     return dict(zip(names, ordered, strict=True))
@@ -46,6 +51,7 @@ def sweep(
     seeds: list[int],
     options: dict[str, Any],
     tell: Callable[[str], None] = lambda _: None,
+    keep: Callable[[str, Any], None] = lambda _name, _picture: None,
     **guidance: Any,
 ) -> list[dict[str, Any]]:
     """Each checkpoint, and each pair of an earlier and a later one, with its scores.
@@ -54,6 +60,7 @@ def sweep(
         judge: scores pictures.
         prompt, plain_prompt: with the identifier, and without it, for the judge.
         tell: is told what is being drawn.
+        keep: is given each picture as soon as it is there, with a name for it.
         guidance: of `DreamBlend`.
 
     Returns:
@@ -68,14 +75,17 @@ def sweep(
         # A seed after another, so that no more than one run's attention is kept.
         for seed, early in itertools.product(seeds, steps):
             tell(f"seed {seed}, {early}")
-            run = DreamBlend(pipeline, names[early], names[early], loras=loras, **guidance).early(
-                prompt, seed, **options
-            )
+            # Of the last one no attention is needed.
+            own = guidance if early != steps[-1] else {**guidance, "guidance_steps": (0, 0)}
+            run = DreamBlend(pipeline, names[early], names[early], loras=loras, **own).early(prompt, seed, **options)
             images[None, early] += run.images
+            keep(f"{seed}-{early}", run.images[0])
             for late in steps[steps.index(early) + 1 :]:
                 tell(f"seed {seed}, {early} + {late}")
                 pair = DreamBlend(pipeline, names[early], names[late], loras=loras, **guidance)
                 images[early, late] += pair.blend(run).images
+                keep(f"{seed}-{early}+{late}", images[early, late][-1])
+            del run  # before the next one is recorded
     rows = []
     for (early_or_none, late), shown in images.items():
         text, subject = judge.score(shown, plain_prompt)
