@@ -213,7 +213,7 @@ def blend(
     steps: Steps = 50,
     guidance_scale: Scale = 7.5,
     guidance_lr: Annotated[
-        float | None, typer.Option(help="How strongly to guide; 0.1 if not given, for v-prediction 0.01.")
+        float | None, typer.Option(help="How strongly to guide; 0.1 if not given, 0.01 for v-prediction.")
     ] = None,
     guide_from: Annotated[int, typer.Option(min=0, help="First denoising step that is guided.")] = 0,
     guide_to: Annotated[

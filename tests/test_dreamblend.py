@@ -394,7 +394,9 @@ def test_a_lora_of_another_base_model_is_refused_in_one_line(pipeline, loras, tm
     elsewhere_keys = {f"unet.other.{k.removeprefix('unet.')}": v for k, v in load_file(loras[0]).items()}
     save_file(elsewhere_keys, elsewhere)
     for path in (wide, elsewhere):
-        with pytest.raises(AptError, match=r"does not fit StableDiffusionPipeline; is it of another base") as error:
+        with pytest.raises(
+            AptError, match=r"does not fit the model, a StableDiffusionPipeline; is it of another"
+        ) as error:
             DreamBlend(pipeline, loras[0], path)
         assert "\n" not in str(error.value)
     DreamBlend(pipeline, *loras).close()  # nothing stayed loaded
@@ -406,7 +408,7 @@ def test_files_that_are_no_lora_are_refused(pipeline, loras, tmp_path):
     for name, message in {
         "text.safetensors": "is no safetensors file",
         "other.safetensors": "is no LoRA, its tensors are named like 'weight'",
-        "missing.safetensors": "cannot be read",
+        "missing.safetensors": "no such file",
     }.items():
         with pytest.raises(AptError, match=f"{name}: {message}"):
             DreamBlend(pipeline, loras[0], tmp_path / name)

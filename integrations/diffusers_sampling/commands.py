@@ -55,12 +55,16 @@ def run_blend(
         AptError: what `DreamBlend` and `load_pipeline` raise; a folder that cannot be written to.
     """
     pictures = _pictures()
-    _make_folder(out)
+    for path in map(Path, (early, late)):
+        if not path.is_file():
+            raise AptError(f"{path}: no such file")
+    _check_range(guidance.get("guidance_steps"), options)
     pipeline = load_pipeline(model)
     make_movable(pipeline, say)
     words = words_of(pipeline.tokenizer, prompt)
     rows: dict[str, list[Tensor]] = {"early": [], "late": [], "blend": []}
     with DreamBlend(pipeline, early, late, **guidance) as blend:
+        _make_folder(out)
         for number in range(seed, seed + count):
             _name_progress(pipeline, f"early, seed {number}")
             runs = {"early": blend.early(prompt, number, **options)}
@@ -99,6 +103,7 @@ def run_sweep(
     """Score each checkpoint of a folder and each pair of them (`sweep`); writes pictures, `sweep.json` and `.png`."""
     pictures = _pictures()
     find_checkpoints(folder)  # before anything is loaded
+    _check_range(guidance.get("guidance_steps"), options)
     judge = ClipJudge(references, clip or CLIP)
     _make_folder(out)
     pipeline = load_pipeline(model)
@@ -211,6 +216,14 @@ def _pictures() -> Any:
     from apt_hooks import pictures
 
     return pictures
+
+
+def _check_range(guided: tuple[int, int | None] | None, options: dict[str, Any]) -> None:
+    start, stop = guided or (0, None)
+    if stop is not None and stop <= start:
+        raise AptError(f"--guide-from {start} must be below --guide-to {stop}")
+    if start >= options["num_inference_steps"]:
+        raise AptError(f"--guide-from {start}: there are only {options['num_inference_steps']} steps, from 0")
 
 
 def _make_folder(out: Path) -> None:

@@ -83,6 +83,8 @@ class Loras:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if not path.is_file():
+            raise AptError(f"{path}: no such file")
         try:
             tensors = load_file(path)
         except OSError as error:
@@ -97,6 +99,7 @@ class Loras:
         try:
             layers = sum(any(key.endswith(end) for end in _DOWN) for key in tensors)
             with quiet(logging), quiet(transformers_logging), warnings.catch_warnings():
+                logging.set_verbosity(logging.CRITICAL)  # its errors are told in one line below
                 warnings.simplefilter("ignore")  # that it is the second adapter, for example
                 self.pipeline.load_lora_weights(tensors, adapter_name=name)
         except torch.OutOfMemoryError:
@@ -116,4 +119,4 @@ _MODELS = ("unet", "text_encoder", "text_encoder_2")
 
 def _misfit(path: Path, pipeline: Any, why: str) -> str:
     why = " ".join(why.split())[:150]
-    return f"{path}: does not fit {type(pipeline).__name__}; is it of another base model? ({why})"
+    return f"{path}: does not fit the model, a {type(pipeline).__name__}; is it of another base model? ({why})"

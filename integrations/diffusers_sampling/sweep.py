@@ -27,6 +27,8 @@ def find_checkpoints(folder: Path) -> dict[str, Path]:
     Raises:
         AptError: fewer than two.
     """
+    if not folder.is_dir():
+        raise AptError(f"--sweep {folder}: no such folder")
     files = [p for p in sorted(folder.rglob("*.safetensors")) if not p.parent.name.endswith("-state")]
     if len(files) < 2:
         raise AptError(f"--sweep {folder}: needs two or more .safetensors, found {len(files)}")
