@@ -47,7 +47,7 @@ class ClipJudge:
                 self._tokenizer = AutoTokenizer.from_pretrained(model)
             if missing := [key for key in info["missing_keys"] if not key.endswith("position_ids")]:
                 raise ValueError(f"it lacks {missing[0]} and {len(missing) - 1} more")
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise AptError(
                 f"--clip {model}: cannot be loaded; name a folder that holds a CLIP model of transformers, or let the "
                 f"hub be reached once ({' '.join(str(error).split())[:150]})"

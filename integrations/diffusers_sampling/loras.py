@@ -101,8 +101,10 @@ class Loras:
             with quiet(logging), quiet(transformers_logging), warnings.catch_warnings():
                 logging.set_verbosity(logging.CRITICAL)  # its errors are told in one line below
                 warnings.simplefilter("ignore")  # that it is the second adapter, for example
-                self.pipeline.load_lora_weights(tensors, adapter_name=name)
-        except torch.OutOfMemoryError:
+                # Some releases of peft draw the weights that the file then replaces.
+                with torch.random.fork_rng(range(torch.cuda.device_count())):
+                    self.pipeline.load_lora_weights(tensors, adapter_name=name)
+        except torch.cuda.OutOfMemoryError:
             raise
         # Each release of diffusers and peft fails at another place, in another way.
         except Exception as error:
