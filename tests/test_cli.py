@@ -437,3 +437,17 @@ def test_the_demo_without_its_packages_says_how_to_get_them(
     said = fail(monkeypatch, capsys, "demo", "--out", tmp_path / "out")
     assert 'pip install "apt-hooks[demo]"' in said and "diffusers" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("blend", "--early", "a", "--late", "a", "--out", "o"), ("maps", "--collapse")])
+def test_sampling_without_its_packages_says_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    for package in ("matplotlib", "diffusers", "numpy"):
+        monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "a").touch()
+    monkeypatch.chdir(tmp_path)
+    more = ("--lora", "a") if arguments[0] == "maps" else ()
+    said = fail(monkeypatch, capsys, *arguments, *more, "--model", "sd15", "--prompt", "sks dog")
+    assert 'pip install "apt-hooks[demo]"' in said
+    assert not (tmp_path / "o").exists()

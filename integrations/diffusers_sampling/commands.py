@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -266,6 +265,8 @@ def _mean_maps(run: Run, steps: Sequence[int], words: Sequence[tuple[str, list[i
 
 def _picture(run: Run) -> Tensor:
     """[3, height, width], from 0 to 1."""
+    import numpy
+
     return torch.from_numpy(numpy.array(run.images[0].convert("RGB"))).permute(2, 0, 1) / 255
 
 
