@@ -23,14 +23,13 @@ def token_maps(layers: Sequence[AttentionLayer], features: Features, size: tuple
     Returns:
         [batch, tokens, height, width], a sum of 1 over the tokens.
     """
-    total: Tensor | None = None
+    total = torch.zeros(())
     for i, layer in enumerate(layers):
         weights = attention_map(features.queries[i], features.keys[i], layer.heads, layer.scale).mean(dim=1)
         height = round((weights.shape[1] * size[0] / size[1]) ** 0.5)
         maps = weights.transpose(1, 2).unflatten(2, (height, -1))
         maps = F.interpolate(maps, size=size, mode="bilinear")
-        total = maps if total is None else total + maps
-    assert total is not None, "a capture has layers"
+        total = total + maps
     return total / len(layers)
 
 

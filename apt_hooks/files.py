@@ -38,6 +38,18 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder where it is missing, and those above it.
+
+    Raises:
+        AptError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AptError(f"{path}: cannot be made: {error.strerror}") from error
+
+
 def write_figure(path: Path, figure: Any) -> None:
     """Write a figure of matplotlib as a picture, as `write_atomically` does."""
     content = io.BytesIO()

@@ -177,7 +177,6 @@ class Compiled(Library):
 
     def __init__(self, training: Training) -> None:
         super().__init__(training, AptConfig(attention_impl="eager"))
-        self.objective = None
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:

@@ -36,6 +36,14 @@ def adapters_off(*models: nn.Module) -> Iterator[None]:
             object.__setattr__(layer, "_disable_adapters", False)
 
 
+def unload_adapters(pipeline: Any, *models: nn.Module) -> None:
+    """Take all LoRAs off a diffusers pipeline, of which `models` are parts; they can take the next one then."""
+    pipeline.unload_lora_weights()
+    for model in models:
+        # Left behind by some releases of diffusers, which then refuse the next LoRA.
+        vars(model).pop("_hf_peft_config_loaded", None)
+
+
 def check_trained(parameters: Iterable[nn.Parameter], *models: nn.Module) -> None:
     """Check that without its adapters a model is the one that the training began with.
 

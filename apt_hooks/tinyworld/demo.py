@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AptError
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from .concepts import CONCEPTS
 from .personalize import METHODS, Training, reference_pictures
 
@@ -78,10 +78,7 @@ def run_demo(
         raise AptError(
             f'the demo needs diffusers, peft and matplotlib ({error}): pip install "apt-hooks[demo]"'
         ) from error
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AptError(f"{out}: cannot be made: {error.strerror}") from error
+    make_folder(out)
     from .evaluate import Examination
     from .experiment import run_method
     from .judges import load_judges

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..augmentation import Placement
 from ..config import AptConfig, read_toml
 from ..files import write_atomically
-from ..integrations.peft import adapters_off
+from ..integrations.peft import adapters_off, unload_adapters
 from ..objective import AptObjective
 from ..run import AptRun
 from .concepts import Concept
@@ -87,9 +87,7 @@ def lora(pipeline: Any, rank: int, seed: int) -> Iterator[None]:
     try:
         yield
     finally:
-        pipeline.unload_lora_weights()
-        # Left behind by some releases of diffusers, which then refuse the next LoRA.
-        vars(pipeline.unet).pop("_hf_peft_config_loaded", None)
+        unload_adapters(pipeline, pipeline.unet)
 
 
 @contextlib.contextmanager

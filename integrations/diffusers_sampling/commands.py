@@ -14,12 +14,12 @@ from torch import Tensor
 from apt_hooks.attention_guidance import AttentionRecording
 from apt_hooks.capture import FeatureCapture
 from apt_hooks.errors import AptError
-from apt_hooks.files import write_atomically
+from apt_hooks.files import make_folder, write_atomically
 
 from .collapse import attention_collapse
 from .dreamblend import DreamBlend, Run
 from .judges import CLIP, ClipJudge
-from .loras import LoraFile, Loras
+from .loras import LoraFile, Loras, check_file
 from .pipelines import load_pipeline, make_movable
 from .steps import denoising_steps
 from .sweep import find_checkpoints, sweep, write_rows
@@ -54,16 +54,15 @@ def run_blend(
         AptError: what `DreamBlend` and `load_pipeline` raise; a folder that cannot be written to.
     """
     pictures = _pictures()
-    for path in map(Path, (early, late)):
-        if not path.is_file():
-            raise AptError(f"{path}: no such file")
+    for path in (early, late):
+        check_file(Path(path))
     _check_range(guidance.get("guidance_steps"), options)
     pipeline = load_pipeline(model)
     make_movable(pipeline, say)
     words = words_of(pipeline.tokenizer, prompt)
     rows: dict[str, list[Tensor]] = {"early": [], "late": [], "blend": []}
     with DreamBlend(pipeline, early, late, **guidance) as blend:
-        _make_folder(out)
+        make_folder(out)
         for number in range(seed, seed + count):
             _name_progress(pipeline, f"early, seed {number}")
             runs = {"early": blend.early(prompt, number, **options)}
@@ -101,15 +100,15 @@ def run_sweep(
 ) -> list[dict[str, Any]]:
     """Score each checkpoint of a folder and each pair of them (`sweep`); writes pictures, `sweep.json` and `.png`."""
     pictures = _pictures()
-    find_checkpoints(folder)  # before anything is loaded
+    files = find_checkpoints(folder)
     _check_range(guidance.get("guidance_steps"), options)
     judge = ClipJudge(references, clip or CLIP)
-    _make_folder(out)
+    make_folder(out)
     pipeline = load_pipeline(model)
     make_movable(pipeline, say)
     rows = sweep(
         pipeline,
-        folder,
+        files,
         judge,
         prompt,
         plain_prompt or prompt,
@@ -225,18 +224,10 @@ def _check_range(guided: tuple[int, int | None] | None, options: dict[str, Any])
         raise AptError(f"--guide-from {start}: there are only {options['num_inference_steps']} steps, from 0")
 
 
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AptError(f"{out}: cannot be made: {error.strerror}") from error
-
-
 def _named(loras: Sequence[Path]) -> dict[str, LoraFile]:
     """By the file's name, with as much of the folders before it as tells them apart; peft wants no dots in names."""
     for path in loras:
-        if not path.is_file():
-            raise AptError(f"{path}: no such file")
+        check_file(path)
     parts = 1
     while len({path.parts[-parts:] for path in loras}) < len(loras) and parts < max(len(p.parts) for p in loras):
         parts += 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from apt_hooks.errors import AptError
-from apt_hooks.integrations.peft import adapter_layers
+from apt_hooks.integrations.peft import adapter_layers, unload_adapters
 from apt_hooks.integrations.quiet import quiet
 
 LoraFile = str | Path
@@ -64,12 +64,9 @@ class Loras:
         if not self._open:
             return
         self._open = False
-        self.pipeline.unload_lora_weights()
+        unload_adapters(self.pipeline, *self._models)
         for parameter in self._trained:  # peft freezes what it is put on
             parameter.requires_grad_(True)
-        for model in self._models:
-            # Left behind by some releases of diffusers, which then refuse the next LoRA.
-            vars(model).pop("_hf_peft_config_loaded", None)
 
     def __enter__(self) -> Loras:
         return self
@@ -83,8 +80,7 @@ class Loras:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if not path.is_file():
-            raise AptError(f"{path}: no such file")
+        check_file(path)
         try:
             tensors = load_file(path)
         except OSError as error:
@@ -112,6 +108,12 @@ class Loras:
         loaded = sum(name in getattr(layer, "lora_A", ()) for layer in adapter_layers(*self._models))
         if loaded < layers:
             raise AptError(_misfit(path, self.pipeline, f"{layers - loaded} of its {layers} layers are not there"))
+
+
+def check_file(path: Path) -> None:
+    """Raises AptError where there is no such file: to be told before a model is loaded."""
+    if not path.is_file():
+        raise AptError(f"{path}: no such file")
 
 
 _DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def find_checkpoints(folder: Path) -> dict[str, Path]:
 
 def sweep(
     pipeline: Any,
-    folder: Path,
+    files: Mapping[str, Path],
     judge: ClipJudge,
     prompt: str,
     plain_prompt: str,
@@ -59,6 +59,7 @@ def sweep(
     """Each checkpoint, and each pair of an earlier and a later one, with its scores.
 
     Args:
+        files: of `find_checkpoints`.
         judge: scores pictures.
         prompt, plain_prompt: with the identifier, and without it, for the judge.
         tell: is told what is being drawn.
@@ -68,7 +69,6 @@ def sweep(
     Returns:
         `early` (None for a checkpoint alone), `late`, `text`, `subject`.
     """
-    files = find_checkpoints(folder)
     loaded: dict[str, LoraFile] = {f"checkpoint_{name}": path for name, path in files.items()}
     names, steps = dict(zip(files, loaded, strict=True)), list(files)
     pairs = [(None, late) for late in steps] + list(itertools.combinations(steps, 2))
