@@ -77,7 +77,10 @@ def read_log(path: Path, scale: float | None = None) -> LoggedRun:
     texts = content.splitlines()
     for number, text in enumerate(texts, start=1):
         try:
-            step, gamma, gap = _parse(text)
+            line = json.loads(text)
+            if "run" in line:  # what stands before a run's first step
+                continue
+            step, gamma, gap = _parse(line)
         except (ValueError, KeyError, TypeError) as error:
             if steps and number == len(texts) and not content.endswith(b"\n"):
                 break
@@ -96,7 +99,7 @@ def read_log(path: Path, scale: float | None = None) -> LoggedRun:
         raise AptError(f"{path}: holds its gaps, so that the run's scale is known; leave --scale {scale:g} out")
     if scale is None and None in gaps:
         raise AptError(
-            f"{path}: line {gaps.index(None) + 1} has no gap, as an older apt-hooks wrote it; to have it from gamma, "
+            f"{path}: step {steps[gaps.index(None)]} has no gap, as an older apt-hooks wrote it; to get it from gamma, "
             "give the run's indicator_scale as --scale"
         )
     gamma_rows = torch.tensor(gammas, dtype=torch.float64)
@@ -178,9 +181,8 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
     return proposed
 
 
-def _parse(text: bytes) -> tuple[int, list[float], list[float] | None]:
+def _parse(line: dict[str, Any]) -> tuple[int, list[float], list[float] | None]:
     """Step, gammas and gaps of a line; no gaps in a line of an older version."""
-    line: dict[str, Any] = json.loads(text)
     gamma = [float(g) for g in line["gamma"]]
     gap = line.get("gap")
     if gap is not None:

@@ -6,8 +6,10 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import platform
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,15 +34,23 @@ class AptRun:
         log_path: the jsonl file, one line an optimizer step; None writes none (ranks other than the first).
         augment_space: "image" or "latent", decided.
         seed, rank: where the augmentation's own random stream starts; the trainer's stream is not touched.
+        trainer: its name and version, for the log.
     """
 
     def __init__(
-        self, objective: AptObjective, *, log_path: Path | None, augment_space: str, seed: int = 0, rank: int = 0
+        self,
+        objective: AptObjective,
+        *,
+        log_path: Path | None,
+        augment_space: str,
+        seed: int = 0,
+        rank: int = 0,
+        trainer: str = "",
     ) -> None:
         self.objective = objective
         self.augment_space = augment_space
         self.step = 0
-        self.log = StepLog(log_path)
+        self.log = StepLog(log_path, self._about(trainer))
         self._batches = 0
         self._stream = f"{seed}/{rank}"
 
@@ -87,15 +97,30 @@ class AptRun:
 
     def metadata(self) -> dict[str, str]:
         """What a saved LoRA should carry, as text: `ss_apt_version`, `ss_apt_config` and so on."""
-        config = dataclasses.asdict(self.objective.config)
-        preset = config.pop("preset_name")
         return {
             "ss_apt_version": version(),
-            "ss_apt_preset": preset or "",
-            "ss_apt_config": json.dumps({key: value for key, value in config.items() if value is not None}),
+            "ss_apt_preset": self.objective.config.preset_name or "",
+            "ss_apt_config": json.dumps(self._config()),
             "ss_apt_augment_space": self.augment_space,
             "ss_apt_steps": str(self.step),
             "ss_apt_gamma": json.dumps([round(g, 6) for g in self.objective.indicator.gammas.tolist()]),
+        }
+
+    def _config(self) -> dict[str, Any]:
+        config = dataclasses.asdict(self.objective.config)
+        return {key: value for key, value in config.items() if key != "preset_name" and value is not None}
+
+    def _about(self, trainer: str) -> dict[str, Any]:
+        """What the log says of the run as a whole."""
+        return {
+            "apt_hooks": version(),
+            "preset": self.objective.config.preset_name,
+            "config": self._config(),
+            "overrides": self.objective.config.overrides(),
+            "augment_space": self.augment_space,
+            "trainer": trainer,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
         }
 
     def save(self, folder: str | Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,14 +47,16 @@ class StepLog:
     """Writes `step`, `gamma` and `gap` (lists, as its last batch used them) and `VALUES` as jsonl; null: was none.
 
     A step's line is written when the next one begins, or at `flush`, so that the device is not waited for in the middle
-    of a step.
+    of a step. Before the first one, and again where a run was resumed, stands a line with the one key `run`.
 
     Args:
         path: the file; None keeps the last line for `latest` and writes nothing.
+        about: what `run` holds beside `started` (a time) and `resumed_from` (a step, in a resumed run).
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, about: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.path = path
+        self._about = dict(about)
         self._batches: list[_Batch] = []
         self._ended: tuple[int, int, list[str], Tensor] | None = None
         self._latest: dict[str, Any] | None = None
@@ -124,13 +129,18 @@ class StepLog:
                 number = _step_number(text)
                 if number is not None and number < first_step:
                     kept.append(text + "\n")
+        about = {**self._about, "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+        if first_step > 1:
+            about["resumed_from"] = first_step - 1
+        kept.append(json.dumps({"run": about}) + "\n")
         write_atomically(path, "".join(kept).encode())
         self._started = True
 
 
 def _step_number(text: str) -> int | None:
-    """The step of a line; None for the piece of one that a crash left behind."""
+    """The step of a line, or before which one a run's line stands; None for the piece that a crash left behind."""
     try:
-        return int(json.loads(text)["step"])
-    except (ValueError, KeyError, TypeError):
+        line = json.loads(text)
+        return int(line["run"].get("resumed_from", 0) + 1 if "run" in line else line["step"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None

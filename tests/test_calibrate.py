@@ -147,7 +147,7 @@ def test_a_log_without_gaps_is_read_with_the_runs_scale(tmp_path: Path) -> None:
     run = read_log(path, 200.0)
     assert run.gaps[0].tolist() == [pytest.approx(0.004), pytest.approx(0.001), 0.0, math.inf]
     assert run.scale == 200
-    with pytest.raises(AptError, match=r"a\.jsonl: line 1 has no gap.* give the run's indicator_scale as --scale"):
+    with pytest.raises(AptError, match=r"a\.jsonl: step 1 has no gap.* give the run's indicator_scale as --scale"):
         read_log(path)
 
 

@@ -43,7 +43,8 @@ class Run:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / f"{WEIGHTS}-apt.jsonl").read_text().splitlines()]
+        found = map(json.loads, (self.folder / f"{WEIGHTS}-apt.jsonl").read_text().splitlines())
+        return [line for line in found if "run" not in line]
 
     @property
     def lora(self) -> dict[str, torch.Tensor]:

@@ -1,3 +1,4 @@
+import datetime
 import gc
 import json
 import logging
@@ -52,13 +53,14 @@ def moved(count):
     return Placement(torch.ones(4), torch.zeros(4), torch.arange(4) < count)
 
 
-def lines(path):
-    """The log, read strictly: JSON has no NaN."""
+def lines(path, key="step"):
+    """The log's lines of steps, or of runs, read strictly: JSON has no NaN."""
 
     def refuse(constant):
         raise AssertionError(constant)
 
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    found = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    return [line for line in found if key in line]
 
 
 def test_one_line_a_step_with_exactly_these_keys(tmp_path):
@@ -157,6 +159,26 @@ def test_a_resumed_run_logs_on_behind_its_step_and_drops_what_came_after_it(tmp_
     second.record(make_step(loss_tuned=50.0))
     second.close()
     assert [(line["step"], line["loss_tuned"]) for line in lines(path)] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
+
+
+def test_the_log_says_first_what_run_it_is_of_and_again_where_it_was_resumed(tmp_path):
+    path, first = tmp_path / "log.jsonl", make_run(tmp_path, ema_alpha=0.5)
+    first.record(make_step())
+    first.save(tmp_path)
+    first.record(make_step())
+    first.close()
+    for _ in range(2):  # the second one takes the place of the first, and of what that had written
+        resumed = make_run(tmp_path, ema_alpha=0.25)
+        resumed.load(tmp_path)
+        resumed.record(make_step())
+        resumed.close()
+    assert [next(iter(json.loads(text))) for text in path.read_text().splitlines()] == ["run", "step", "run", "step"]
+    begun, again = (line["run"] for line in lines(path, "run"))
+    assert (begun["config"]["ema_alpha"], again["config"]["ema_alpha"]) == (0.5, 0.25)
+    assert begun["overrides"]["ema_alpha"] == 0.5
+    assert ("resumed_from" in begun, again["resumed_from"]) == (False, 1)
+    assert begun["torch"] == torch.__version__
+    assert datetime.datetime.fromisoformat(begun["started"]).utcoffset() == datetime.timedelta(0)
 
 
 def test_saving_writes_the_lines_up_to_its_step_first(tmp_path):

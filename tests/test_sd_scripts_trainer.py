@@ -62,7 +62,8 @@ class Run:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(text) for text in (self.folder / "lora-apt.jsonl").read_text().splitlines()]
+        found = map(json.loads, (self.folder / "lora-apt.jsonl").read_text().splitlines())
+        return [line for line in found if "run" not in line]
 
     @property
     def tracked(self) -> list[dict[str, Any]]:

@@ -135,7 +135,7 @@ def train(
     samples = _Samples(pipeline, references, captions, training.batch, seed)
     delta_noise = _DeltaNoise(samples)
     objective = AptObjective(config, unet, functools.partial(adapters_off, unet))
-    run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed)
+    run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed, trainer="tinyworld")
     trained = Trained(config, [], [])
     unet.train()
     try:

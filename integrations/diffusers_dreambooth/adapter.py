@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import importlib.metadata
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,7 @@ class DreamBoothRun:
             augment_space="image",
             seed=torch.initial_seed(),
             rank=accelerator.process_index,
+            trainer=f"diffusers {importlib.metadata.version('diffusers')}",
         )
         self.augments = objective.augments
         self.trains_text_encoders = bool(self._text_encoders)

@@ -105,6 +105,7 @@ class AptTrainer:
             augment_space=space,
             seed=args.seed,
             rank=accelerator.process_index,
+            trainer="sd-scripts",
         )
         self._conditioning: FrozenConditioning | None = None
         if reencoding:

@@ -1,0 +1,198 @@
+"""Commands around a training: patch a trainer, choose and check a config, try it, fit the indicator's scale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apt_hooks.config import AptConfig, preset_names, preset_text
+from apt_hooks.errors import AptError
+from apt_hooks.integrations.diffusers_dreambooth import patch as diffusers
+from apt_hooks.integrations.sd_scripts import patch as sd_scripts
+
+app = typer.Typer()
+presets = typer.Typer(help="The presets that come with apt-hooks.", no_args_is_help=True)
+app.add_typer(presets, name="presets")
+
+
+SD_SCRIPTS, DIFFUSERS = "sd-scripts", "diffusers"
+Trainer = Annotated[str, typer.Argument(metavar="TRAINER", help=f"{SD_SCRIPTS} or {DIFFUSERS}.")]
+Place = Annotated[
+    Path, typer.Argument(metavar="PATH", help="sd-scripts' folder, or a DreamBooth-LoRA script of diffusers.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the diff and change nothing.")]
+
+
+@app.command(
+    epilog="Examples: `apt-hooks patch sd-scripts ~/sd-scripts --dry-run`, "
+    "`apt-hooks patch diffusers train_dreambooth_lora_sdxl.py`"
+)
+def patch(
+    trainer: Trainer,
+    path: Place = Path(),
+    dry_run: DryRun = False,
+    output: Annotated[
+        Path | None, typer.Option(help="diffusers: where to write the patched copy; SCRIPT_apt.py if not given.")
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="diffusers: change the script itself in place of a copy.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="diffusers: replace a copy that holds something else.")
+    ] = False,
+) -> None:
+    """Insert the lines that let a trainer take `[apt]`. Undone by `unpatch`; twice is once."""
+    if _is_script(trainer):
+        if output is not None and in_place:
+            raise AptError(f"both --output {output} and --in-place are given; keep one")
+        target = path if in_place else output or diffusers.beside(path)
+        diff = diffusers.patch(path, target, dry_run=dry_run, force=force)
+        if dry_run:
+            typer.echo(diff or f"{path}: already patched")
+        else:
+            typer.echo(f"{target}: {'patched' if diff or target != path else 'already patched'}")
+        found: diffusers.Status | sd_scripts.Checkout = diffusers.status(path)
+    else:
+        if output is not None or in_place or force:
+            raise AptError(
+                f"--output, --in-place and --force are for {DIFFUSERS}; {SD_SCRIPTS} is always patched in its folder"
+            )
+        _apply(sd_scripts.patch, path, dry_run, "patched", "already patched")
+        found = sd_scripts.status(path)
+    if found.version not in _tested(found):
+        typer.echo(
+            f"note: {path.name or trainer}, {_version(found)}, has the structure of the tested ones, but was not tested"
+        )
+
+
+@app.command(epilog="Example: `apt-hooks unpatch sd-scripts ~/sd-scripts`")
+def unpatch(trainer: Trainer, path: Place = Path(), dry_run: DryRun = False) -> None:
+    """Take the inserted lines out again; the files are then what they were, to the byte."""
+    change = diffusers.unpatch if _is_script(trainer) else sd_scripts.unpatch
+    _apply(change, path, dry_run, "unpatched", "not patched, nothing to do")
+
+
+@app.command(epilog="Example: `apt-hooks status sd-scripts && echo patched`")
+def status(trainer: Trainer, path: Place = Path()) -> None:
+    """Say the trainer's version and which of its files are patched. Exit code 0 if all are, 1 if not."""
+    if _is_script(trainer):
+        script = diffusers.status(path)
+        typer.echo(f"{path}, {_version(script)}: {script.state}")
+        patched = script.patched
+    else:
+        found = sd_scripts.status(path)
+        typer.echo(f"{_version(found)} in {path.resolve()}")
+        for name, state in found.state.items():
+            typer.echo(f"  {name}: {state}")
+        patched = found.patched
+    if not patched:
+        raise typer.Exit(1)
+
+
+@presets.command("list", epilog="Example: `apt-hooks presets list`")
+def presets_list() -> None:
+    """Name the presets, with the first line of each."""
+    for name in preset_names():
+        typer.echo(f"{name}  {preset_text(name).splitlines()[0].lstrip('# ')}")
+
+
+@presets.command("show", epilog="Example: `apt-hooks presets show sdxl > apt.toml`")
+def presets_show(name: str) -> None:
+    """Print a preset, each value with its source."""
+    typer.echo(preset_text(name), nl=False)
+
+
+@presets.command("apply", epilog="Example: `apt-hooks presets apply sdxl train.toml`")
+def presets_apply(
+    name: str, config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The training TOML.")]
+) -> None:
+    """Add `[apt]` with this preset to a training TOML, or change the preset there; all else stays as it is."""
+    from apt_hooks.tomledit import apply_preset
+
+    typer.echo(f"{config}: {apply_preset(config, name)}")
+
+
+@app.command(epilog="Example: `apt-hooks check train.toml`")
+def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The training TOML.")]) -> None:
+    """Check the `[apt]` section of a training TOML and print what it comes to."""
+    from apt_hooks.tomledit import check_section
+
+    found = check_section(config)
+    overrides = found.overrides()
+    typer.echo(f"{config}: [apt] is valid, preset {found.preset_name or 'none'}")
+    for key in AptConfig.key_names():
+        value = None if key == "preset" else getattr(found, key)
+        if value is not None:
+            typer.echo(f"  {key} = {json.dumps(value)}{'  # override' if key in overrides else ''}")
+
+
+@app.command(epilog="Example: `apt-hooks demo --concept 7 --methods base,dreambooth,dco,apt`")
+def demo(
+    concept: Annotated[int, typer.Option(help="Number of the concept, from 0 to 13.")] = 3,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Random seed; the same seed gives the same numbers.")
+    ] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each method.")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Columns of the comparison: base, dreambooth, dco, ata, ata+rs, apt.")
+    ] = "base,dreambooth,apt",
+    out: Annotated[Path, typer.Option(help="Folder for pictures, numbers and LoRAs.")] = Path("apt-demo"),
+) -> None:
+    """Personalize a tiny pretrained model with and without APT, and show the difference in pictures and numbers."""
+    from apt_hooks.tinyworld.demo import run_demo
+    from apt_hooks.tinyworld.personalize import Training
+
+    training = Training() if steps is None else Training(steps=steps)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    run_demo(out, concept=concept, seed=seed, methods=names, training=training, say=typer.echo)
+
+
+@app.command(epilog="Example: `apt-hooks calibrate out/lora-apt.jsonl`")
+def calibrate(
+    log: Annotated[Path, typer.Argument(metavar="RUN-apt.jsonl", help="The log of a run, with `monitor_only` or not.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="PICTURE.png", help="Where to draw; RUN-apt-calibrate.png if not given.")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="The run's `indicator_scale`, for a log without the key `gap`.")
+    ] = None,
+) -> None:
+    """Propose an `indicator_scale` that fits the model, and draw gamma per bin as it was and would have been.
+
+    Under the proposed scale the run ends (mean of its last tenth) with the upper quartile of its bins at gamma 0.97, as
+    the paper's SDXL run did. So let the run be as long as the training is to be.
+    """
+    from apt_hooks.calibrate import calibrate
+
+    calibrate(log, out, scale=scale, say=typer.echo)
+
+
+def _version(found: sd_scripts.Checkout | diffusers.Status) -> str:
+    name = f"{SD_SCRIPTS} {found.version}"
+    if isinstance(found, diffusers.Status):
+        known = found.version != "unknown"
+        name = f"for {DIFFUSERS} {found.version}" if known else f"for no stated version of {DIFFUSERS}"
+    return name if found.version in _tested(found) else f"{name} (tested: {', '.join(_tested(found))})"
+
+
+def _tested(found: sd_scripts.Checkout | diffusers.Status) -> tuple[str, ...]:
+    return diffusers.TESTED if isinstance(found, diffusers.Status) else sd_scripts.TESTED
+
+
+def _is_script(trainer: str) -> bool:
+    """Whether the trainer is a script of diffusers rather than a folder of sd-scripts."""
+    if trainer not in (SD_SCRIPTS, DIFFUSERS):
+        raise AptError(f"{trainer}: no such trainer; there are {SD_SCRIPTS} and {DIFFUSERS}")
+    return trainer == DIFFUSERS
+
+
+def _apply(change: Callable[..., str], path: Path, dry_run: bool, done: str, nothing: str) -> None:
+    diff = change(path, dry_run=dry_run)
+    if dry_run:
+        typer.echo(diff or f"{path.resolve()}: {nothing}")
+    else:
+        typer.echo(f"{path.resolve()}: {done if diff else nothing}")
