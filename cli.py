@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from .commands import sampling, training
+from .commands import captioning, judging, sampling, training
 from .errors import AptError
 
 app = typer.Typer(
@@ -18,9 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for part in (training.app, sampling.app):
-    app.registered_commands += part.registered_commands
-    app.registered_groups += part.registered_groups
+for part in (training, captioning, sampling, judging):
+    app.registered_commands += part.app.registered_commands
+    app.registered_groups += part.app.registered_groups
 
 # typer has click or its own copy of it, by version; either way this is click's UsageError.
 _USAGE_ERROR: Any = typer.BadParameter.__base__

@@ -9,6 +9,7 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
 from PIL import Image
+from tiny_judges import save_clip, save_loras
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 from typer.testing import CliRunner
 
@@ -17,8 +18,7 @@ from apt_hooks.cli import app
 from apt_hooks.integrations.diffusers_sampling.judges import ClipJudge
 from apt_hooks.integrations.diffusers_sampling.sweep import find_checkpoints
 from apt_hooks.integrations.diffusers_sampling.words import words_of
-from apt_hooks.tinyworld.model import TOKENS, load_pipeline, new_tokenizer
-from apt_hooks.tinyworld.personalize import lora, save_lora
+from apt_hooks.tinyworld.model import new_tokenizer
 
 PROMPT = "a photo of a big sks cup in the snow"
 FEW = ("--model", "tinyworld", "--prompt", PROMPT, "--steps", "4", "--guidance-scale", "4")
@@ -27,29 +27,14 @@ FEW = ("--model", "tinyworld", "--prompt", PROMPT, "--steps", "4", "--guidance-s
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory):
     """Two random ones, named as kohya names an earlier and the last epoch's."""
-    folder, pipeline = tmp_path_factory.mktemp("loras"), load_pipeline()
-    for seed, name in enumerate(("cup-000002.safetensors", "cup.safetensors")):
-        with lora(pipeline, 4, seed):
-            generator = torch.Generator().manual_seed(seed)
-            for key, parameter in pipeline.unet.named_parameters():
-                if "lora_B" in key:
-                    parameter.data = 0.2 * (seed + 1) * torch.randn(parameter.shape, generator=generator)
-            save_lora(pipeline, folder / name)
+    folder = tmp_path_factory.mktemp("loras")
+    save_loras(folder, ("cup-000002", "cup"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A random CLIP in a folder."""
-    folder, tokenizer = tmp_path_factory.mktemp("clip"), new_tokenizer()
-    numbers = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**small, "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, **numbers}
-    vision = {**small, "image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -182,10 +167,10 @@ def test_checkpoints_by_epoch_and_by_step_are_not_mixed(tmp_path):
 def test_a_clip_that_lacks_a_part_and_a_picture_that_is_none_are_refused(clip, references, tmp_path):
     CLIPTextModel(CLIPConfig.from_pretrained(clip).text_config).save_pretrained(tmp_path / "half")
     new_tokenizer().save_pretrained(tmp_path / "half")
-    with pytest.raises(AptError, match=r"--clip .*half: cannot be loaded; name a folder"):
+    with pytest.raises(AptError, match=r"--clip .*half: cannot be loaded as a CLIP model"):
         ClipJudge(references, str(tmp_path / "half"))
     (references / "2.png").write_text("no picture")
-    with pytest.raises(AptError, match=r"--references .*cannot identify"):
+    with pytest.raises(AptError, match=r"2\.png: cannot be read as a picture"):
         ClipJudge(references, str(clip))
 
 

@@ -60,6 +60,9 @@ def test_a_demo_writes_pictures_numbers_and_loras_and_says_so(together):
         assert (folder / f"{name}.safetensors").exists()
         assert len((folder / f"{name}-apt.jsonl").read_text().splitlines()) == 1 + 2  # what run it is, and two steps
     assert all(name in said for name in ("DreamBooth", "frechet", "comparison.png"))
+    assert [path.name for path in sorted((folder / "references").iterdir())] == ["0.png", "1.png", "2.png", "3.png"]
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    assert len(prompts) == len(set(prompts)) == 4 and all(prompt.count("{}") == 1 for prompt in prompts)
 
 
 def test_a_method_repeats_itself_and_does_not_depend_on_which_others_ran(together, tmp_path):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AptError
 from ..files import make_folder, write_atomically
-from .concepts import CONCEPTS
+from .concepts import CONCEPTS, IDENTIFIER
 from .personalize import METHODS, Training, reference_pictures
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def run_demo(
 ) -> dict[str, Any]:
     """Personalize the tiny world's model by each method, and show the difference.
 
-    Writes into `out`: `metrics.json`, `comparison.png`, `indicator.png`, `delta_noise.png`, `attention.png`, and of
-    each method the LoRA and apt-hooks' log.
+    Writes into `out`: `metrics.json`, `comparison.png`, `indicator.png`, `delta_noise.png`, `attention.png`, of each
+    method the LoRA and apt-hooks' log, and for `apt-hooks eval` the pictures trained on and the prompts.
 
     Args:
         out: folder, made where it is missing.
@@ -121,7 +121,8 @@ def run_demo(
     drawn = _draw(out, examination, results)
     for line in table(scores):
         say(line)
-    say(f"in {out}: {', '.join(drawn)}, metrics.json, and of each method its LoRA and log")
+    _write_task(out, examination)
+    say(f"in {out}: {', '.join(drawn)}, metrics.json, of each method its LoRA and log; references/ and prompts.txt")
     return metrics
 
 
@@ -169,6 +170,18 @@ def _draw(out: Path, examination: Examination, results: Mapping[str, Result]) ->
         _titled({name: result.attention[telling] for name, result in seen.items()}),
     )
     return [name for name in _PICTURES if (out / name).exists()]
+
+
+def _write_task(out: Path, examination: Examination) -> None:
+    """What the LoRAs were trained on and asked for, as `apt-hooks eval` takes it."""
+    from .. import pictures
+
+    make_folder(out / "references")
+    for i, picture in enumerate(examination.references):
+        pictures.draw_grid(out / "references" / f"{i}.png", picture[None], 1)
+    subject = f"{IDENTIFIER} {examination.scenes[0].subject.kind}"
+    prompts = dict.fromkeys(prompt.replace(subject, "{}") for prompt in examination.prompts())
+    write_atomically(out / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts).encode())
 
 
 def _titled(by_method: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from apt_hooks.files import make_folder, write_atomically
 from .collapse import attention_collapse
 from .dreamblend import DreamBlend, Run
 from .judges import CLIP, ClipJudge
-from .loras import LoraFile, Loras, check_file
+from .loras import LoraFile, Loras, check_file, named
 from .pipelines import load_pipeline, make_movable
 from .steps import denoising_steps
 from .sweep import find_checkpoints, sweep, write_rows
@@ -142,7 +142,7 @@ def run_maps(
     say: Say,
 ) -> None:
     """Draw where each word of a prompt looks, in the base model and with each LoRA, at some timesteps."""
-    pictures, files = _pictures(), _named(loras)
+    pictures, files = _pictures(), named(loras)
     if not out.parent.is_dir() or out.is_dir():
         raise AptError(f"--out {out}: must be a file in a folder that exists")
     if beyond := [moment for moment in timesteps if not 0 <= moment < 1000]:
@@ -172,7 +172,7 @@ def run_collapse(
     """Print each LoRA's attention shift (`attention_collapse`), by file."""
     if not loras:
         raise AptError("--collapse compares LoRAs with the base model: name one or more by --lora")
-    files, pipeline = _named(loras), load_pipeline(model)
+    files, pipeline = named(loras), load_pipeline(model)
 
     def call() -> None:
         pipeline(prompt, generator=torch.Generator().manual_seed(seed), **{**options, "output_type": "latent"})
@@ -222,20 +222,6 @@ def _check_range(guided: tuple[int, int | None] | None, options: dict[str, Any])
         raise AptError(f"--guide-from {start} must be below --guide-to {stop}")
     if start >= options["num_inference_steps"]:
         raise AptError(f"--guide-from {start}: there are only {options['num_inference_steps']} steps, from 0")
-
-
-def _named(loras: Sequence[Path]) -> dict[str, LoraFile]:
-    """By the file's name, with as much of the folders before it as tells them apart; peft wants no dots in names."""
-    for path in loras:
-        check_file(path)
-    parts = 1
-    while len({path.parts[-parts:] for path in loras}) < len(loras) and parts < max(len(p.parts) for p in loras):
-        parts += 1
-    names = ["/".join(path.with_suffix("").parts[-parts:]).replace(".", "_") for path in loras]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise AptError(f"--lora: {name} is named twice")
-    return dict(zip(names, loras, strict=True))
 
 
 def _name_progress(pipeline: Any, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,31 @@ class Loras:
         loaded = sum(name in getattr(layer, "lora_A", ()) for layer in adapter_layers(*self._models))
         if loaded < layers:
             raise AptError(_misfit(path, self.pipeline, f"{layers - loaded} of its {layers} layers are not there"))
+
+
+def named(paths: Sequence[Path], taken: Sequence[str] = ()) -> dict[str, LoraFile]:
+    """LoRA files by names that peft and file systems take: the file's, and as many folders' as tell them apart.
+
+    Args:
+        taken: names that none of them may have.
+
+    Raises:
+        AptError: a file that is not there, or is named twice.
+    """
+    for path in paths:
+        check_file(path)
+    parts = [path.resolve().with_suffix("").parts for path in paths]
+    for i, part in enumerate(parts):
+        if part in parts[:i]:
+            raise AptError(f"--lora {paths[i]}: is named twice")
+    length = 1
+    while len({part[-length:] for part in parts}) < len(parts):
+        length += 1
+    names = ["_".join(part[-length:]).replace(".", "_") for part in parts]
+    for i, name in enumerate(names):
+        if name in (*names[:i], *taken):
+            raise AptError(f"--lora {paths[i]}: {name!r} is the name of another model; rename the file")
+    return dict(zip(names, paths, strict=True))
 
 
 def check_file(path: Path) -> None:

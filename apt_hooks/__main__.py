@@ -1,0 +1,5 @@
+"""`python -m apt_hooks` is the command `apt-hooks`; `accelerate launch -m apt_hooks` runs it in several processes."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,144 @@
+"""Commands that judge runs: their logs, their pictures, by numbers and by people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apt_hooks.errors import AptError
+
+from .options import GuidanceScale, Model, Seed, Steps
+
+app = typer.Typer()
+
+
+@app.command(
+    "eval",
+    epilog="Example: `apt-hooks eval --model sd15/ --lora dreambooth.safetensors --lora apt.safetensors "
+    '--references photos/ --prompts live --subject "sks dog" --class-word dog --out eval/`',
+)
+def evaluate(
+    model: Model,
+    lora: Annotated[list[Path], typer.Option(help="A LoRA; may be given again.")],
+    references: Annotated[Path, typer.Option(help="Folder of photos of the subject.")],
+    prompts: Annotated[
+        str,
+        typer.Option(help="DreamBooth's list `object` or `live`, or a file, a prompt a line with {} for the subject."),
+    ],
+    subject: Annotated[str, typer.Option(help="What the LoRAs call it: `sks dog`.")],
+    class_word: Annotated[str, typer.Option(help="What the base model and the judges call it: `dog`.")],
+    out: Annotated[Path, typer.Option(help="Folder for pictures and numbers; goes on where it stopped.")],
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, from as many seeds on.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
+    steps: Steps = 50,
+    guidance_scale: GuidanceScale = 7.5,
+    metrics: Annotated[
+        str, typer.Option(help="Which of clip, dino, hps, fidelity (FID, KID, precision, recall), vendi.")
+    ] = "clip,dino,hps,fidelity,vendi",
+    clip: Annotated[str | None, typer.Option(help="CLIP model, a folder or a name; ViT-B/32 if not given.")] = None,
+    dino: Annotated[str | None, typer.Option(help="DINOv2 model; base if not given.")] = None,
+    hps: Annotated[str | None, typer.Option(help="HPSv2 as a CLIP model of transformers.")] = None,
+    inception: Annotated[Path | None, typer.Option(help="Weights for FID and KID; downloaded if not given.")] = None,
+    vgg: Annotated[Path | None, typer.Option(help="Weights for precision and recall; downloaded if not given.")] = None,
+) -> None:
+    """Draw prompts by a base model and with LoRAs, and judge what each has learned and lost.
+
+    Several GPUs: `accelerate launch -m apt_hooks eval ...`.
+    """
+    from apt_hooks.integrations.evaluation.commands import Models, run_eval
+
+    given = {"clip": clip, "dino": dino, "hps": hps, "inception": inception, "vgg": vgg}
+    run_eval(
+        model,
+        lora,
+        references,
+        prompts,
+        out,
+        subject=subject,
+        class_word=class_word,
+        seed=seed,
+        count=count,
+        batch=batch,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        metrics=[name.strip() for name in metrics.split(",") if name.strip()],
+        models=Models(**{name: value for name, value in given.items() if value is not None}),  # type: ignore[arg-type]
+        say=typer.echo,
+    )
+
+
+@app.command(epilog="Example: `apt-hooks report out/ dreambooth/lora-apt.jsonl --out report.html`")
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Logs, RUN-apt.jsonl, or folders that hold some.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="PAGE.html", help="Where to write the page.")] = Path("report.html"),
+) -> None:
+    """Show runs side by side on one page: indicator, losses, sample pictures, settings. Also while they go on."""
+    from apt_hooks.report.page import run_report
+
+    run_report(runs, out, say=typer.echo)
+
+
+@app.command(epilog="Example: `apt-hooks watch out/`")
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A log, RUN-apt.jsonl, or a folder: its newest.")],
+    once: Annotated[bool, typer.Option("--once", help="Show what there is, and end.")] = False,
+) -> None:
+    """Show a run in the terminal while it goes on: gamma a bin, losses, speed. Ctrl-C ends it."""
+    from apt_hooks.report.watch import run_watch
+
+    run_watch(run, once=once)
+
+
+@app.command(
+    epilog="Examples: `apt-hooks compare eval/ --out grid.png`, `apt-hooks compare eval/ --serve`, "
+    "`apt-hooks compare --result votes.jsonl`"
+)
+def compare(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="DIR...", help="What `eval` wrote; several of equal settings.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="PICTURE.png", help="The grid; compare.png if not given.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Prompts in the grid, at most.")] = 8,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="In place of a grid: a page on this machine for raters, names hidden.")
+    ] = False,
+    result: Annotated[
+        Path | None, typer.Option(metavar="VOTES.jsonl", help="In place of both: what the votes come to.")
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option(help="Folder of photos of the subject; those that `eval` took if not given.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="With --serve: two to six LoRAs, separated by commas; all if not given.")
+    ] = None,
+    votes: Annotated[
+        Path | None, typer.Option(metavar="VOTES.jsonl", help="With --serve: the file of votes; votes.jsonl.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve: the port; 0: any.")] = 8765,
+    seed: Annotated[int, typer.Option(min=0, help="With --serve: of the order that raters see.")] = 0,
+) -> None:
+    """Put pictures of several LoRAs side by side, in a grid or on a page for people to vote on, names hidden."""
+    from apt_hooks.comparison.grid import run_grid
+    from apt_hooks.comparison.result import run_votes
+    from apt_hooks.comparison.server import serve as run_server
+
+    if result is not None:
+        if folders or serve:
+            raise AptError("--result reads a file of votes: leave out the folders and --serve")
+        run_votes(result, say=typer.echo)
+        return
+    if not serve and (votes is not None or methods is not None):
+        raise AptError("--votes and --methods go with --serve")
+    if serve:
+        if out is not None:
+            raise AptError("--serve draws no grid: leave out --out")
+        names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+        where = votes or Path("votes.jsonl")
+        run_server(folders or [], where, references=references, port=port, methods=names, seed=seed, say=typer.echo)
+    else:
+        run_grid(folders or [], out or Path("compare.png"), references=references, rows=rows, say=typer.echo)

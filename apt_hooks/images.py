@@ -1,0 +1,57 @@
+"""Opening pictures and photos, with Pillow."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from apt_hooks.errors import AptError
+
+PHOTOS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def find_photos(folder: Path) -> tuple[Path, ...]:
+    """The photos of a folder, by name.
+
+    Raises:
+        AptError: none there.
+    """
+    files = tuple(p for p in sorted(folder.glob("*")) if p.suffix.lower() in PHOTOS) if folder.is_dir() else ()
+    if not files:
+        raise AptError(f"--references {folder}: no pictures there ({', '.join(PHOTOS)})")
+    return files
+
+
+def open_picture(path: Path) -> Any:
+    """A picture as Pillow's RGB image, upright.
+
+    Raises:
+        AptError: Pillow is missing; the file cannot be read, or is no picture.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise AptError(f'pictures need Pillow ({error}): pip install "apt-hooks[report]"') from error
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by the kind of damage
+        raise AptError(f"{path}: cannot be read as a picture ({' '.join(str(error).split())[:150]})") from error
+
+
+def bare_png(path: Path, longest: int) -> bytes:
+    """A picture as a PNG of its pixels alone: no file's metadata, which may name a model, a place or a person.
+
+    Args:
+        longest: side in pixels above which the picture is made smaller.
+
+    Raises:
+        AptError: as `open_picture`.
+    """
+    picture = open_picture(path)
+    picture.thumbnail((longest, longest))
+    picture.info.clear()
+    content = io.BytesIO()
+    picture.save(content, format="png", compress_level=1)
+    return content.getvalue()

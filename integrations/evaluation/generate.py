@@ -1,0 +1,115 @@
+"""The pictures that are judged: one for each prompt and seed, by the base model and with each LoRA."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apt_hooks.comparison.folders import BASE, Prompt, picture_name
+from apt_hooks.errors import AptError
+from apt_hooks.files import make_folder, write_atomically
+from apt_hooks.integrations.diffusers_sampling.loras import LoraFile, Loras
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which of several processes this is, of `accelerate launch`; alone, it is the first of one."""
+
+    rank: int = 0
+    processes: int = 1
+
+    def wait(self) -> None:
+        """Until all of them are here."""
+        if self.processes > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+
+@contextlib.contextmanager
+def share() -> Iterator[Share]:
+    """This process's share of the work, on the GPU of its own where there are several.
+
+    Raises:
+        AptError: launched as several processes, and accelerate is missing.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Share()
+        return
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise AptError(f'several processes need accelerate ({error}): pip install "apt-hooks[eval]"') from error
+    state = PartialState()
+    try:
+        yield Share(state.process_index, state.num_processes)
+    finally:
+        state.destroy_process_group()
+
+
+def missing(out: Path, names: Sequence[str], prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Path]:
+    """The pictures that are not there yet, in a fixed order."""
+    return [path for name in (BASE, *names) for path in pictures(out, name, prompts, seeds) if not path.exists()]
+
+
+def pictures(out: Path, name: str, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Path]:
+    """Files of the base model's or a LoRA's pictures: all seeds of the first prompt, then those of the next."""
+    return [out / name / picture_name(i, seed) for i in range(len(prompts)) for seed in seeds]
+
+
+def generate(
+    pipeline: Any,
+    files: Mapping[str, LoraFile],
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    options: Mapping[str, Any],
+    batch: int,
+    own: Share,
+    advance: Callable[[int], None],
+) -> None:
+    """Draw what is missing, this process's share of it; each picture is written as soon as it is there.
+
+    The noise of a picture depends on its seed alone, so the base model and all LoRAs start from the same one, whatever
+    the batch and the number of processes.
+
+    Args:
+        pipeline: of diffusers, without LoRAs.
+        files: LoRAs by name.
+        out: `out/base` and `out/NAME` take the pictures.
+        options: of the pipeline's call.
+        batch: pictures at once.
+        own: the share of this process.
+        advance: is told how many more are there.
+
+    Raises:
+        AptError: a LoRA that cannot be loaded, a folder that cannot be written to.
+    """
+    asked = {picture_name(i, seed): (prompt, seed) for i, prompt in enumerate(prompts) for seed in seeds}
+    todo = missing(out, list(files), prompts, seeds)[own.rank :: own.processes]
+    own.wait()  # all of them have to see the same pictures missing
+    with Loras(pipeline, files) as loras:
+        for name in (BASE, *files):
+            make_folder(out / name)
+            mine = [path for path in todo if path.parent.name == name]
+            with loras.active(None if name == BASE else name):
+                for start in range(0, len(mine), batch):
+                    paths = mine[start : start + batch]
+                    wanted = [asked[path.name] for path in paths]
+                    texts = [prompt.plain if name == BASE else prompt.text for prompt, _ in wanted]
+                    generators = [torch.Generator().manual_seed(seed) for _, seed in wanted]
+                    drawn = pipeline(texts, generator=generators, **options).images
+                    for path, picture in zip(paths, drawn, strict=True):
+                        content = io.BytesIO()
+                        picture.save(content, format="png")
+                        write_atomically(path, content.getvalue())
+                    advance(len(paths))
+    own.wait()

@@ -1,0 +1,81 @@
+"""The tiny world's own judges, for its model: CLIP knows nothing of its pictures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apt_hooks.errors import AptError
+from apt_hooks.images import open_picture
+from apt_hooks.tinyworld.evaluate import ASKED
+from apt_hooks.tinyworld.judges import identity_score, load_judges, text_score
+from apt_hooks.tinyworld.metrics import frechet_distance, precision_recall
+from apt_hooks.tinyworld.world import BACKGROUNDS, KINDS, PLACES, SECONDS, SIZES, STYLES, Scene, Subject
+
+from .judges import Drawn, Metric, Score
+
+
+class TinyWorldJudge:
+    """Text and identity score, Fréchet distance, precision and recall, as in `apt-hooks demo`.
+
+    Args:
+        prompts: without the identifier.
+        references: photos of the subject.
+
+    Raises:
+        AptError: a prompt that is no caption of the tiny world.
+    """
+
+    def __init__(self, prompts: Sequence[str], references: Sequence[Path]) -> None:
+        self._judges = load_judges()
+        self._scenes = _scenes(prompts)
+        self._references = _read(references)
+        own, base = "the tiny world's", "against the base model's pictures of the same prompts with the class word"
+        self.metrics = (
+            Metric("text", "highest", f"{own} classifier", f"mean share of {', '.join(ASKED)} as asked"),
+            Metric("identity", "highest", f"{own} identity encoder", f"mean cosine to {len(references)} photos' mean"),
+            Metric("frechet", "lowest", f"{own} classifier", base),
+            Metric("precision", "highest", f"{own} classifier", f"{base}; 3 nearest neighbors"),
+            Metric("recall", "highest", f"{own} classifier", f"{base}; 3 nearest neighbors"),
+        )
+
+    def score(self, drawn: Drawn) -> dict[str, Score]:
+        pictures, n = _read(drawn.files), len(drawn.files)
+        scenes = [self._scenes[plain] for plain in drawn.plain]
+        scores = {
+            "text": Score.mean(text_score(self._judges.classifier, pictures, scenes, ASKED).tolist()),
+            "identity": Score.mean(identity_score(self._judges.identity, pictures, self._references).tolist()),
+        }
+        if drawn.base:
+            features, base = self._judges.features(pictures), self._judges.features(_read(drawn.base))
+            precision, recall = precision_recall(base, features)
+            scores["frechet"] = Score(frechet_distance(base, features), n)
+            scores |= {"precision": Score(precision, n), "recall": Score(recall, n)}
+        return scores
+
+
+def _scenes(prompts: Sequence[str]) -> dict[str, Scene]:
+    seconds: tuple[str | None, ...] = (None, *SECONDS)
+    known = {}
+    for kind, size, place, background, style, second in itertools.product(
+        KINDS, SIZES, PLACES, BACKGROUNDS, STYLES, seconds
+    ):
+        scene = Scene(Subject(kind, "red"), size, place, background, style, second)
+        known[scene.caption(color=False)] = scene
+    for prompt in prompts:
+        if prompt not in known:
+            raise AptError(f"--prompts: {prompt!r} is no caption of the tiny world, such as {next(iter(known))!r}")
+    return {prompt: known[prompt] for prompt in prompts}
+
+
+def _read(files: Sequence[Path]) -> Tensor:
+    """[files, 3, 64, 64], from 0 to 1."""
+    found = []
+    for path in files:
+        picture = open_picture(path).resize((64, 64))
+        found.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(64, 64, 3))
+    return torch.stack(found).permute(0, 3, 1, 2).float() / 255

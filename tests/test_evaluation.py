@@ -1,0 +1,356 @@
+import csv
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+from PIL import Image
+from tiny_judges import save_clip, save_dino, save_loras
+from typer.testing import CliRunner
+
+from apt_hooks import AptError
+from apt_hooks.cli import app
+from apt_hooks.comparison.folders import BASE, Prompt
+from apt_hooks.integrations.diffusers_sampling.loras import named
+from apt_hooks.integrations.embedders import Clip, Dino
+from apt_hooks.integrations.evaluation import commands, generate
+from apt_hooks.integrations.evaluation.judges import Drawn, Score, SubjectJudge, TextJudge, VarietyJudge
+from apt_hooks.integrations.evaluation.prompts import SETS, read_prompts
+from apt_hooks.tinyworld.model import load_pipeline
+
+PROMPTS = ("a photo of a big {} on the left in the city", "a drawing of a small {} in the middle at night")
+SUBJECT = ("--subject", "sks cup", "--class-word", "cup")
+FEW = ("--steps", "2", "--guidance-scale", "4", "--count", "2")
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    return save_loras(tmp_path_factory.mktemp("loras"), ("one", "two"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    return save_dino(tmp_path_factory.mktemp("dino"))
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("references")
+    for i, color in enumerate(("red", "blue")):
+        Image.new("RGB", (40, 30), color).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("# of the tiny world\n" + "\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def first(loras, references, texts, tmp_path_factory):
+    """An evaluation of one LoRA, and what was said."""
+    out = tmp_path_factory.mktemp("eval") / "out"
+    return out, run(*arguments(loras[:1], references, texts, out), *FEW).stdout
+
+
+def arguments(loras, references, texts, out):
+    files = [argument for path in loras for argument in ("--lora", path)]
+    return (
+        "eval",
+        "--model",
+        "tinyworld",
+        *files,
+        "--references",
+        references,
+        "--prompts",
+        texts,
+        *SUBJECT,
+        "--out",
+        out,
+    )
+
+
+def run(*given, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in given])
+    if code == 0 and result.exception:
+        raise result.exception
+    assert (result.exit_code != 0) == (code != 0)
+    return result
+
+
+def squares(folder, *colors):
+    """Pictures of one color each."""
+    files = []
+    for i, color in enumerate(colors):
+        files.append(folder / f"{i}.png")
+        Image.new("RGB", (64, 64), color).save(files[-1])
+    return files
+
+
+# Prompts.
+
+
+@pytest.mark.parametrize("which", SETS)
+def test_dreambooths_lists_have_25_prompts_with_and_without_the_identifier(which):
+    found = read_prompts(which, "sks dog", "dog")
+    assert len(set(found)) == 25
+    assert found[1] == Prompt("a sks dog in the snow", "a dog in the snow")
+    assert all(prompt.text.replace("sks ", "") == prompt.plain for prompt in found)
+
+
+def test_a_file_has_a_prompt_a_line_with_braces_or_the_subject_itself(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa {}  in Paris\n\n# no prompt\na sks dog at sea\n", encoding="utf-8")
+    paris, sea = read_prompts(str(path), "sks dog", "dog")
+    assert (paris.text, paris.plain) == ("a sks dog in Paris", "a dog in Paris")
+    assert (sea.text, sea.plain) == ("a sks dog at sea", "a dog at sea")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("a {} here\na cat\n", r"line 2, 'a cat', must have \{\} where the subject is to be, or 'sks dog'"),
+        ("# nothing\n", "has no prompt"),
+        ("a {}\na  sks dog\n", "'a sks dog' is there twice"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_is_refused(tmp_path, text, error):
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    with pytest.raises(AptError, match=error):
+        read_prompts(str(path), "sks dog", "dog")
+
+
+def test_a_list_that_is_not_there_and_a_subject_of_no_words_are_refused(tmp_path):
+    with pytest.raises(AptError, match=r"--prompts lives: is neither one of object, live nor a text file"):
+        read_prompts("lives", "sks dog", "dog")
+    with pytest.raises(AptError, match="--subject and --class-word must be words"):
+        read_prompts("live", " ", "dog")
+
+
+# Judges, against what transformers computes, and by hand.
+
+
+def test_the_text_score_is_the_mean_cosine_of_each_picture_with_its_own_prompt(clip, tmp_path):
+    judge, files = TextJudge("clip_t", Clip(str(clip))), squares(tmp_path, "red", "green", "blue")
+    plain = ["a photo of a cup", "a drawing of a fish", "a photo of a cup"]
+    score = judge.score(Drawn(files, plain, []))["clip_t"]
+    alone = [judge.score(Drawn([file], [text], []))["clip_t"].value for file, text in zip(files, plain, strict=True)]
+    assert score.value == pytest.approx(sum(alone) / 3, abs=1e-6) and score.n == 3
+    assert score.error == pytest.approx(torch.tensor(alone).std().item() / math.sqrt(3), abs=1e-6)
+    assert len(set(alone)) == 3
+
+
+def test_the_subject_score_is_the_mean_cosine_of_the_class_tokens(dino, tmp_path):
+    from transformers import Dinov2Model
+
+    files = squares(tmp_path, "red", "green", "blue")
+    score = SubjectJudge(Dino(str(dino)), files[:2]).score(Drawn(files[2:], ["a cup"], []))["dino"]
+    model = Dinov2Model.from_pretrained(dino).eval()
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    colors = torch.tensor([[255, 0, 0], [0, 128, 0], [0, 0, 255]]) / 255
+    with torch.no_grad():
+        pixels = ((colors - mean) / deviation)[:, :, None, None].expand(3, 3, 224, 224)
+        tokens = torch.nn.functional.normalize(model(pixel_values=pixels).last_hidden_state[:, 0], dim=1)
+    assert score.value == pytest.approx((tokens[2:] @ tokens[:2].T).mean().item(), abs=1e-5)
+    assert (score.n, score.error) == (1, None)
+
+
+def test_the_vendi_score_counts_the_different_pictures_of_a_prompt(tmp_path):
+    pytest.importorskip("vendi_score")
+    files = squares(tmp_path, "red", "red", "red", "blue")
+
+    def colors(pictures):
+        return torch.tensor([picture.getpixel((0, 0)) for picture in pictures]) / 255.0
+
+    judge = VarietyJudge(colors, "colors", seeds=2)
+    score = judge.score(Drawn(files, ["a", "a", "b", "b"], []))["vendi"]
+    assert score.value == pytest.approx((1 + 2) / 2) and score.n == 2  # two alike, and two with nothing in common
+    assert VarietyJudge(colors, "colors", seeds=1).metrics == ()
+
+
+def test_a_model_that_is_not_there_is_told_with_what_to_do(tmp_path):
+    for judge, option in ((Clip, "--clip"), (Dino, "--dino")):
+        with pytest.raises(AptError, match=rf"{option} .*none: cannot be loaded.*hf download NAME.*by {option}"):
+            judge(str(tmp_path / "none"))
+
+
+# Generating.
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_its_batch(loras, tmp_path):
+    pipeline, prompts = load_pipeline(), read_prompts_of_the_tiny_world()
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0}
+    for out, batch in (("alone", 1), ("together", 3)):
+        generate.generate(
+            pipeline,
+            {"one": loras[0]},
+            prompts,
+            [0, 7],
+            tmp_path / out,
+            options=options,
+            batch=batch,
+            own=generate.Share(),
+            advance=lambda _count: None,
+        )
+    for name in (BASE, "one"):
+        for path in generate.pictures(tmp_path / "alone", name, prompts, [0, 7]):
+            a, b = (
+                torch.tensor(list(Image.open(p).getdata()))
+                for p in (path, tmp_path / "together" / path.relative_to(tmp_path / "alone"))
+            )
+            assert (a - b).abs().max() <= 1  # of 255: sums in another order
+
+
+def test_several_processes_draw_each_picture_once(loras, tmp_path, monkeypatch):
+    pipeline, prompts, drawn = load_pipeline(), read_prompts_of_the_tiny_world(), []
+    monkeypatch.setattr(generate, "write_atomically", lambda path, _content: drawn.append(path.name))
+    monkeypatch.setattr(generate.Share, "wait", lambda _self: None)
+    for rank in (0, 1):
+        generate.generate(
+            pipeline,
+            {},
+            prompts,
+            [0, 1, 2],
+            tmp_path,
+            options={"num_inference_steps": 1},
+            batch=2,
+            own=generate.Share(rank, 2),
+            advance=lambda _count: None,
+        )
+    assert sorted(drawn) == [f"{i:03d}-{seed}.png" for i in (0, 1) for seed in (0, 1, 2)]
+
+
+def read_prompts_of_the_tiny_world():
+    return [Prompt(text.format("sks cup"), text.format("cup")) for text in PROMPTS]
+
+
+# The command.
+
+
+def test_eval_draws_judges_and_writes_pictures_and_numbers(first):
+    out, said = first
+    names = {f"{i:03d}-{seed}.png" for i in (0, 1) for seed in (0, 1)}
+    assert all({path.name for path in (out / name).iterdir()} == names for name in ("base", "one"))
+    assert (out / "base/000-0.png").read_bytes() != (out / "one/000-0.png").read_bytes()
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics["metrics"]) == ["text", "identity", "frechet", "precision", "recall"]
+    assert metrics["metrics"]["frechet"]["best"] == "lowest" and metrics["seeds"] == [0, 1]
+    assert set(metrics["scores"]["base"]) == {"text", "identity"}  # its distance to itself says nothing
+    assert metrics["scores"]["one"]["text"]["n"] == 4
+    rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
+    assert len(rows) == 7 and rows[-1]["name"] == "one" and rows[-1]["metric"] == "recall"
+    for row in rows:
+        assert float(row["value"]) == metrics["scores"][row["name"]][row["metric"]]["value"]
+    assert Image.open(out / "grid.png").size[0] > 300
+    assert all(word in said for word in ("frechet", "lowest is best; n 4", "grid.png", "±"))
+
+
+def test_eval_goes_on_where_it_stopped_and_takes_another_lora(first, loras, references, texts, tmp_path, monkeypatch):
+    out = shutil.copytree(first[0], tmp_path / "out")
+    (out / "one/001-0.png").unlink()
+    before = {path: path.read_bytes() for name in ("base", "one") for path in (out / name).iterdir()}
+    drawn = []
+    write = generate.write_atomically
+    monkeypatch.setattr(
+        generate, "write_atomically", lambda path, content: drawn.append(path.relative_to(out)) or write(path, content)
+    )
+    run(*arguments(loras, references, texts, out), *FEW)
+    assert sorted(map(str, drawn)) == ["one/001-0.png", *(f"two/00{i}-{seed}.png" for i in (0, 1) for seed in (0, 1))]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert (out / "one/001-0.png").read_bytes() == (first[0] / "one/001-0.png").read_bytes()
+    assert list(json.loads((out / "manifest.json").read_text())["loras"]) == ["one", "two"]
+    # All is there: no model has to be loaded to judge again.
+    monkeypatch.setattr(commands, "load_pipeline", lambda _model: pytest.fail("loaded"))
+    run(*arguments(loras, references, texts, out), *FEW)
+
+
+def test_pictures_of_other_settings_are_not_mixed_in(first, loras, references, texts, tmp_path):
+    out = shutil.copytree(first[0], tmp_path / "out")
+    given = arguments(loras[:1], references, texts, out)
+    for other, error in (
+        (("--steps", "3", "--guidance-scale", "4", "--count", "2"), r"steps 2, here 3; choose another folder"),
+        (("--steps", "2", "--guidance-scale", "4", "--count", "3"), r"seeds \[0, 1\], here \[0, 1, 2\]"),
+    ):
+        with pytest.raises(AptError, match=error):
+            run(*given, *other)
+    replaced = tmp_path / "one.safetensors"
+    shutil.copy(loras[1], replaced)
+    with pytest.raises(AptError, match=r"pictures of another one than .*one\.safetensors is now; remove"):
+        run(*arguments([replaced], references, texts, out), *FEW)
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(AptError, match=r"manifest\.json: is no manifest of an evaluation"):
+        run(*given, *FEW)
+
+
+def test_bad_input_is_told_before_anything_is_drawn(loras, references, texts, tmp_path):
+    out, none = tmp_path / "out", tmp_path / "none"
+    for given, error in (
+        (arguments([none], references, texts, out), "none: no such file"),
+        (arguments(loras, none, texts, out), "--references .*none: no pictures there"),
+        (arguments(loras, references, none, out), "--prompts .*none: is neither one of object, live"),
+        (arguments([loras[0], loras[0]], references, texts, out), "one.safetensors: is named twice"),
+        ((*arguments(loras, references, "live", out),), "is no caption of the tiny world"),
+        (
+            (*arguments(loras, references, texts, out), "--metrics", "clip,fid"),
+            "--metrics takes clip, dino, .* found 'fid'",
+        ),
+    ):
+        with pytest.raises(AptError, match=error):
+            run(*given, *FEW)
+    assert not out.exists()
+
+
+def test_loras_of_one_file_name_are_told_apart_by_their_folders(tmp_path):
+    paths = []
+    for folder in ("dreambooth", "apt"):
+        (tmp_path / folder).mkdir()
+        paths.append(tmp_path / folder / "lora.v2.safetensors")
+        paths[-1].write_bytes(b"")
+    assert list(named(paths)) == ["dreambooth_lora_v2", "apt_lora_v2"]
+    assert list(named(paths[:1])) == ["lora_v2"]
+    with pytest.raises(AptError, match="'lora_v2' is the name of another model; rename the file"):
+        named(paths[:1], taken=("lora_v2",))
+
+
+def test_models_of_other_kinds_are_judged_by_clip_dino_and_hps(first, clip, dino, loras, references, texts, tmp_path):
+    """The tiny world's pipeline as a folder, as a user's would be."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    load_pipeline().save_pretrained(folder)
+    given = [str(a) if a != "tinyworld" else str(folder) for a in arguments(loras[:1], references, texts, out)]
+    models = ("--clip", clip, "--dino", dino, "--hps", clip)
+    said = run(*given, *FEW, *models, "--metrics", "clip,dino,hps").stdout
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {name: of["model"] for name, of in metrics["metrics"].items()} == {
+        "clip_t": str(clip),
+        "dino": str(dino),
+        "hps_v2": str(clip),
+    }
+    assert all(metrics["scores"][name]["clip_t"] == metrics["scores"][name]["hps_v2"] for name in ("base", "one"))
+    assert metrics["scores"]["one"]["dino"]["n"] == 4 and "hps_v2" in said
+
+
+def test_a_black_picture_is_told_of(first, loras, references, texts, tmp_path):
+    out = shutil.copytree(first[0], tmp_path / "out")
+    Image.new("RGB", (64, 64)).save(out / "one/000-1.png")
+    said = run(*arguments(loras[:1], references, texts, out), *FEW).stdout
+    assert "note: 1 pictures are black, first" in said and "one/000-1.png" in said
+
+
+def test_a_mean_of_one_value_has_no_error():
+    assert Score.mean([0.5]) == Score(0.5, 1, None)
+    assert Score.mean([1.0, 3.0]) == Score(2.0, 2, 1.0)
