@@ -16,11 +16,9 @@ grow more slowly than in a run with `monitor_only`; the log of such a run can be
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +26,7 @@ from torch import Tensor
 from .errors import AptError
 from .files import write_figure
 from .indicator import gamma_of_gap
+from .read_steplog import read_run
 
 QUANTILE = 0.75
 GAMMA_AT_END = 0.97  # that quantile of the paper's four published bins: 0.969, read off a plot
@@ -56,58 +55,30 @@ class LoggedRun:
 
 
 def read_log(path: Path, scale: float | None = None) -> LoggedRun:
-    """Read a step log, as `StepLog` writes it; the last line may be the piece of one, as in a run that goes on.
+    """Read a step log, as `StepLog` writes it; of a very long one an evenly chosen part (`read_run`).
 
     Args:
         path: the jsonl file.
         scale: S of the run, for a log without gaps: they then come from gamma and are 0 where gamma is 0.
 
     Raises:
-        AptError: no such file, no step log, no whole line; a log without gaps and no scale, or a log with gaps and one.
+        AptError: as `read_run`; a log without a step; a log without gaps and no scale, or a log with gaps and one.
     """
     if scale is not None and not 0 < scale < math.inf:
         raise AptError(f"--scale must be a number above 0; found {scale}")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise AptError(f"{path}: cannot be read: {error.strerror}") from error
-    steps: list[int] = []
-    gammas: list[list[float]] = []
-    gaps: list[list[float] | None] = []
-    texts = content.splitlines()
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            if "run" in line:  # what stands before a run's first step
-                continue
-            step, gamma, gap = _parse(line)
-        except (ValueError, KeyError, TypeError) as error:
-            if steps and number == len(texts) and not content.endswith(b"\n"):
-                break
-            raise AptError(
-                f"{path}: line {number} is none of a step log, with step, gamma and gap; found "
-                f"{text[:40].decode(errors='replace')!r}: name the RUN-apt.jsonl that a run writes beside the LoRA"
-            ) from error
-        if gammas and len(gamma) != len(gammas[0]):
-            raise AptError(f"{path}: line {number} has {len(gamma)} bins, those before have {len(gammas[0])}")
-        steps.append(step)
-        gammas.append(gamma)
-        gaps.append(gap)
-    if not steps:
+    run = read_run(path)
+    if run is None:
         raise AptError(f"{path}: has no line yet; a run writes one a step")
-    if scale is not None and None not in gaps:
+    without = run.seen.all(dim=1) & run.gaps.isnan().all(dim=1)  # as an older apt-hooks wrote them
+    if scale is not None and not without.any():
         raise AptError(f"{path}: holds its gaps, so that the run's scale is known; leave --scale {scale:g} out")
-    if scale is None and None in gaps:
+    if scale is None and without.any():
         raise AptError(
-            f"{path}: step {steps[gaps.index(None)]} has no gap, as an older apt-hooks wrote it; to get it from gamma, "
-            "give the run's indicator_scale as --scale"
+            f"{path}: step {int(run.steps[without][0])} has no gap, as an older apt-hooks wrote it; to get it from "
+            "gamma, give the run's indicator_scale as --scale"
         )
-    gamma_rows = torch.tensor(gammas, dtype=torch.float64)
-    gap_rows = -torch.log1p(-gamma_rows) / (scale or 1.0)
-    for i, gap in enumerate(gaps):
-        if gap is not None:
-            gap_rows[i] = torch.tensor(gap, dtype=torch.float64)
-    return LoggedRun(torch.tensor(steps), gamma_rows, gap_rows)
+    from_gamma = -torch.log1p(-run.gammas) / (scale or 1.0)
+    return LoggedRun(run.steps, run.gammas, torch.where(without[:, None], from_gamma, run.gaps))
 
 
 def gaps_at_end(gaps: Tensor) -> Tensor:
@@ -179,17 +150,6 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
     _draw(run, proposed, picture)
     say(f"gamma per bin, as it was and under the proposed scale: {picture}")
     return proposed
-
-
-def _parse(line: dict[str, Any]) -> tuple[int, list[float], list[float] | None]:
-    """Step, gammas and gaps of a line; no gaps in a line of an older version."""
-    gamma = [float(g) for g in line["gamma"]]
-    gap = line.get("gap")
-    if gap is not None:
-        gap = [math.nan if g is None else float(g) for g in gap]
-        if len(gap) != len(gamma):
-            raise ValueError(f"{len(gap)} gaps, {len(gamma)} gammas")
-    return int(line["step"]), gamma, gap
 
 
 def _last_tenth(rows: Tensor) -> Tensor:

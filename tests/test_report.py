@@ -19,8 +19,8 @@ import torch
 from step_logs import start, step, write
 
 from apt_hooks import AptError
+from apt_hooks.read_steplog import Run, find_logs, read_run
 from apt_hooks.report.figures import bin_color, gamma_plot, loss_plot, loss_top, points_for, run_color, value_plot
-from apt_hooks.report.runs import Run, find_logs, read_run
 from apt_hooks.report.samples import SIDE, read_samples
 from apt_hooks.report.summary import in_words, summarize
 from apt_hooks.report.thin import fold_bins, smooth, thin, timesteps_of
@@ -107,7 +107,7 @@ def test_of_a_long_log_an_even_part_with_first_and_last_is_read(tmp_path: Path, 
 
 
 def test_many_bins_make_fewer_lines_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("apt_hooks.report.runs.MOST_BYTES", 3000)
+    monkeypatch.setattr("apt_hooks.read_steplog.MOST_BYTES", 3000)
     run = read(write(tmp_path / "a-apt.jsonl", [step(i) for i in range(1, 101)]))
     assert 2 <= len(run.steps) <= 20 and run.steps[-1] == 100
 
@@ -434,9 +434,7 @@ def test_missing_packages_are_named_with_what_installs_them(tmp_path: Path, monk
             run_report([log], tmp_path / "r.html", say=print)
 
 
-@pytest.mark.parametrize(
-    "module", ["figures", "page", "runs", "samples", "screen", "summary", "tables", "thin", "watch"]
-)
+@pytest.mark.parametrize("module", ["figures", "page", "samples", "screen", "summary", "tables", "thin", "watch"])
 def test_optional_packages_are_imported_where_they_are_needed_only(module: str) -> None:
     source = Path(importlib.import_module(f"apt_hooks.report.{module}").__file__ or "").read_text(encoding="utf-8")
     top = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runs import Run
+from apt_hooks.read_steplog import Run
+
 from .thin import fold_bins, smooth, thin, timesteps_of
 
 MOST_LINES = 20  # of gamma; more bins are drawn as means of neighbours

@@ -12,11 +12,11 @@ from string import Template
 
 from apt_hooks.errors import AptError
 from apt_hooks.files import write_atomically
+from apt_hooks.read_steplog import Run, find_logs, read_run
 from apt_hooks.run import version
 
 from . import figures
 from .figures import Plot
-from .runs import Run, find_logs, read_run
 from .samples import Samples, read_samples
 from .summary import fixed, how_trained, in_words, number, summarize
 from .tables import results_table, settings_table

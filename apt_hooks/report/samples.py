@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from apt_hooks.errors import AptError
-
-from .runs import run_name
+from apt_hooks.read_steplog import run_name
 
 MOST_MOMENTS, MOST_PROMPTS = 8, 4
 SIDE = 256  # pixels, of what is shown

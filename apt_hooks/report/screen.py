@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from apt_hooks.read_steplog import Step, run_name
 from apt_hooks.steplog import VALUES
 
-from .runs import Step, run_name
 from .summary import fixed, number
 from .thin import fold_bins, timesteps_of
 

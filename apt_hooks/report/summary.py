@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runs import Run
+from apt_hooks.read_steplog import Run
+
 from .thin import timesteps_of
 
 NAMED_BINS = 3  # so many of the highest are named

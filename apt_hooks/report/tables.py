@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from apt_hooks.read_steplog import Run
 from apt_hooks.steplog import VALUES
 
-from .runs import Run
 from .summary import Summary, fixed, number, share
 
 _Row = tuple[str, list[str]]  # a name, and a cell a run

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from apt_hooks.errors import AptError
+from apt_hooks.read_steplog import ENDING, Run, Step, check_next, parse_line, read_run
 from apt_hooks.steplog import VALUES
-
-from .runs import ENDING, Run, Step, check_next, parse_line, read_run
 
 INTERVAL = 1.0  # seconds between two looks at the log
 LOOK_FOR_OTHERS = 5.0  # seconds between two looks for newer logs in a folder

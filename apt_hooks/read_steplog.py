@@ -195,6 +195,8 @@ class _Chosen:
     def add(self, lines: list[bytes]) -> None:
         """The next lines of the file, many at once: there may be a million."""
         if not lines[-1].endswith(b"\n"):
+            if not self.lines and len(lines) == 1 and not lines[0].startswith(b"{"):  # nor the piece of a log's line
+                parse_line(self.path, 1, lines[0])
             lines = lines[:-1]  # the last of the file, and not whole
         first = 0
         # Whatever does not look like a step is parsed: the starts have to be found, and so does what is broken.
