@@ -197,6 +197,10 @@ def test_bad_input_is_told_before_anything_is_drawn(loras, clip, references, tmp
         (("maps", *FEW, "--out", tmp_path / "nowhere" / "a.png"), "must be a file in a folder that exists"),
         (("maps", *FEW, "--collapse", "--lora", late, "--timesteps", "5"), "leave out --out and --timesteps"),
         (
+            ("blend", *FEW, "--early", late, "--late", late, *out),
+            "--early and --late are the same file, .*name two checkpoints",
+        ),
+        (
             ("blend", *FEW, "--early", late, "--late", late, "--guide-from", "9", *out),
             "--guide-from 9: there are only 4 steps",
         ),

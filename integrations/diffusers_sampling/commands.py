@@ -57,6 +57,8 @@ def run_blend(
     for path in (early, late):
         check_file(Path(path))
     _check_range(guidance.get("guidance_steps"), options)
+    if Path(early).resolve() == Path(late).resolve():
+        raise AptError(f"--early and --late are the same file, {late}; name two checkpoints of one training")
     pipeline = load_pipeline(model)
     make_movable(pipeline, say)
     words = words_of(pipeline.tokenizer, prompt)
