@@ -11,6 +11,16 @@ class AptError(Exception):
     """Bad input or an unsupported set-up; the message is one line that names the thing, the rule and the way out."""
 
 
+def why_not_imported(error: BaseException) -> str:
+    """The root of a failed import, in one line: libraries that import lazily say that of the outermost module."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
+    text = " ".join(str(error).split())
+    if "torchvision" in text and not isinstance(error, ModuleNotFoundError):
+        text += "; torchvision does not fit the torch that is installed: install the one made for it, or uninstall it"
+    return text
+
+
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """An `AptError` inside ends the program with its message, not with a traceback."""

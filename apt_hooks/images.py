@@ -15,9 +15,12 @@ def find_photos(folder: Path) -> tuple[Path, ...]:
     """The photos of a folder, by name.
 
     Raises:
-        AptError: none there.
+        AptError: no folder, or no photo in it.
     """
-    files = tuple(p for p in sorted(folder.glob("*")) if p.suffix.lower() in PHOTOS) if folder.is_dir() else ()
+    if not folder.is_dir():
+        what = "is no folder; name the one that it is in" if folder.exists() else "no such folder"
+        raise AptError(f"--references {folder}: {what}")
+    files = tuple(p for p in sorted(folder.glob("*")) if p.suffix.lower() in PHOTOS)
     if not files:
         raise AptError(f"--references {folder}: no pictures there ({', '.join(PHOTOS)})")
     return files

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from apt_hooks.errors import AptError
+from apt_hooks.errors import AptError, why_not_imported
 
 from .quiet import quiet
 
@@ -38,21 +38,22 @@ class Clip:
     def images(self, pictures: Sequence[Any]) -> Tensor:
         """PIL pictures, cut to squares, as unit vectors [pictures, channels]."""
         side = self._model.config.vision_config.image_size
-        return _embed(pictures, lambda p: _pixels(p, side, side, _CLIP), self._image_features, _device())
+        return _embed(self._model, pictures, lambda p: _pixels(p, side, side, _CLIP), self._image_features)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Texts, cut at the model's longest, as unit vectors [texts, channels]."""
 
         def features(part: Sequence[str]) -> Tensor:
-            tokens = self._tokenizer(list(part), padding=True, truncation=True, return_tensors="pt")
-            model = self._model.to(_device())
-            return model.text_projection(model.text_model(**tokens.to(_device())).pooler_output)
+            longest = self._model.config.text_config.max_position_embeddings
+            tokens = self._tokenizer(list(part), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            model = self._model
+            return model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
 
-        return _embed(texts, list, features, _device())
+        return _embed(self._model, texts, list, features)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         # Not get_image_features: what it returns differs between releases of transformers.
-        model = self._model.to(_device())
+        model = self._model
         return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
 
 
@@ -67,13 +68,9 @@ class Dino:
         """PIL pictures, the middle 224 of 256 pixels, as unit vectors [pictures, channels]: the class token's."""
 
         def features(pixels: Tensor) -> Tensor:
-            return self._model.to(_device())(pixel_values=pixels).last_hidden_state[:, 0]
+            return self._model(pixel_values=pixels).last_hidden_state[:, 0]
 
-        return _embed(pictures, lambda p: _pixels(p, 256, 224, _IMAGENET), features, _device())
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        return _embed(self._model, pictures, lambda p: _pixels(p, 256, 224, _IMAGENET), features)
 
 
 def _load(model: str, option: str, what: str, kind: str, *, with_tokenizer: bool = False) -> tuple[Any, Any]:
@@ -90,6 +87,8 @@ def _load(model: str, option: str, what: str, kind: str, *, with_tokenizer: bool
             tokenizer = transformers.AutoTokenizer.from_pretrained(model) if with_tokenizer else None
         if missing := [key for key in info["missing_keys"] if not key.endswith("position_ids")]:
             raise ValueError(f"it lacks {missing[0]} and {len(missing) - 1} more")
+    except ImportError as error:  # of what transformers imports lazily
+        raise AptError(f"{what} cannot be imported from transformers ({why_not_imported(error)})") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise AptError(
             f"{option} {model}: cannot be loaded as a {what} model of transformers; without network, download it "
@@ -115,10 +114,14 @@ def _pixels(pictures: Sequence[Any], resized: int, side: int, statistics: tuple[
 
 @torch.no_grad()
 def _embed(
-    items: Sequence[Any], prepare: Callable[[Sequence[Any]], Any], features: Callable[[Any], Tensor], device: str
+    model: Any, items: Sequence[Any], prepare: Callable[[Sequence[Any]], Any], features: Callable[[Any], Tensor]
 ) -> Tensor:
     found = []
-    for start in range(0, len(items), _BATCH):
-        batch = prepare(items[start : start + _BATCH])
-        found.append(F.normalize(features(batch.to(device) if isinstance(batch, Tensor) else batch), dim=-1).cpu())
-    return torch.cat(found)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        for start in range(0, len(items), _BATCH):
+            batch = prepare(items[start : start + _BATCH])
+            found.append(features(batch.to(model.device) if isinstance(batch, Tensor) else batch))
+        return F.normalize(torch.cat(found), dim=-1).cpu()
+    finally:
+        model.to("cpu")  # its memory is the next one's

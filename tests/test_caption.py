@@ -166,6 +166,8 @@ def caption(folder: Path, server: Server | None = None, **options: Any) -> tuple
         f'"Caption: {CAPTION}"',
         f"Sure! Here is a caption for this photo:\n\n{CAPTION}",
         f"Sure! {CAPTION}",
+        f"{CAPTION}\n\nI hope this helps!",
+        f"Here is the caption:\n\n**{CAPTION}**\n \nLet me know if you want changes.",
         f"Certainly, the caption for this photo is:\n{CAPTION}",
         f"Here's the caption:\n> {CAPTION}",
         f"```\n{CAPTION}\n```",
@@ -345,7 +347,7 @@ def test_broken_photos_are_no_captions(folder: Path) -> None:
 
 def test_without_pillow_its_install_line_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(AptError, match="pip install pillow"):
+    with pytest.raises(AptError, match=r'pip install "apt-hooks\[caption\]"'):
         caption(folder, dry_run=True)
 
 
@@ -723,7 +725,7 @@ def test_a_dry_run_shows_what_would_be_and_does_nothing(folder: Path, server: Se
         "a.png: a.txt is there and stays as it is",
         "b.JPG: shown as 40x30 pixels, 1 kB; caption into b.txt",
         "c.webp: shown as 40x30 pixels, 1 kB; caption into c.txt",
-        "nothing asked, nothing written; captions that would be: 2",
+        "nothing asked, nothing written; captions to be written: 2",
     ]
     assert "caption into a.txt, replacing it" in caption(folder, server, dry_run=True, overwrite=True)[1][1]
     (folder / "b.JPG").write_bytes(b"")
@@ -776,6 +778,7 @@ def test_a_run_needs_no_rich_and_has_a_bar_where_it_is(
     caption(folder, server)
     assert capsys.readouterr().out == ""  # no terminal, no bar
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     caption(folder, server, overwrite=True)
     assert "100%" in capsys.readouterr().out

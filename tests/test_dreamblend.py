@@ -339,7 +339,7 @@ def test_what_is_recorded_is_the_pass_with_the_prompt_of_each_step(pipeline, lor
             recording = blend.early(PROMPT, 7, **OPTIONS)
         words = pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0]
         with (
-            blend.loras.active("apt_hooks_early"),
+            blend.loras.active("early"),
             FeatureCapture(pipeline.unet, representation=False) as capture,
             torch.no_grad(),
         ):

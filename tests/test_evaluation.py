@@ -1,7 +1,10 @@
 import csv
 import json
 import math
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +23,9 @@ from apt_hooks.comparison.folders import BASE, Prompt
 from apt_hooks.integrations.diffusers_sampling.loras import named
 from apt_hooks.integrations.embedders import Clip, Dino
 from apt_hooks.integrations.evaluation import commands, generate
-from apt_hooks.integrations.evaluation.judges import Drawn, Score, SubjectJudge, TextJudge, VarietyJudge
+from apt_hooks.integrations.evaluation.judges import Drawn, Embedder, Score, SubjectJudge, TextJudge, VarietyJudge
 from apt_hooks.integrations.evaluation.prompts import SETS, read_prompts
-from apt_hooks.tinyworld.model import load_pipeline
+from apt_hooks.tinyworld.model import load_pipeline, new_tokenizer
 
 PROMPTS = ("a photo of a big {} on the left in the city", "a drawing of a small {} in the middle at night")
 SUBJECT = ("--subject", "sks cup", "--class-word", "cup")
@@ -113,15 +116,16 @@ def test_dreambooths_lists_have_25_prompts_with_and_without_the_identifier(which
 
 def test_a_file_has_a_prompt_a_line_with_braces_or_the_subject_itself(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("\ufeffa {}  in Paris\n\n# no prompt\na sks dog at sea\n", encoding="utf-8")
+    path.write_text("\ufeffa {}  in Paris\n\n# no prompt\na sks dog at sea, sks dog!\n", encoding="utf-8")
     paris, sea = read_prompts(str(path), "sks dog", "dog")
     assert (paris.text, paris.plain) == ("a sks dog in Paris", "a dog in Paris")
-    assert (sea.text, sea.plain) == ("a sks dog at sea", "a dog at sea")
+    assert (sea.text, sea.plain) == ("a sks dog at sea, sks dog!", "a dog at sea, dog!")
 
 
 @pytest.mark.parametrize(
     ("text", "error"),
     [
+        ("a sks dogs house\n", "must have"),
         ("a {} here\na cat\n", r"line 2, 'a cat', must have \{\} where the subject is to be, or 'sks dog'"),
         ("# nothing\n", "has no prompt"),
         ("a {}\na  sks dog\n", "'a sks dog' is there twice"),
@@ -144,29 +148,77 @@ def test_a_list_that_is_not_there_and_a_subject_of_no_words_are_refused(tmp_path
 # Judges, against what transformers computes, and by hand.
 
 
-def test_the_text_score_is_the_mean_cosine_of_each_picture_with_its_own_prompt(clip, tmp_path):
-    judge, files = TextJudge("clip_t", Clip(str(clip))), squares(tmp_path, "red", "green", "blue")
-    plain = ["a photo of a cup", "a drawing of a fish", "a photo of a cup"]
-    score = judge.score(Drawn(files, plain, []))["clip_t"]
-    alone = [judge.score(Drawn([file], [text], []))["clip_t"].value for file, text in zip(files, plain, strict=True)]
-    assert score.value == pytest.approx(sum(alone) / 3, abs=1e-6) and score.n == 3
-    assert score.error == pytest.approx(torch.tensor(alone).std().item() / math.sqrt(3), abs=1e-6)
-    assert len(set(alone)) == 3
+@pytest.fixture(scope="module")
+def photo():
+    """Neither square nor of one color, nor alike in its channels."""
+    x, y = torch.meshgrid(torch.linspace(0, 1, 60), torch.linspace(0, 1, 90), indexing="ij")
+    pixels = torch.stack([x, y.square(), (7 * x + 5 * y).sin() / 2 + 0.5], dim=-1)
+    return Image.fromarray((255 * pixels).round().to(torch.uint8).numpy())
 
 
-def test_the_subject_score_is_the_mean_cosine_of_the_class_tokens(dino, tmp_path):
-    from transformers import Dinov2Model
+def same_direction(a, b):
+    """Resizing before cutting out, as transformers does it, or after, differs by a part of a pixel."""
+    assert torch.nn.functional.cosine_similarity(a, b).min() > 0.9998
 
-    files = squares(tmp_path, "red", "green", "blue")
-    score = SubjectJudge(Dino(str(dino)), files[:2]).score(Drawn(files[2:], ["a cup"], []))["dino"]
-    model = Dinov2Model.from_pretrained(dino).eval()
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    colors = torch.tensor([[255, 0, 0], [0, 128, 0], [0, 0, 255]]) / 255
+
+def test_clip_sees_and_reads_as_transformers_own(clip, photo):
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    model = CLIPModel.from_pretrained(clip).eval()
+    process = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    words = new_tokenizer()(["a photo of a cup", "a fish"], padding=True, return_tensors="pt")
+    mirrored = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     with torch.no_grad():
-        pixels = ((colors - mean) / deviation)[:, :, None, None].expand(3, 3, 224, 224)
-        tokens = torch.nn.functional.normalize(model(pixel_values=pixels).last_hidden_state[:, 0], dim=1)
-    assert score.value == pytest.approx((tokens[2:] @ tokens[:2].T).mean().item(), abs=1e-5)
+        found = model(pixel_values=process([photo, mirrored], return_tensors="pt").pixel_values, **words)
+    own = Clip(str(clip))
+    same_direction(own.images([photo, mirrored]), found.image_embeds)
+    assert torch.allclose(own.texts(["a photo of a cup", "a fish"]), found.text_embeds, atol=1e-5)
+    # So that other pixels would not pass.
+    assert torch.nn.functional.cosine_similarity(*found.image_embeds, dim=0) < 0.998
+
+
+def test_dino_sees_as_transformers_own(dino, photo):
+    from transformers import BitImageProcessor, Dinov2Model
+
+    model, mirrored = Dinov2Model.from_pretrained(dino).eval(), photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    process = BitImageProcessor(
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+    with torch.no_grad():
+        pixels = process([photo, mirrored], return_tensors="pt").pixel_values
+        tokens = model(pixel_values=pixels).last_hidden_state[:, 0]
+    same_direction(Dino(str(dino)).images([photo, mirrored]), tokens)
+    assert torch.nn.functional.cosine_similarity(*tokens, dim=0) < 0.998
+
+
+def test_the_text_score_is_the_mean_cosine_of_each_picture_with_its_own_prompt(clip, tmp_path):
+    model, files = Clip(str(clip)), squares(tmp_path, "red", "green", "blue", "white")
+    plain = ["a photo of a cup", "a photo of a cup", "a drawing of a fish", "a drawing of a fish"]
+    score = TextJudge("clip_t", model).score(Drawn(files, plain, 2, []))["clip_t"]
+    images, texts = model.images([Image.open(path) for path in files]), model.texts(plain)
+    cosines = (images * texts).sum(dim=1)
+    assert score.value == pytest.approx(cosines.mean().item(), abs=1e-6) and score.n == 4
+    # Two prompts: the pictures of each are no two samples.
+    assert score.error == pytest.approx(cosines.view(2, 2).mean(dim=1).std().item() / math.sqrt(2), abs=1e-6)
+
+
+def test_the_subject_score_is_the_mean_cosine_with_all_photos(dino, tmp_path):
+    model, files = Dino(str(dino)), squares(tmp_path, "red", "green", "blue")
+    score = SubjectJudge(Embedder("dino", model.images), files[:2]).score(Drawn(files[2:], ["a cup"], 1, []))["dino"]
+    red, green, blue = model.images([Image.open(path) for path in files])
+    assert score.value == pytest.approx(((blue @ red + blue @ green) / 2).item(), abs=1e-6)
     assert (score.n, score.error) == (1, None)
+
+
+def test_a_picture_is_embedded_once(tmp_path):
+    seen, files = [], squares(tmp_path, "red", "green")
+    embedder = Embedder("colors", lambda pictures: seen.append(len(pictures)) or torch.eye(3)[: len(pictures)])
+    assert torch.equal(embedder.of(files), torch.eye(3)[:2])
+    assert torch.equal(embedder.of([files[1], files[0], files[1]]), torch.eye(3)[[1, 0, 1]])
+    assert seen == [2]
 
 
 def test_the_vendi_score_counts_the_different_pictures_of_a_prompt(tmp_path):
@@ -176,10 +228,8 @@ def test_the_vendi_score_counts_the_different_pictures_of_a_prompt(tmp_path):
     def colors(pictures):
         return torch.tensor([picture.getpixel((0, 0)) for picture in pictures]) / 255.0
 
-    judge = VarietyJudge(colors, "colors", seeds=2)
-    score = judge.score(Drawn(files, ["a", "a", "b", "b"], []))["vendi"]
+    score = VarietyJudge(Embedder("colors", colors), 2).score(Drawn(files, ["a", "a", "b", "b"], 2, []))["vendi"]
     assert score.value == pytest.approx((1 + 2) / 2) and score.n == 2  # two alike, and two with nothing in common
-    assert VarietyJudge(colors, "colors", seeds=1).metrics == ()
 
 
 def test_a_model_that_is_not_there_is_told_with_what_to_do(tmp_path):
@@ -191,52 +241,57 @@ def test_a_model_that_is_not_there_is_told_with_what_to_do(tmp_path):
 # Generating.
 
 
+def plan(seeds, further=()):
+    prompts = tuple(Prompt(text.format("sks cup"), text.format("cup")) for text in PROMPTS)
+    return generate.Plan(prompts, tuple(seeds), tuple(further), steps=2, guidance_scale=4.0)
+
+
 def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_its_batch(loras, tmp_path):
-    pipeline, prompts = load_pipeline(), read_prompts_of_the_tiny_world()
+    pipeline, asked = load_pipeline(), plan([0, 7], [9])
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 2, "guidance_scale": 4.0}
     for out, batch in (("alone", 1), ("together", 3)):
-        generate.generate(
-            pipeline,
-            {"one": loras[0]},
-            prompts,
-            [0, 7],
-            tmp_path / out,
-            options=options,
-            batch=batch,
-            own=generate.Share(),
-            advance=lambda _count: None,
-        )
-    for name in (BASE, "one"):
-        for path in generate.pictures(tmp_path / "alone", name, prompts, [0, 7]):
-            a, b = (
-                torch.tensor(list(Image.open(p).getdata()))
-                for p in (path, tmp_path / "together" / path.relative_to(tmp_path / "alone"))
-            )
-            assert (a - b).abs().max() <= 1  # of 255: sums in another order
+        files, own = {"one": loras[0]}, generate.Share()
+        generate.generate(pipeline, files, asked, tmp_path / out, batch=batch, own=own, advance=lambda _count: None)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    paths = [path for name in (BASE, "one") for path in asked.pictures(alone, name)] + asked.more_of_the_base(alone)
+    assert len(set(paths)) == 10 and not (alone / "one/000-9.png").exists()
+    for path in paths:
+        a, b = (torch.tensor(list(Image.open(p).getdata())) for p in (path, together / path.relative_to(alone)))
+        assert (a - b).abs().max() <= 1  # of 255: sums in another order
 
 
-def test_several_processes_draw_each_picture_once(loras, tmp_path, monkeypatch):
-    pipeline, prompts, drawn = load_pipeline(), read_prompts_of_the_tiny_world(), []
+def test_several_processes_draw_each_picture_once(tmp_path, monkeypatch):
+    pipeline, drawn = load_pipeline(), []
     monkeypatch.setattr(generate, "write_atomically", lambda path, _content: drawn.append(path.name))
     monkeypatch.setattr(generate.Share, "wait", lambda _self: None)
     for rank in (0, 1):
-        generate.generate(
-            pipeline,
-            {},
-            prompts,
-            [0, 1, 2],
-            tmp_path,
-            options={"num_inference_steps": 1},
-            batch=2,
-            own=generate.Share(rank, 2),
-            advance=lambda _count: None,
-        )
+        own = generate.Share(rank, 2)
+        generate.generate(pipeline, {}, plan([0, 1], [2]), tmp_path, batch=2, own=own, advance=lambda _count: None)
     assert sorted(drawn) == [f"{i:03d}-{seed}.png" for i in (0, 1) for seed in (0, 1, 2)]
 
 
-def read_prompts_of_the_tiny_world():
-    return [Prompt(text.format("sks cup"), text.format("cup")) for text in PROMPTS]
+def prepare_two_processes(folder):
+    """As `accelerate launch` starts them, on the CPU."""
+    (lora,) = save_loras(folder, ("one",))
+    Image.new("RGB", (64, 64), "red").save(folder / "photo.png")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    launch = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "apt_hooks")
+    command = [*launch, *arguments([lora], folder, folder / "prompts.txt", folder / "out"), *FEW]
+    return [str(part) for part in command], {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.ahead.with_args(prepare_two_processes)
+def test_two_processes_draw_and_judge_what_one_does(ahead, first):
+    assert ahead.returncode == 0, ahead.stderr
+    out = Path(ahead.args[-len(FEW) - 1])
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (first[0], out))
+    for name, scores in one["scores"].items():
+        if name == BASE:  # the photos of the subject are others here
+            assert two["scores"][name]["text"] == scores["text"]
+            assert two["scores"][name]["frechet"]["value"] == pytest.approx(scores["frechet"]["value"], rel=1e-3)
+    assert ahead.stdout.count("metrics.json") == 1
+    for path in (first[0] / BASE).iterdir():
+        assert (out / BASE / path.name).read_bytes() == path.read_bytes()
 
 
 # The command.
@@ -245,15 +300,18 @@ def read_prompts_of_the_tiny_world():
 def test_eval_draws_judges_and_writes_pictures_and_numbers(first):
     out, said = first
     names = {f"{i:03d}-{seed}.png" for i in (0, 1) for seed in (0, 1)}
-    assert all({path.name for path in (out / name).iterdir()} == names for name in ("base", "one"))
+    assert {path.name for path in (out / "one").iterdir()} == names
+    further = {f"{i:03d}-{seed}.png" for i in (0, 1) for seed in (2, 3)}
+    assert {path.name for path in (out / "base").iterdir()} == names | further
     assert (out / "base/000-0.png").read_bytes() != (out / "one/000-0.png").read_bytes()
     metrics = json.loads((out / "metrics.json").read_text())
     assert list(metrics["metrics"]) == ["text", "identity", "frechet", "precision", "recall"]
     assert metrics["metrics"]["frechet"]["best"] == "lowest" and metrics["seeds"] == [0, 1]
-    assert set(metrics["scores"]["base"]) == {"text", "identity"}  # its distance to itself says nothing
+    # The base model's own distance to itself, under other noise, is what a LoRA that changes nothing would have.
+    assert set(metrics["scores"]["base"]) == set(metrics["scores"]["one"]) == set(metrics["metrics"])
     assert metrics["scores"]["one"]["text"]["n"] == 4
     rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
-    assert len(rows) == 7 and rows[-1]["name"] == "one" and rows[-1]["metric"] == "recall"
+    assert len(rows) == 10 and rows[-1]["name"] == "one" and rows[-1]["metric"] == "recall"
     for row in rows:
         assert float(row["value"]) == metrics["scores"][row["name"]][row["metric"]]["value"]
     assert Image.open(out / "grid.png").size[0] > 300
@@ -292,16 +350,39 @@ def test_pictures_of_other_settings_are_not_mixed_in(first, loras, references, t
     shutil.copy(loras[1], replaced)
     with pytest.raises(AptError, match=r"pictures of another one than .*one\.safetensors is now; remove"):
         run(*arguments([replaced], references, texts, out), *FEW)
+    shutil.rmtree(out / "one")
+    run(*arguments([replaced], references, texts, out), *FEW)  # the way out that the error names
+    assert (out / "one/000-0.png").read_bytes() != (first[0] / "one/000-0.png").read_bytes()
     (out / "manifest.json").write_text("{}")
     with pytest.raises(AptError, match=r"manifest\.json: is no manifest of an evaluation"):
         run(*given, *FEW)
+    (out / "manifest.json").unlink()
+    with pytest.raises(AptError, match=r"base/ has pictures already, and no manifest\.json says how they were drawn"):
+        run(*given, *FEW)
+
+
+def test_a_lora_keeps_its_name_whatever_it_is_named_with(first, loras, references, texts, tmp_path):
+    out, other = shutil.copytree(first[0], tmp_path / "out"), tmp_path / "other" / "one.safetensors"
+    other.parent.mkdir()
+    shutil.copy(loras[1], other)
+    said = run(*arguments([loras[0], other], references, texts, out), *FEW).stdout
+    assert list(json.loads((out / "metrics.json").read_text())["scores"]) == ["base", "one", "other_one"]
+    assert "one, other_one beside the base" in said
+
+
+def test_a_lora_that_was_stopped_does_not_hinder_another(first, loras, references, texts, tmp_path):
+    out = shutil.copytree(first[0], tmp_path / "out")
+    (out / "one/001-1.png").unlink()
+    run(*arguments(loras[1:], references, texts, out), *FEW)
+    assert list(json.loads((out / "metrics.json").read_text())["scores"]) == ["base", "two"]
+    assert (out / "grid.png").stat().st_mtime > (first[0] / "grid.png").stat().st_mtime
 
 
 def test_bad_input_is_told_before_anything_is_drawn(loras, references, texts, tmp_path):
     out, none = tmp_path / "out", tmp_path / "none"
     for given, error in (
         (arguments([none], references, texts, out), "none: no such file"),
-        (arguments(loras, none, texts, out), "--references .*none: no pictures there"),
+        (arguments(loras, none, texts, out), "--references .*none: no such folder"),
         (arguments(loras, references, none, out), "--prompts .*none: is neither one of object, live"),
         (arguments([loras[0], loras[0]], references, texts, out), "one.safetensors: is named twice"),
         ((*arguments(loras, references, "live", out),), "is no caption of the tiny world"),
@@ -309,6 +390,7 @@ def test_bad_input_is_told_before_anything_is_drawn(loras, references, texts, tm
             (*arguments(loras, references, texts, out), "--metrics", "clip,fid"),
             "--metrics takes clip, dino, .* found 'fid'",
         ),
+        ((*arguments(loras, references, texts, out), "--metrics", "clip"), "the tiny world has judges of its own"),
     ):
         with pytest.raises(AptError, match=error):
             run(*given, *FEW)
@@ -342,6 +424,13 @@ def test_models_of_other_kinds_are_judged_by_clip_dino_and_hps(first, clip, dino
     }
     assert all(metrics["scores"][name]["clip_t"] == metrics["scores"][name]["hps_v2"] for name in ("base", "one"))
     assert metrics["scores"]["one"]["dino"]["n"] == 4 and "hps_v2" in said
+    assert len(list((out / "base").iterdir())) == 4  # nothing here is measured to more of them
+    one = ("--steps", "2", "--guidance-scale", "4", "--count", "1")
+    given[-1] = str(tmp_path / "alone")
+    said = run(*given, *one, *models, "--metrics", "clip,vendi").stdout
+    assert "the Vendi score compares a prompt's pictures, so it needs a --count of 2 or more; left out" in said
+    with pytest.raises(AptError, match=r"--metrics must name one or more of clip, .*; nothing is left"):
+        run(*given, *one, "--metrics", "vendi")
 
 
 def test_a_black_picture_is_told_of(first, loras, references, texts, tmp_path):

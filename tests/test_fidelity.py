@@ -16,7 +16,7 @@ Image = pytest.importorskip("PIL.Image")
 @pytest.fixture(scope="module")
 def torch_fidelity():
     if importlib.util.find_spec("torch_fidelity") is None:
-        pytest.skip('torch-fidelity is not installed: pip install ".[eval]"')
+        pytest.skip('torch-fidelity is not installed: pip install ".[fidelity]"')
     if not torch.cuda.is_available():
         # PyPI's torchvision finds no CUDA beside a CPU build of torch, and is not imported without these two operators.
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -59,7 +59,7 @@ def drawn(tmp_path_factory):
         for i, path in enumerate(files[name]):
             pixels = torch.randint(light - 20 * i % 50, light + 60, (24, 32, 3), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(path)
-    return Drawn(files["lora"], ["a cup"] * 6, files["base"])
+    return Drawn(files["lora"], ["a cup"] * 6, 1, files["base"])
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +111,13 @@ def test_precision_is_the_share_of_the_loras_pictures_within_the_bases(torch_fid
     assert scores["recall"].value == pytest.approx(within(base, lora))
 
 
-def test_the_base_model_has_no_distance_to_itself(torch_fidelity, weights, drawn):
-    judge = FidelityJudge(6, weights["inception"], weights["vgg"])
-    assert judge.score(Drawn(drawn.files, drawn.plain, [])) == {}
-    assert [metric.best for metric in judge.metrics] == ["lowest", "lowest", "highest", "highest"]
+def test_weights_of_another_network_are_told_before_anything_is_drawn(torch_fidelity, weights, tmp_path):
+    junk = tmp_path / "junk.pth"
+    junk.write_bytes(b"no weights")
+    with pytest.raises(AptError, match=r"--inception .*junk\.pth: holds no weights of inception-v3-compat"):
+        FidelityJudge(6, junk, weights["vgg"])
+    with pytest.raises(AptError, match=r"--vgg .*inception\.pth: holds no weights of vgg16"):
+        FidelityJudge(6, weights["inception"], weights["inception"])
 
 
 def test_too_few_pictures_are_refused(torch_fidelity, weights):

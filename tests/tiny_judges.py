@@ -28,10 +28,11 @@ def save_clip(folder: Path, seed: int = 0) -> Path:
 
 
 def save_dino(folder: Path) -> Path:
+    """Its weights are large, so that the class token is not the same for all pictures."""
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(**_SMALL, image_size=56, patch_size=14)).save_pretrained(folder)
+    Dinov2Model(Dinov2Config(**_SMALL, image_size=56, patch_size=14, initializer_range=0.3)).save_pretrained(folder)
     return folder
 
 

@@ -141,4 +141,7 @@ def compare(
         where = votes or Path("votes.jsonl")
         run_server(folders or [], where, references=references, port=port, methods=names, seed=seed, say=typer.echo)
     else:
-        run_grid(folders or [], out or Path("compare.png"), references=references, rows=rows, say=typer.echo)
+        picture = out or Path("compare.png")
+        if picture.suffix.lower() != ".png":
+            raise AptError(f"--out must name a .png file; found {picture}")
+        run_grid(folders or [], picture, references=references, rows=rows, say=typer.echo)

@@ -22,7 +22,13 @@ GAP, LABEL, LINE = 8, 270, 26  # in pixels: between pictures, the prompts' colum
 
 
 def run_grid(
-    folders: Sequence[Path], out: Path, *, references: Path | None, rows: int, say: Callable[[str], None]
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    references: Path | None,
+    rows: int,
+    methods: Sequence[str] | None = None,
+    say: Callable[[str], None],
 ) -> Path:
     """Draw a row a prompt: the reference photo, the base model's picture, each method's picture.
 
@@ -30,7 +36,7 @@ def run_grid(
     row the next one, so that no method is shown at its best.
 
     Args:
-        folders, references: as for `read_comparison`.
+        folders, references, methods: as for `read_comparison`.
         out: a .png file, or a folder for `grid.png`.
         rows: at most so many.
         say: takes each line of text for the user.
@@ -43,7 +49,7 @@ def run_grid(
     """
     if rows < 1:
         raise AptError(f"--rows must be at least 1; found {rows}")
-    comparison = read_comparison(folders, references=references)
+    comparison = read_comparison(folders, references=references, methods=methods)
     is_file = out.suffix.lower() == ".png"
     path = out if is_file else out / "grid.png"
     make_folder(path.parent)

@@ -82,7 +82,7 @@ def _count(criterion: str, votes: Sequence[Vote]) -> Result:
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """Lines of text: a row a method, a column a criterion."""
+    """Lines of text: a row a method, a column a criterion; below, what the intervals hold for."""
     methods = sorted({method for result in results for method in result.shares})
     rows = [["", *(result.criterion for result in results)]]
     for method in methods:
@@ -91,7 +91,14 @@ def table(results: Sequence[Result]) -> list[str]:
     for what in ("votes", "raters", "prompts", "items"):
         rows.append([what, *(str(getattr(result, what)) for result in results)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append("share of all answers (its 95 % interval, for further raters and prompts)")
+    fewest = min(result.raters for result in results)
+    if fewest == 1:
+        lines.append("note: one rater tells nothing about others; the intervals are for this rater on further prompts")
+    elif fewest < 5:
+        lines.append(f"note: {fewest} raters are few to speak for others; intervals of five or more can be trusted")
+    return lines
 
 
 def _text(share: Share | None) -> str:
@@ -116,10 +123,4 @@ def run_votes(votes: Path, *, say: Callable[[str], None]) -> list[Result]:
         raise AptError(f"{votes}: has no vote yet; `apt-hooks compare` serves the page to give some")
     for line in table(results):
         say(line)
-    say("share of all answers (its 95 % interval, for further raters and prompts)")
-    fewest = min(result.raters for result in results)
-    if fewest == 1:
-        say("note: one rater tells nothing about others; the intervals are for this rater on further prompts")
-    elif fewest < 5:
-        say(f"note: {fewest} raters are few to speak for others; intervals of five or more can be trusted")
     return results

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AptError
+from ..errors import AptError, why_not_imported
 from ..files import make_folder, write_atomically
 from .concepts import CONCEPTS, IDENTIFIER
 from .personalize import METHODS, Training, reference_pictures
@@ -74,9 +74,10 @@ def run_demo(
         import matplotlib.figure  # noqa: F401
         import peft  # noqa: F401
         from rich.progress import Progress
-    except ImportError as error:
+    # A library beneath that does not fit is a RuntimeError.
+    except (ImportError, RuntimeError) as error:
         raise AptError(
-            f'the demo needs diffusers, peft and matplotlib ({error}): pip install "apt-hooks[demo]"'
+            f'the demo needs diffusers, peft and matplotlib ({why_not_imported(error)}): pip install "apt-hooks[demo]"'
         ) from error
     make_folder(out)
     from .evaluate import Examination

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AptError
+from ..errors import AptError, why_not_imported
 from ..integrations.quiet import quiet
 from .world import vocabulary
 
@@ -177,11 +177,14 @@ def load_pipeline(folder: Path | None = None) -> Any:
     try:
         import diffusers.utils.logging as diffusers_logging
         import transformers.utils.logging as transformers_logging
-    except ImportError as error:
-        raise AptError(f'the tiny world needs diffusers ({error}): pip install "apt-hooks[demo]"') from error
-    with quiet(diffusers_logging), quiet(transformers_logging):
-        from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
+        with quiet(diffusers_logging), quiet(transformers_logging):
+            from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+    # A library beneath that does not fit is a RuntimeError.
+    except (ImportError, RuntimeError) as error:
+        why = why_not_imported(error)
+        raise AptError(f'the tiny world needs diffusers ({why}): pip install "apt-hooks[demo]"') from error
+    with quiet(diffusers_logging), quiet(transformers_logging):
         pipeline: Any = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
     pipeline.training_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)

@@ -33,12 +33,10 @@ def caption_of(answer: str, subject: str) -> str:
     text = re.sub(rf"^.*</{_REASONING}>", "", answer, flags=re.DOTALL | re.IGNORECASE)
     text = re.sub(rf"<{_REASONING}>.*", "", text, flags=re.DOTALL | re.IGNORECASE)
     text = re.sub(r"</?(?:answer|caption)>|^\s*```\w*\n|```|\*\*", "", text, flags=re.IGNORECASE)
-    text, before = one_line(text), None
-    while text != before:
-        before = text
-        text = _INTRODUCTION.sub("", text.lstrip("#>*- ")).strip()
-        text = _unquoted(text)
-    if not any(character.isalnum() for character in text):
+    # The first part that has words: before it may stand an introduction, and behind it a farewell.
+    parts = (_bare(part) for part in re.split(r"\n\s*\n", text))
+    text = next((part for part in parts if any(character.isalnum() for character in part)), "")
+    if not text:
         left = shorten(answer, 60)
         raise BadAnswer(f"no caption is in the model's answer: {left}" if left else "the model's answer is empty")
     if _EXCUSE.match(text.replace("\u2019", "'")):
@@ -90,6 +88,15 @@ _EXCUSE = re.compile(
 )
 _ARTICLE = re.compile(r"^(?:A|An|The)(?= )")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "\u2018": "\u2019", "«": "»", "„": "“", "`": "`"}
+
+
+def _bare(text: str) -> str:
+    """In one line, without introductions, Markdown and quotation marks around it."""
+    text, before = one_line(text), None
+    while text != before:
+        before = text
+        text = _unquoted(_INTRODUCTION.sub("", text.lstrip("#>*- ")).strip())
+    return text
 
 
 def _unquoted(text: str) -> str:

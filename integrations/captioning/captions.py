@@ -216,7 +216,7 @@ class _Run:
                 files.append(file)
                 shown = f"{picture.width}x{picture.height} pixels, {math.ceil(len(jpeg(picture)) / 1000)} kB"
                 self.say(f"{name}: shown as {shown}; caption into {file.name}" + (", replacing it" if there else ""))
-        self.say(f"nothing asked, nothing written; captions that would be: {len(files)}")
+        self.say(f"nothing asked, nothing written; captions to be written: {len(files)}")
         if self.failed:
             raise AptError(f"{len(self.failed)} of {len(photos)} photos cannot be read, as said above")
         return files

@@ -72,7 +72,7 @@ def load_photo(path: Path, max_side: int) -> Any:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise AptError(f"photos are read with Pillow ({error}): pip install pillow") from error
+        raise AptError(f'photos are read with Pillow ({error}): pip install "apt-hooks[caption]"') from error
     try:
         with Image.open(path) as file:
             # Transparent parts become what is stored there, as in the trainers.

@@ -19,7 +19,7 @@ from apt_hooks.errors import AptError
 from .loras import LoraFile, Loras
 from .steps import MOVABLE, check_pipeline, denoising_steps
 
-EARLY, LATE = "apt_hooks_early", "apt_hooks_late"
+EARLY, LATE = "early", "late"
 _OURS = {"prompt", "prompt_embeds", "generator", "latents", "num_images_per_prompt", "return_dict"}
 
 

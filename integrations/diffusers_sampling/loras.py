@@ -54,7 +54,7 @@ class Loras:
 
     def _switch(self, name: str | None) -> None:
         if name is not None:
-            self.pipeline.set_adapters([name])
+            self.pipeline.set_adapters([_adapter(name)])
         for layer in adapter_layers(*self._models):
             object.__setattr__(layer, "_disable_adapters", name is None)
         self._active = name
@@ -99,19 +99,24 @@ class Loras:
                 warnings.simplefilter("ignore")  # that it is the second adapter, for example
                 # Some releases of peft draw the weights that the file then replaces.
                 with torch.random.fork_rng(range(torch.cuda.device_count())):
-                    self.pipeline.load_lora_weights(tensors, adapter_name=name)
+                    self.pipeline.load_lora_weights(tensors, adapter_name=_adapter(name))
         except torch.cuda.OutOfMemoryError:
             raise
         # Each release of diffusers and peft fails at another place, in another way.
         except Exception as error:
             raise AptError(_misfit(path, self.pipeline, str(error))) from error
-        loaded = sum(name in getattr(layer, "lora_A", ()) for layer in adapter_layers(*self._models))
+        loaded = sum(_adapter(name) in getattr(layer, "lora_A", ()) for layer in adapter_layers(*self._models))
         if loaded < layers:
             raise AptError(_misfit(path, self.pipeline, f"{layers - loaded} of its {layers} layers are not there"))
 
 
+def _adapter(name: str) -> str:
+    """A LoRA's name for peft, to which some words, such as "type", are taken."""
+    return f"apt_hooks_{name}"
+
+
 def named(paths: Sequence[Path], taken: Sequence[str] = ()) -> dict[str, LoraFile]:
-    """LoRA files by names that peft and file systems take: the file's, and as many folders' as tell them apart.
+    """LoRA files by names that are folders' names too: the file's, and as many folders' as tell them apart.
 
     Args:
         taken: names that none of them may have.
@@ -137,6 +142,8 @@ def named(paths: Sequence[Path], taken: Sequence[str] = ()) -> dict[str, LoraFil
 
 def check_file(path: Path) -> None:
     """Raises AptError where there is no such file: to be told before a model is loaded."""
+    if path.is_dir():
+        raise AptError(f"{path}: is a folder; name the .safetensors file in it")
     if not path.is_file():
         raise AptError(f"{path}: no such file")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from apt_hooks.errors import AptError
+from apt_hooks.errors import AptError, why_not_imported
 from apt_hooks.integrations.quiet import quiet
 
 from .steps import MOVABLE, check_pipeline
@@ -27,6 +28,7 @@ def load_pipeline(model: str) -> Any:
     Raises:
         AptError: a missing package, or a model that cannot be loaded.
     """
+    check_model(model)
     if model == TINY_WORLD:
         from apt_hooks.tinyworld.model import load_pipeline as load_tiny_world
 
@@ -50,10 +52,19 @@ def load_pipeline(model: str) -> Any:
                 pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **options)
     # Of the hub's errors many are OSErrors; a broken model fails in the ways of whatever reads it.
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        why = " ".join(str(error).split())[:200]
+        failed_import = isinstance(error, RuntimeError) and "import" in str(error)
+        why = why_not_imported(error) if failed_import else " ".join(str(error).split())[:200]
         raise AptError(f"--model {model}: cannot be loaded as a pipeline of diffusers ({why})") from error
     check_pipeline(pipeline)
     return pipeline.to("cuda" if on_gpu else "cpu")
+
+
+def check_model(model: str) -> None:
+    """Raises AptError for what cannot be a model: to be told before the hub is asked, again and again."""
+    if model != TINY_WORLD and not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise AptError(
+            f"--model {model}: no such folder or file, no name on the hub (as OWNER/NAME), and not {TINY_WORLD}"
+        )
 
 
 def make_movable(pipeline: Any, say: Callable[[str], None]) -> None:

@@ -69,7 +69,7 @@ def sweep(
     Returns:
         `early` (None for a checkpoint alone), `late`, `text`, `subject`.
     """
-    loaded: dict[str, LoraFile] = {f"checkpoint_{name}": path for name, path in files.items()}
+    loaded: dict[str, LoraFile] = dict(files)
     names, steps = dict(zip(files, loaded, strict=True)), list(files)
     pairs = [(None, late) for late in steps] + list(itertools.combinations(steps, 2))
     images: dict[tuple[str | None, str], list[Any]] = {pair: [] for pair in pairs}

@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt_hooks.comparison.folders import BASE, Prompt
+from apt_hooks.comparison.folders import BASE
 from apt_hooks.comparison.grid import run_grid
 from apt_hooks.errors import AptError
 from apt_hooks.files import make_folder
 from apt_hooks.images import find_photos, open_picture
-from apt_hooks.integrations.diffusers_sampling.loras import named
-from apt_hooks.integrations.diffusers_sampling.pipelines import TINY_WORLD, load_pipeline
+from apt_hooks.integrations.diffusers_sampling.loras import LoraFile, named
+from apt_hooks.integrations.diffusers_sampling.pipelines import TINY_WORLD, check_model, load_pipeline
 from apt_hooks.integrations.embedders import CLIP, DINO, HPS, Clip, Dino
 
-from .generate import Share, generate, missing, pictures, share
-from .judges import Drawn, Judge, SubjectJudge, TextJudge, VarietyJudge, score_all
-from .manifest import check_same, new_manifest, read_before, write_manifest
+from .generate import Plan, Share, generate, share
+from .judges import Drawn, Embedder, Judge, SubjectJudge, TextJudge, VarietyJudge, score_all
+from .manifest import Manifest, check_same, digest, new_manifest, read_before, write_manifest
 from .prompts import read_prompts
 from .results import Scores, table, write_results
 
@@ -36,16 +36,6 @@ class Models:
     hps: str = HPS
     inception: Path | None = None
     vgg: Path | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which pictures each model draws."""
-
-    prompts: tuple[Prompt, ...]
-    seeds: tuple[int, ...]
-    steps: int
-    guidance_scale: float
 
 
 def run_eval(
@@ -89,18 +79,21 @@ def run_eval(
     Raises:
         AptError: bad input; a model that cannot be loaded; `out` holds pictures of other settings.
     """
-    files = named(loras, taken=(BASE,))
+    check_model(model)
+    before = read_before(out)
+    files = _known_names(named(loras, taken=(BASE,)), before)
     photos = find_photos(references)
     texts = tuple(read_prompts(prompts, subject, class_word))
-    plan = Plan(texts, tuple(range(seed, seed + count)), steps, guidance_scale)
+    seeds = tuple(range(seed, seed + 2 * count))
+    against = model == TINY_WORLD or "fidelity" in metrics
+    plan = Plan(texts, seeds[:count], seeds[count:] if against else (), steps, guidance_scale)
     sampling: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
     wanted = new_manifest(model, files, photos, plan.prompts, plan.seeds, sampling)
-    before = read_before(out)
     check_same(out, before, wanted)
     with share() as own:
         # Before hours of drawing: whether there is somebody to judge.
-        judges = [] if own.rank else _judges(model, metrics, models, plan, photos)
-        todo = len(missing(out, list(files), plan.prompts, plan.seeds))
+        judges = [] if own.rank else _judges(model, metrics, models, plan, photos, say)
+        todo = len(plan.missing(out, list(files)))
         pipeline = load_pipeline(model) if todo or before is None else None
         if pipeline is not None:
             side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -108,11 +101,16 @@ def run_eval(
             wanted["sampling"] = sampling
             check_same(out, before, wanted)
         own.wait()  # all have looked at what was there before
-        if own.rank == 0:
-            make_folder(out)
-            write_manifest(out, before, wanted)
-        if pipeline is not None:
-            _draw(pipeline, out, files, plan, batch, own, todo)
+
+        def begin() -> None:
+            if own.rank == 0:
+                make_folder(out)
+                write_manifest(out, before, wanted)
+
+        if pipeline is None:
+            begin()
+        else:
+            _draw(pipeline, out, files, plan, batch, own, todo, begin, say)
             del pipeline  # its memory is the judges' now
         if own.rank:
             return {}
@@ -123,64 +121,87 @@ def run_eval(
     write_results(out, columns, scores, about)
     for line in table(columns, scores):
         say(line)
-    run_grid([out], out, references=None, rows=GRID_ROWS, say=say)
+    run_grid([out], out, references=None, rows=GRID_ROWS, methods=list(files), say=say)
     say(f"in {out}: metrics.json, metrics.csv, grid.png; {len(plan.prompts)} prompts, {count} pictures of each")
     return scores
 
 
-def _judges(model: str, metrics: Sequence[str], models: Models, plan: Plan, photos: Sequence[Path]) -> list[Judge]:
+def _known_names(files: Mapping[str, LoraFile], before: Manifest | None) -> dict[str, LoraFile]:
+    """A LoRA that the folder has pictures of keeps the name it has there, whatever other LoRAs it is named with."""
+    known = {own: name for name, own in before["digests"].items()} if before else {}
+    return {known.get(digest(Path(path)), name): path for name, path in files.items()}
+
+
+def _judges(
+    model: str, metrics: Sequence[str], models: Models, plan: Plan, photos: Sequence[Path], say: Say
+) -> list[Judge]:
     for metric in metrics:
         if metric not in METRICS:
             raise AptError(f"--metrics takes {', '.join(METRICS)}, separated by commas; found {metric!r}")
+    pictures, each = len(plan.prompts) * len(plan.seeds), len(plan.seeds)
     if model == TINY_WORLD:
-        from .tinyworld import TinyWorldJudge
-
-        return [TinyWorldJudge([prompt.plain for prompt in plan.prompts], photos)]
+        if models != Models() or set(metrics) != set(METRICS):
+            raise AptError("the tiny world has judges of its own: leave --metrics and the judges' models out")
+        try:
+            from .tinyworld import TinyWorldJudge
+        except ImportError as error:
+            raise AptError(f'the tiny world needs diffusers ({error}): pip install "apt-hooks[eval]"') from error
+        return [TinyWorldJudge([prompt.plain for prompt in plan.prompts], photos, pictures)]
+    if "vendi" in metrics and each < 2:
+        say("note: the Vendi score compares a prompt's pictures, so it needs a --count of 2 or more; left out")
+        metrics = [metric for metric in metrics if metric != "vendi"]
+    if not metrics:
+        raise AptError(f"--metrics must name one or more of {', '.join(METRICS)}; nothing is left")
     judges: list[Judge] = []
     if "clip" in metrics:
         judges.append(TextJudge("clip_t", Clip(models.clip, "--clip")))
     if {"dino", "vendi"} & set(metrics):
-        dino = Dino(models.dino, "--dino")
+        dino = Embedder(models.dino, Dino(models.dino, "--dino").images)
         judges += [SubjectJudge(dino, photos)] if "dino" in metrics else []
-        judges += [VarietyJudge(dino.images, dino.name, len(plan.seeds))] if "vendi" in metrics else []
+        judges += [VarietyJudge(dino, each)] if "vendi" in metrics else []
     if "hps" in metrics:
         judges.append(TextJudge("hps_v2", Clip(models.hps, "--hps")))
     if "fidelity" in metrics:
         from .fidelity import FidelityJudge
 
-        judges.append(FidelityJudge(len(plan.prompts) * len(plan.seeds), models.inception, models.vgg))
+        judges.append(FidelityJudge(pictures, models.inception, models.vgg))
     return judges
 
 
 def _draw(
-    pipeline: Any, out: Path, files: Mapping[str, str | Path], plan: Plan, batch: int, own: Share, total: int
+    pipeline: Any,
+    out: Path,
+    files: Mapping[str, LoraFile],
+    plan: Plan,
+    batch: int,
+    own: Share,
+    total: int,
+    begin: Callable[[], None],
+    say: Say,
 ) -> None:
     from rich.progress import Progress
 
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": plan.steps, "guidance_scale": plan.guidance_scale}
     with Progress(disable=own.rank > 0) as progress:
         task = progress.add_task("pictures", total=len(range(own.rank, total, own.processes)))
-        generate(
-            pipeline,
-            files,
-            plan.prompts,
-            plan.seeds,
-            out,
-            options=options,
-            batch=batch,
-            own=own,
-            advance=lambda count: progress.advance(task, count),
-        )
+
+        def advance(count: int) -> None:
+            progress.advance(task, count)
+
+        try:
+            generate(pipeline, files, plan, out, batch=batch, own=own, advance=advance, begin=begin)
+        except KeyboardInterrupt:
+            say(f"stopped; the same command goes on with the {len(plan.missing(out, list(files)))} that are missing")
+            raise
 
 
 def _judge(out: Path, names: Sequence[str], plan: Plan, judges: Sequence[Judge], say: Say) -> Scores:
     from rich.progress import Progress
 
-    plain = [prompt.plain for prompt in plan.prompts for _ in plan.seeds]
-    files = {name: pictures(out, name, plan.prompts, plan.seeds) for name in (BASE, *names)}
-    drawn = {name: Drawn(of, plain, [] if name == BASE else files[BASE]) for name, of in files.items()}
-    if black := [path for of in files.values() for path in of if open_picture(path).getbbox() is None]:
+    plain, base = [prompt.plain for prompt in plan.prompts for _ in plan.seeds], plan.more_of_the_base(out)
+    files = {name: plan.pictures(out, name) for name in (BASE, *names)}
+    drawn = {name: Drawn(of, plain, len(plan.seeds), base) for name, of in files.items()}
+    if black := [path for of in (*files.values(), base) for path in of if open_picture(path).getbbox() is None]:
         say(
             f"note: {len(black)} pictures are black, first {black[0]}, as a safety checker of the model leaves them; "
             "the scores count them"

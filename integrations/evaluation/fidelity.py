@@ -1,4 +1,4 @@
-"""How far a LoRA's pictures lie from the base model's of the same prompts, by torch-fidelity."""
+"""How far a model's pictures lie from the base model's of the same prompts, by torch-fidelity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from apt_hooks.errors import AptError
+from apt_hooks.errors import AptError, why_not_imported
 from apt_hooks.images import open_picture
 
 from .judges import Drawn, Metric, Score
@@ -21,14 +21,16 @@ INCEPTION = (
 VGG = ("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth")
 NEIGHBORS = 3
 KID_SUBSET = 1000
+AGAINST = "to as many pictures of the base model, of the same prompts with the class word, from other noise"
 
 
 class FidelityJudge:
-    """FID, KID, precision and recall of a LoRA's pictures against the base model's of the same prompts.
+    """FID, KID, precision and recall of a model's pictures against the base model's of the same prompts.
 
-    FID (Heusel et al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) by Inception, precision
-    and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) by VGG16: torch-fidelity's defaults. FID falls with the
-    number of pictures: compare equal numbers only.
+    All four are made for independent samples, so the base model's are from other noise (`Plan.further`). FID (Heusel et
+    al. 2017, arXiv 1706.08500) and KID (Binkowski et al. 2018, arXiv 1801.01401) by Inception, precision and recall
+    (Kynkäänniemi et al. 2019, arXiv 1904.06991) by VGG16: torch-fidelity's defaults. FID falls with the number of
+    pictures: compare equal numbers only.
 
     Args:
         pictures: of each model, as many as there will be.
@@ -44,27 +46,27 @@ class FidelityJudge:
         # torchvision that does not fit torch is a RuntimeError.
         except (ImportError, RuntimeError) as error:
             raise AptError(
-                f'FID, KID, precision and recall need torch-fidelity ({error}): pip install "apt-hooks[eval]"'
+                f"FID, KID, precision and recall need torch-fidelity ({why_not_imported(error)}): "
+                'pip install "apt-hooks[fidelity]", or leave fidelity out of --metrics'
             ) from error
-        if pictures <= NEIGHBORS:
-            raise AptError(
-                f"precision and recall need more than {NEIGHBORS} pictures; found {pictures}: more prompts or --count"
-            )
+        check_number(pictures)
         self._calculate: Callable[..., dict[str, float]] = torch_fidelity.calculate_metrics
         self._inception = find_weights(inception, "--inception", *INCEPTION)
         self._vgg = find_weights(vgg, "--vgg", *VGG)
-        against = "against the base model's pictures of the same prompts with the class word"
+        for extractor, option, path in (
+            ("inception-v3-compat", "--inception", self._inception),
+            ("vgg16", "--vgg", self._vgg),
+        ):
+            _try_extractor(extractor, option, path)
         self.metrics = (
-            Metric("fid", "lowest", self._inception.name, f"{against}; torch-fidelity {torch_fidelity.__version__}"),
-            Metric("kid", "lowest", self._inception.name, f"{against}; subsets of {KID_SUBSET}, of fewer all at once"),
-            Metric("precision", "highest", self._vgg.name, f"{against}; {NEIGHBORS} nearest neighbors"),
-            Metric("recall", "highest", self._vgg.name, f"{against}; {NEIGHBORS} nearest neighbors"),
+            Metric("fid", "lowest", self._inception.name, f"{AGAINST}; torch-fidelity {torch_fidelity.__version__}"),
+            Metric("kid", "lowest", self._inception.name, f"{AGAINST}; subsets of {KID_SUBSET}, of fewer all at once"),
+            Metric("precision", "highest", self._vgg.name, f"{AGAINST}; {NEIGHBORS} nearest neighbors"),
+            Metric("recall", "highest", self._vgg.name, f"{AGAINST}; {NEIGHBORS} nearest neighbors"),
         )
 
     def score(self, drawn: Drawn) -> dict[str, Score]:
         n = len(drawn.files)
-        if not drawn.base:
-            return {}
         shared = {
             "input1": _Pictures(drawn.files),
             "input2": _Pictures(drawn.base),
@@ -86,6 +88,26 @@ class FidelityJudge:
             "precision": Score(found["precision"], n),
             "recall": Score(found["recall"], n),
         }
+
+
+def check_number(pictures: int) -> None:
+    """Raises AptError where pictures are too few for neighbors."""
+    if pictures <= NEIGHBORS:
+        raise AptError(
+            f"precision and recall need more than {NEIGHBORS} pictures; found {pictures}: more prompts or --count"
+        )
+
+
+def _try_extractor(name: str, option: str, path: Path) -> None:
+    """Whether the weights are this network's: to be known before anything is drawn."""
+    from torch_fidelity.utils import create_feature_extractor
+
+    layer = {"inception-v3-compat": "2048", "vgg16": "fc2_relu"}[name]
+    try:
+        create_feature_extractor(name, [layer], cuda=False, verbose=False, feature_extractor_weights_path=str(path))
+    except Exception as error:  # by the kind of damage
+        why = " ".join(str(error).split())[:150]
+        raise AptError(f"{option} {path}: holds no weights of {name} ({type(error).__name__}: {why})") from error
 
 
 class _Pictures(torch.utils.data.Dataset[torch.Tensor]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,41 @@ from apt_hooks.comparison.folders import BASE, Prompt, picture_name
 from apt_hooks.errors import AptError
 from apt_hooks.files import make_folder, write_atomically
 from apt_hooks.integrations.diffusers_sampling.loras import LoraFile, Loras
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which pictures are drawn, and how.
+
+    Attributes:
+        prompts, seeds: each model draws one of each.
+        further: more seeds, of the base model alone: what the distances to the base model are measured to. Those of the
+            same seeds would be too near, the noise having decided much of both.
+        steps, guidance_scale: of the sampling.
+    """
+
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    further: tuple[int, ...]
+    steps: int
+    guidance_scale: float
+
+    def pictures(self, out: Path, name: str) -> list[Path]:
+        """Files of the base model's or a LoRA's pictures: all seeds of the first prompt, then those of the next."""
+        return self._of(out / name, self.seeds)
+
+    def more_of_the_base(self, out: Path) -> list[Path]:
+        """Files of the base model's pictures of the further seeds."""
+        return self._of(out / BASE, self.further)
+
+    def missing(self, out: Path, names: Sequence[str]) -> list[Path]:
+        """The pictures that are not there yet, the base model's first, in a fixed order."""
+        wanted = [*self.pictures(out, BASE), *self.more_of_the_base(out)]
+        wanted += [path for name in names for path in self.pictures(out, name)]
+        return [path for path in wanted if not path.exists()]
+
+    def _of(self, folder: Path, seeds: Sequence[int]) -> list[Path]:
+        return [folder / picture_name(i, seed) for i in range(len(self.prompts)) for seed in seeds]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,34 +83,24 @@ def share() -> Iterator[Share]:
         from accelerate import PartialState
     except ImportError as error:
         raise AptError(f'several processes need accelerate ({error}): pip install "apt-hooks[eval]"') from error
-    state = PartialState()
+    # Each waits for the slowest, which may have a judge to download: more than the ten minutes that NCCL gives.
+    state = PartialState(timeout=datetime.timedelta(days=1))
     try:
         yield Share(state.process_index, state.num_processes)
     finally:
         state.destroy_process_group()
 
 
-def missing(out: Path, names: Sequence[str], prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Path]:
-    """The pictures that are not there yet, in a fixed order."""
-    return [path for name in (BASE, *names) for path in pictures(out, name, prompts, seeds) if not path.exists()]
-
-
-def pictures(out: Path, name: str, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Path]:
-    """Files of the base model's or a LoRA's pictures: all seeds of the first prompt, then those of the next."""
-    return [out / name / picture_name(i, seed) for i in range(len(prompts)) for seed in seeds]
-
-
 def generate(
     pipeline: Any,
     files: Mapping[str, LoraFile],
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
+    plan: Plan,
     out: Path,
     *,
-    options: Mapping[str, Any],
     batch: int,
     own: Share,
     advance: Callable[[int], None],
+    begin: Callable[[], None] = lambda: None,
 ) -> None:
     """Draw what is missing, this process's share of it; each picture is written as soon as it is there.
 
@@ -85,18 +111,21 @@ def generate(
         pipeline: of diffusers, without LoRAs.
         files: LoRAs by name.
         out: `out/base` and `out/NAME` take the pictures.
-        options: of the pipeline's call.
         batch: pictures at once.
         own: the share of this process.
         advance: is told how many more are there.
+        begin: is called before the first picture, when the LoRAs have been loaded.
 
     Raises:
         AptError: a LoRA that cannot be loaded, a folder that cannot be written to.
     """
-    asked = {picture_name(i, seed): (prompt, seed) for i, prompt in enumerate(prompts) for seed in seeds}
-    todo = missing(out, list(files), prompts, seeds)[own.rank :: own.processes]
+    seeds = (*plan.seeds, *plan.further)
+    asked = {picture_name(i, seed): (prompt, seed) for i, prompt in enumerate(plan.prompts) for seed in seeds}
+    options = {"num_inference_steps": plan.steps, "guidance_scale": plan.guidance_scale}
+    todo = plan.missing(out, list(files))[own.rank :: own.processes]
     own.wait()  # all of them have to see the same pictures missing
     with Loras(pipeline, files) as loras:
+        begin()
         for name in (BASE, *files):
             make_folder(out / name)
             mine = [path for path in todo if path.parent.name == name]

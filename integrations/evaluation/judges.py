@@ -13,7 +13,9 @@ from torch import Tensor
 
 from apt_hooks.errors import AptError
 from apt_hooks.images import open_picture
-from apt_hooks.integrations.embedders import Clip, Dino
+from apt_hooks.integrations.embedders import Clip
+
+_BATCH = 64  # pictures in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,13 @@ class Score:
     error: float | None = None
 
     @classmethod
-    def mean(cls, values: Sequence[float]) -> Score:
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    def mean(cls, values: Sequence[float], each: int = 1) -> Score:
+        """Of `each` values a prompt, prompt by prompt; the error is that of the prompts' means.
+
+        Pictures of one prompt are alike, so an error over pictures would be too small.
+        """
+        means = [statistics.fmean(values[i : i + each]) for i in range(0, len(values), each)]
+        error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
         return cls(statistics.fmean(values), len(values), error)
 
 
@@ -52,13 +59,15 @@ class Drawn:
     """Pictures of one model, and what they are to be compared with.
 
     Attributes:
-        files: the pictures, the same number of each prompt, prompt by prompt.
+        files: the pictures, `each` of a prompt, prompt by prompt.
         plain: of each picture the prompt without the identifier.
-        base: the base model's pictures of the same prompts and seeds; empty for the base model itself.
+        each: pictures of a prompt.
+        base: as many of the base model's, of the same prompts and other noise.
     """
 
     files: Sequence[Path]
     plain: Sequence[str]
+    each: int
     base: Sequence[Path]
 
 
@@ -69,7 +78,7 @@ class Judge(Protocol):
     def metrics(self) -> tuple[Metric, ...]: ...
 
     def score(self, drawn: Drawn) -> dict[str, Score]:
-        """By the metrics' names; one that does not apply is left out."""
+        """By the metrics' names."""
         ...
 
 
@@ -79,28 +88,28 @@ class TextJudge:
     def __init__(self, name: str, model: Clip) -> None:
         settings = "mean over pictures of the cosine with the prompt without the identifier"
         self.metrics = (Metric(name, "highest", model.name, settings),)
-        self._model = model
+        self._model, self._pictures = model, Embedder(model.name, model.images)
 
     def score(self, drawn: Drawn) -> dict[str, Score]:
-        images = embeddings(self._model.images, drawn.files)
+        images = self._pictures.of(drawn.files)
         different = list(dict.fromkeys(drawn.plain))
         texts = dict(zip(different, self._model.texts(different), strict=True))
         cosines = (images * torch.stack([texts[plain] for plain in drawn.plain])).sum(dim=1)
-        return {self.metrics[0].name: Score.mean(cosines.tolist())}
+        return {self.metrics[0].name: Score.mean(cosines.tolist(), drawn.each)}
 
 
 class SubjectJudge:
     """Mean cosine of a picture's and the reference photos' embeddings (DreamBooth's DINO score, by DINOv2)."""
 
-    def __init__(self, model: Dino, references: Sequence[Path]) -> None:
+    def __init__(self, model: Embedder, references: Sequence[Path]) -> None:
         settings = f"mean over pictures of the mean cosine with {len(references)} reference photos"
         self.metrics = (Metric("dino", "highest", model.name, settings),)
         self._model = model
-        self._references = embeddings(model.images, references)
+        self._references = model.of(references)
 
     def score(self, drawn: Drawn) -> dict[str, Score]:
-        cosines = embeddings(self._model.images, drawn.files) @ self._references.T
-        return {"dino": Score.mean(cosines.mean(dim=1).tolist())}
+        cosines = (self._model.of(drawn.files) @ self._references.T).mean(dim=1)
+        return {"dino": Score.mean(cosines.tolist(), drawn.each)}
 
 
 class VarietyJudge:
@@ -108,34 +117,50 @@ class VarietyJudge:
 
     Source: Friedman and Dieng 2023, arXiv 2210.02410, by the package of its authors.
 
+    Args:
+        seeds: pictures of a prompt, two or more.
+
     Raises:
         AptError: the package is missing.
     """
 
-    def __init__(self, images: Callable[[Sequence[Any]], Tensor], model: str, seeds: int) -> None:
+    def __init__(self, model: Embedder, seeds: int) -> None:
         try:
             from vendi_score import vendi
         except ImportError as error:
             raise AptError(f'the Vendi score needs vendi-score ({error}): pip install "apt-hooks[eval]"') from error
         settings = f"mean over prompts of the Vendi score of its {seeds} pictures (1 to {seeds}), cosine kernel"
-        self.metrics = (Metric("vendi", "highest", model, settings),) if seeds > 1 else ()
-        self._images, self._seeds, self._score = images, seeds, vendi.score_X
+        self.metrics = (Metric("vendi", "highest", model.name, settings),)
+        self._model, self._score = model, vendi.score_X
 
     def score(self, drawn: Drawn) -> dict[str, Score]:
-        if self._seeds < 2:
-            return {}
-        of_prompts = embeddings(self._images, drawn.files).double().split(self._seeds)
+        of_prompts = self._model.of(drawn.files).double().split(drawn.each)
         return {"vendi": Score.mean([float(self._score(rows.numpy())) for rows in of_prompts])}
 
 
-def embeddings(images: Callable[[Sequence[Any]], Tensor], files: Sequence[Path]) -> Tensor:
-    """Of pictures in files, a few in memory at a time: [files, channels].
+class Embedder:
+    """Embeds pictures in files, each once.
 
-    Raises:
-        AptError: a file that is no picture.
+    Args:
+        name: of the model.
+        images: unit vectors [pictures, channels] of PIL pictures.
     """
-    parts = [images([open_picture(path) for path in files[i : i + 16]]) for i in range(0, len(files), 16)]
-    return torch.cat(parts)
+
+    def __init__(self, name: str, images: Callable[[Sequence[Any]], Tensor]) -> None:
+        self.name, self._images = name, images
+        self._known: dict[Path, Tensor] = {}
+
+    def of(self, files: Sequence[Path]) -> Tensor:
+        """[files, channels]; a few pictures in memory at a time.
+
+        Raises:
+            AptError: a file that is no picture.
+        """
+        new = [path for path in dict.fromkeys(files) if path not in self._known]
+        for start in range(0, len(new), _BATCH):
+            batch = new[start : start + _BATCH]
+            self._known |= zip(batch, self._images([open_picture(path) for path in batch]), strict=True)
+        return torch.stack([self._known[path] for path in files])
 
 
 def score_all(judges: Sequence[Judge], drawn: Mapping[str, Drawn], tell: Callable[[str], None]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt_hooks.comparison.folders import FORMAT, MANIFEST, Prompt
+from apt_hooks.comparison.folders import BASE, FORMAT, MANIFEST, Prompt
 from apt_hooks.errors import AptError
 from apt_hooks.files import write_atomically
 from apt_hooks.run import version
@@ -30,12 +30,24 @@ def new_manifest(
         "apt_hooks": version(),
         "model": str(Path(model).resolve()) if Path(model).exists() else model,
         "loras": {name: str(Path(path).resolve()) for name, path in files.items()},
-        "digests": {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in files.items()},
+        "digests": {name: digest(Path(path)) for name, path in files.items()},
         "references": [str(photo.resolve()) for photo in photos],
         "prompts": [{"prompt": prompt.text, "plain": prompt.plain} for prompt in prompts],
         "seeds": list(seeds),
         "sampling": dict(sampling),
     }
+
+
+def digest(path: Path) -> str:
+    """Of a file's content.
+
+    Raises:
+        AptError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise AptError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def read_before(out: Path) -> Manifest | None:
@@ -58,9 +70,15 @@ def check_same(out: Path, before: Manifest | None, wanted: Manifest) -> None:
     """Refuse a folder with pictures of other settings; of the sampling, what is not known yet is not compared.
 
     Raises:
-        AptError: other settings, or another file of a LoRA.
+        AptError: other settings, another file of a LoRA, or pictures of unknown settings.
     """
     if before is None:
+        for name in (BASE, *wanted["loras"]):
+            if any((out / name).glob("*.png")):
+                raise AptError(
+                    f"--out {out}: {name}/ has pictures already, and no {MANIFEST} says how they were drawn; choose "
+                    "another folder"
+                )
         return
     pairs = {key: (before[key], wanted[key]) for key in ("model", "prompts", "seeds")}
     pairs |= {key: (before["sampling"].get(key), value) for key, value in wanted["sampling"].items()}
@@ -68,8 +86,8 @@ def check_same(out: Path, before: Manifest | None, wanted: Manifest) -> None:
         if there != here:
             what = f"{key} {_short(there)}, here {_short(here)}" if key != "prompts" else "other prompts"
             raise AptError(f"--out {out}: holds pictures of {what}; choose another folder, or remove this one")
-    for name, digest in wanted["digests"].items():
-        if before["digests"].get(name, digest) != digest:
+    for name, own in wanted["digests"].items():
+        if before["digests"].get(name, own) != own and any((out / name).glob("*.png")):
             raise AptError(
                 f"--out {out}: holds pictures of another {name} than {wanted['loras'][name]} is now; "
                 f"remove {out / name}, or choose another folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from pathlib import Path
 
 from apt_hooks.comparison.folders import Prompt
@@ -30,7 +31,7 @@ def read_prompts(which: str, subject: str, class_word: str) -> list[Prompt]:
     for number, line in enumerate(_text(which).splitlines(), start=1):
         if not (text := " ".join(line.split())) or text.startswith("#"):
             continue
-        template = text if "{}" in text else text.replace(subject, "{}")
+        template = re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", "{}", text)
         if "{}" not in template:
             raise AptError(
                 f"--prompts {which}: line {number}, {text[:60]!r}, must have {{}} where the subject is to be, "

@@ -16,6 +16,7 @@ from apt_hooks.tinyworld.judges import identity_score, load_judges, text_score
 from apt_hooks.tinyworld.metrics import frechet_distance, precision_recall
 from apt_hooks.tinyworld.world import BACKGROUNDS, KINDS, PLACES, SECONDS, SIZES, STYLES, Scene, Subject
 
+from .fidelity import AGAINST, check_number
 from .judges import Drawn, Metric, Score
 
 
@@ -25,16 +26,18 @@ class TinyWorldJudge:
     Args:
         prompts: without the identifier.
         references: photos of the subject.
+        pictures: of each model, as many as there will be.
 
     Raises:
-        AptError: a prompt that is no caption of the tiny world.
+        AptError: a prompt that is no caption of the tiny world; too few pictures.
     """
 
-    def __init__(self, prompts: Sequence[str], references: Sequence[Path]) -> None:
+    def __init__(self, prompts: Sequence[str], references: Sequence[Path], pictures: int) -> None:
+        check_number(pictures)
         self._judges = load_judges()
         self._scenes = _scenes(prompts)
         self._references = _read(references)
-        own, base = "the tiny world's", "against the base model's pictures of the same prompts with the class word"
+        own, base = "the tiny world's", AGAINST
         self.metrics = (
             Metric("text", "highest", f"{own} classifier", f"mean share of {', '.join(ASKED)} as asked"),
             Metric("identity", "highest", f"{own} identity encoder", f"mean cosine to {len(references)} photos' mean"),
@@ -46,16 +49,17 @@ class TinyWorldJudge:
     def score(self, drawn: Drawn) -> dict[str, Score]:
         pictures, n = _read(drawn.files), len(drawn.files)
         scenes = [self._scenes[plain] for plain in drawn.plain]
-        scores = {
-            "text": Score.mean(text_score(self._judges.classifier, pictures, scenes, ASKED).tolist()),
-            "identity": Score.mean(identity_score(self._judges.identity, pictures, self._references).tolist()),
+        text = text_score(self._judges.classifier, pictures, scenes, ASKED)
+        identity = identity_score(self._judges.identity, pictures, self._references)
+        features, base = self._judges.features(pictures), self._judges.features(_read(drawn.base))
+        precision, recall = precision_recall(base, features)
+        return {
+            "text": Score.mean(text.tolist(), drawn.each),
+            "identity": Score.mean(identity.tolist(), drawn.each),
+            "frechet": Score(frechet_distance(base, features), n),
+            "precision": Score(precision, n),
+            "recall": Score(recall, n),
         }
-        if drawn.base:
-            features, base = self._judges.features(pictures), self._judges.features(_read(drawn.base))
-            precision, recall = precision_recall(base, features)
-            scores["frechet"] = Score(frechet_distance(base, features), n)
-            scores |= {"precision": Score(precision, n), "recall": Score(recall, n)}
-        return scores
 
 
 def _scenes(prompts: Sequence[str]) -> dict[str, Scene]:
