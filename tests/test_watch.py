@@ -234,7 +234,8 @@ def test_the_picture_follows_until_ctrl_c(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(watch.time, "sleep", sleep)
     out = io.StringIO()
-    run_watch(tmp_path, console=console(file=out, force_terminal=True, width=400, height=24))
+    environment = {"TERM": "xterm-256color"}  # a dumb one would be shown nothing before the end
+    run_watch(tmp_path, console=console(file=out, force_terminal=True, width=400, height=24, _environ=environment))
     text = out.getvalue()
     assert slept == [watch.INTERVAL] * 3
     assert text.index("no *-apt.jsonl here yet") < text.index("step 5") < text.index("step 10")

@@ -54,6 +54,10 @@ class Plan:
         return [folder / picture_name(i, seed) for i in range(len(self.prompts)) for seed in seeds]
 
 
+STRIDE = 1_000_000
+"""Seed s of prompt i is torch's seed s + STRIDE * i: prompts that share their noise are no independent samples."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Share:
     """Which of several processes this is, of `accelerate launch`; alone, it is the first of one."""
@@ -104,8 +108,8 @@ def generate(
 ) -> None:
     """Draw what is missing, this process's share of it; each picture is written as soon as it is there.
 
-    The noise of a picture depends on its seed alone, so the base model and all LoRAs start from the same one, whatever
-    the batch and the number of processes.
+    The noise of a picture depends on its prompt's number and its seed alone, so the base model and all LoRAs start from
+    the same one, whatever the batch and the number of processes.
 
     Args:
         pipeline: of diffusers, without LoRAs.
@@ -120,7 +124,9 @@ def generate(
         AptError: a LoRA that cannot be loaded, a folder that cannot be written to.
     """
     seeds = (*plan.seeds, *plan.further)
-    asked = {picture_name(i, seed): (prompt, seed) for i, prompt in enumerate(plan.prompts) for seed in seeds}
+    asked = {
+        picture_name(i, seed): (prompt, seed + STRIDE * i) for i, prompt in enumerate(plan.prompts) for seed in seeds
+    }
     options = {"num_inference_steps": plan.steps, "guidance_scale": plan.guidance_scale}
     todo = plan.missing(out, list(files))[own.rank :: own.processes]
     own.wait()  # all of them have to see the same pictures missing
