@@ -5,9 +5,12 @@ import gc
 import subprocess
 
 import pytest
+import torch
 
 
 def pytest_configure(config):
+    # The tensors are small, and the other cores have the processes that run ahead.
+    torch.set_num_threads(1)
     config.addinivalue_line(
         "markers", "ahead: with_args(prepare) begins a process with the session; fixture `ahead` waits for its end"
     )

@@ -64,6 +64,7 @@ def test_help_of_every_command_shows_an_example_of_it(path: tuple[str, ...]) -> 
 def test_the_commands_are_those_that_readme_names() -> None:
     assert {" ".join(path) for path in COMMANDS} == {
         "patch", "unpatch", "status", "check", "calibrate", "demo", "blend", "maps",
+        "report", "watch", "eval", "compare", "caption",
         "presets list", "presets show", "presets apply",
     }  # fmt: skip
 

@@ -368,6 +368,9 @@ def test_a_lora_keeps_its_name_whatever_it_is_named_with(first, loras, reference
     said = run(*arguments([loras[0], other], references, texts, out), *FEW).stdout
     assert list(json.loads((out / "metrics.json").read_text())["scores"]) == ["base", "one", "other_one"]
     assert "one, other_one beside the base" in said
+    shutil.copy(loras[0], tmp_path / "copy.safetensors")
+    with pytest.raises(AptError, match=r"copy\.safetensors: is the same as .*one\.safetensors; leave one of them out"):
+        run(*arguments([loras[0], tmp_path / "copy.safetensors"], references, texts, out), *FEW)
 
 
 def test_a_lora_that_was_stopped_does_not_hinder_another(first, loras, references, texts, tmp_path):

@@ -28,7 +28,6 @@ def load_pipeline(model: str) -> Any:
     Raises:
         AptError: a missing package, or a model that cannot be loaded.
     """
-    check_model(model)
     if model == TINY_WORLD:
         from apt_hooks.tinyworld.model import load_pipeline as load_tiny_world
 
@@ -40,6 +39,7 @@ def load_pipeline(model: str) -> Any:
         from safetensors import SafetensorError
     except ImportError as error:
         raise AptError(f'sampling needs diffusers and peft ({error}): pip install "apt-hooks[demo]"') from error
+    check_model(model)
     on_gpu = torch.cuda.is_available()
     options = {"torch_dtype": torch.float16 if on_gpu else torch.float32}
     try:

@@ -129,7 +129,13 @@ def run_eval(
 def _known_names(files: Mapping[str, LoraFile], before: Manifest | None) -> dict[str, LoraFile]:
     """A LoRA that the folder has pictures of keeps the name it has there, whatever other LoRAs it is named with."""
     known = {own: name for name, own in before["digests"].items()} if before else {}
-    return {known.get(digest(Path(path)), name): path for name, path in files.items()}
+    found: dict[str, LoraFile] = {}
+    for name, path in files.items():
+        name = known.get(digest(Path(path)), name)
+        if name in found:
+            raise AptError(f"--lora {path}: is the same as {found[name]}; leave one of them out")
+        found[name] = path
+    return found
 
 
 def _judges(
