@@ -28,13 +28,16 @@ def frozen():
 def begun(request, tmp_path_factory):
     """What becomes of the long processes that the chosen tests wait for, by `prepare`, which takes a folder of its own.
 
-    They run one at a time, on a core that the tests leave idle. `prepare` returns command and environment, or None
+    They run one at a time, on a core that the tests leave idle; under xdist, which leaves none, each when it is waited
+    for. `prepare` returns command and environment, or None
     where there is nothing to run. It is called here, and not when a process begins, at which time a test may have
     changed whatever it likes.
     """
     found = {}
     pool = concurrent.futures.ThreadPoolExecutor(1)
-    for marker in (item.get_closest_marker("ahead") for item in request.session.items):
+    # A worker of xdist does not know which of the tests will be its own.
+    chosen = [] if hasattr(request.config, "workerinput") else request.session.items
+    for marker in (item.get_closest_marker("ahead") for item in chosen):
         if marker and marker.args[0] not in found:
             folder = tmp_path_factory.mktemp("ahead")
             prepared = marker.args[0](folder)
@@ -48,6 +51,10 @@ def _run(command, environment, folder):
 
 
 @pytest.fixture
-def ahead(request, begun):
+def ahead(request, begun, tmp_path_factory):
     """The ended process of a test that is marked so."""
-    return begun[request.node.get_closest_marker("ahead").args[0]].result()
+    prepare = request.node.get_closest_marker("ahead").args[0]
+    if prepare not in begun:
+        folder = tmp_path_factory.mktemp("ahead")
+        return _run(*prepare(folder), folder)
+    return begun[prepare].result()
