@@ -6,6 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from apt_hooks.errors import AptError
 
 PHOTOS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -41,6 +44,12 @@ def open_picture(path: Path) -> Any:
             return ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by the kind of damage
         raise AptError(f"{path}: cannot be read as a picture ({' '.join(str(error).split())[:150]})") from error
+
+
+def to_tensor(picture: Any) -> Tensor:
+    """An RGB image of Pillow as [3, height, width], uint8."""
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return values.view(picture.height, picture.width, 3).permute(2, 0, 1)
 
 
 def bare_png(path: Path, longest: int) -> bytes:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from apt_hooks.errors import AptError, why_not_imported
+from apt_hooks.images import to_tensor
 
 from .quiet import quiet
 
@@ -106,10 +107,9 @@ def _pixels(pictures: Sequence[Any], resized: int, side: int, statistics: tuple[
     for picture in pictures:
         square = ImageOps.fit(picture.convert("RGB"), (resized, resized), Image.Resampling.BICUBIC)
         cut = (resized - side) // 2
-        pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(resized, resized, 3)
-        squares.append(pixels[cut : cut + side, cut : cut + side])
+        squares.append(to_tensor(square)[:, cut : cut + side, cut : cut + side])
     mean, deviation = (torch.tensor(values)[:, None, None] for values in statistics)
-    return (torch.stack(squares).permute(0, 3, 1, 2).float() / 255 - mean) / deviation
+    return (torch.stack(squares).float() / 255 - mean) / deviation
 
 
 @torch.no_grad()

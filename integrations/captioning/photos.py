@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from apt_hooks.errors import AptError
+from apt_hooks.images import PHOTOS
 
 from .answers import NoCaption, shorten
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 _JPEG_QUALITY = 90
 _REPEATS = re.compile(r"\d+(?:_.*)?")
@@ -36,7 +35,7 @@ def find_photos(folder: Path) -> list[Path]:
         raise AptError(f"{folder}: cannot be read: {error.strerror}") from error
     if not photos:
         raise AptError(
-            f"{folder}: no photos there ({', '.join(SUFFIXES)}), nor in folders named as sd-scripts wants them, "
+            f"{folder}: no photos there ({', '.join(PHOTOS)}), nor in folders named as sd-scripts wants them, "
             "10_sks dog/ for example; name the folder that holds them"
         )
     owners: dict[Path, Path] = {}
@@ -99,5 +98,5 @@ def data_uri(picture: Any) -> str:
 
 def _photos_in(folder: Path) -> list[Path]:
     """Hidden files are none: some systems put a "._photo.jpg" beside each photo."""
-    files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    files = (path for path in folder.iterdir() if path.suffix.lower() in PHOTOS and not path.name.startswith("."))
     return sorted(path for path in files if path.is_file())

@@ -81,14 +81,14 @@ def run_eval(
     """
     check_model(model)
     before = read_before(out)
-    files = _known_names(named(loras, taken=(BASE,)), before)
+    files, digests = _known_names(named(loras, taken=(BASE,)), before)
     photos = find_photos(references)
     texts = tuple(read_prompts(prompts, subject, class_word))
     seeds = tuple(range(seed, seed + 2 * count))
     against = model == TINY_WORLD or "fidelity" in metrics
     plan = Plan(texts, seeds[:count], seeds[count:] if against else (), steps, guidance_scale)
     sampling: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
-    wanted = new_manifest(model, files, photos, plan.prompts, plan.seeds, sampling)
+    wanted = new_manifest(model, files, digests, photos, plan.prompts, plan.seeds, sampling)
     check_same(out, before, wanted)
     with share() as own:
         # Before hours of drawing: whether there is somebody to judge.
@@ -126,16 +126,18 @@ def run_eval(
     return scores
 
 
-def _known_names(files: Mapping[str, LoraFile], before: Manifest | None) -> dict[str, LoraFile]:
-    """A LoRA that the folder has pictures of keeps the name it has there, whatever other LoRAs it is named with."""
+def _known_names(files: Mapping[str, LoraFile], before: Manifest | None) -> tuple[dict[str, LoraFile], dict[str, str]]:
+    """Files and digests by name; a LoRA that the folder has pictures of keeps its name there, whatever it is with."""
     known = {own: name for name, own in before["digests"].items()} if before else {}
     found: dict[str, LoraFile] = {}
+    digests: dict[str, str] = {}
     for name, path in files.items():
-        name = known.get(digest(Path(path)), name)
+        own = digest(Path(path))
+        name = known.get(own, name)
         if name in found:
             raise AptError(f"--lora {path}: is the same as {found[name]}; leave one of them out")
-        found[name] = path
-    return found
+        found[name], digests[name] = path, own
+    return found, digests
 
 
 def _judges(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from apt_hooks.errors import AptError, why_not_imported
-from apt_hooks.images import open_picture
+from apt_hooks.images import open_picture, to_tensor
 
 from .judges import Drawn, Metric, Score
 
@@ -120,9 +119,7 @@ class _Pictures(torch.utils.data.Dataset[torch.Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        picture: Any = open_picture(self.files[index])
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1)
+        return to_tensor(open_picture(self.files[index]))
 
 
 def find_weights(given: Path | None, option: str, name: str, url: str) -> Path:

@@ -19,6 +19,7 @@ Manifest = dict[str, Any]
 def new_manifest(
     model: str,
     files: Mapping[str, str | Path],
+    digests: Mapping[str, str],
     photos: Sequence[Path],
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
@@ -30,7 +31,7 @@ def new_manifest(
         "apt_hooks": version(),
         "model": str(Path(model).resolve()) if Path(model).exists() else model,
         "loras": {name: str(Path(path).resolve()) for name, path in files.items()},
-        "digests": {name: digest(Path(path)) for name, path in files.items()},
+        "digests": dict(digests),
         "references": [str(photo.resolve()) for photo in photos],
         "prompts": [{"prompt": prompt.text, "plain": prompt.plain} for prompt in prompts],
         "seeds": list(seeds),

@@ -52,7 +52,7 @@ def table(metrics: Sequence[Metric], scores: Scores) -> list[str]:
         lines.append("  ".join([name.ljust(first), *(columns[m][row].rjust(width[m]) for m in metrics)]))
     names = max(len(metric.name) for metric in metrics)
     for metric in metrics:
-        n = max(of[metric.name].n for of in scores.values() if metric.name in of)
+        n = next(iter(scores.values()))[metric.name].n
         lines.append(f"{metric.name.ljust(names)}  {metric.best} is best; n {n}; {metric.model}; {metric.settings}")
     return lines
 
@@ -60,10 +60,7 @@ def table(metrics: Sequence[Metric], scores: Scores) -> list[str]:
 def _column(metric: str, scores: Scores) -> list[str]:
     cells = []
     for of in scores.values():
-        score = of.get(metric)
-        if score is None:
-            cells.append("-")
-        else:
-            value = f"{score.value:.3f}" if abs(score.value) < 100 else f"{score.value:.1f}"
-            cells.append(value if score.error is None else f"{value} ± {score.error:.3f}")
+        score = of[metric]
+        value = f"{score.value:.3f}" if abs(score.value) < 100 else f"{score.value:.1f}"
+        cells.append(value if score.error is None else f"{value} ± {score.error:.3f}")
     return cells

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apt_hooks.errors import AptError
-from apt_hooks.images import open_picture
+from apt_hooks.images import open_picture, to_tensor
 from apt_hooks.tinyworld.evaluate import ASKED
 from apt_hooks.tinyworld.judges import identity_score, load_judges, text_score
 from apt_hooks.tinyworld.metrics import frechet_distance, precision_recall
@@ -40,13 +40,13 @@ class TinyWorldJudge:
         # As the autoencoder shows them: nothing that the model draws can be sharper, or truer in color.
         pipeline = load_pipeline()
         self._references = decode_latents(pipeline, encode_images(pipeline, _read(references) * 2 - 1))
-        own, base = "the tiny world's", AGAINST
+        own = "the tiny world's"
         self.metrics = (
             Metric("text", "highest", f"{own} classifier", f"mean share of {', '.join(ASKED)} as asked"),
             Metric("identity", "highest", f"{own} identity encoder", f"mean cosine to {len(references)} photos' mean"),
-            Metric("frechet", "lowest", f"{own} classifier", base),
-            Metric("precision", "highest", f"{own} classifier", f"{base}; 3 nearest neighbors"),
-            Metric("recall", "highest", f"{own} classifier", f"{base}; 3 nearest neighbors"),
+            Metric("frechet", "lowest", f"{own} classifier", AGAINST),
+            Metric("precision", "highest", f"{own} classifier", f"{AGAINST}; 3 nearest neighbors"),
+            Metric("recall", "highest", f"{own} classifier", f"{AGAINST}; 3 nearest neighbors"),
         )
 
     def score(self, drawn: Drawn) -> dict[str, Score]:
@@ -81,8 +81,4 @@ def _scenes(prompts: Sequence[str]) -> dict[str, Scene]:
 
 def _read(files: Sequence[Path]) -> Tensor:
     """[files, 3, 64, 64], from 0 to 1."""
-    found = []
-    for path in files:
-        picture = open_picture(path).resize((64, 64))
-        found.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(64, 64, 3))
-    return torch.stack(found).permute(0, 3, 1, 2).float() / 255
+    return torch.stack([to_tensor(open_picture(path).resize((64, 64))) for path in files]).float() / 255
