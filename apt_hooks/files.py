@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed `write_atomically` of this file left beside it."""
+    path = path.resolve()
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.tmp")
+    for left in [found for found in path.parent.iterdir() if ours.fullmatch(found.name)]:
+        left.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:

@@ -7,47 +7,17 @@ each ends with `MARK`, so that undoing is dropping them, whatever else was edite
 from __future__ import annotations
 
 import ast
-import dataclasses
 import difflib
+import io
+import tokenize
 from collections.abc import Iterable, Sequence
 
 from apt_hooks.errors import AptError
 
 MARK = "# [apt-hooks]"
 
-
-@dataclasses.dataclass(frozen=True)
-class Insertion:
-    """Lines to put before or after the one line that is `anchor`.
-
-    Args:
-        anchor: the whole line, indentation included, without its line ending; it must stand exactly once.
-        lines: the lines to insert, ASCII, without mark and line ending.
-        after: behind the anchor rather than before it.
-        within: the anchor stands in the block that this line begins (also whole, and standing once), that is before the
-            next line that is not indented; None looks in the whole file.
-    """
-
-    anchor: str
-    lines: tuple[str, ...]
-    after: bool = False
-    within: str | None = None
-
-
-def insert(content: bytes, insertions: Iterable[Insertion], name: str) -> bytes:
-    """`content` with the lines of all insertions; those of an earlier version of them go first.
-
-    Raises:
-        AptError: an anchor does not stand exactly once; the message names file, anchor and what was found.
-    """
-    content = strip(content)
-    lines = content.splitlines(keepends=True)
-    places = []
-    for insertion in insertions:
-        block = range(len(lines)) if insertion.within is None else _block(lines, insertion.within, name)
-        at = _only(lines, insertion.anchor, block, name)
-        places.append((at + insertion.after, insertion.lines))
-    return insert_lines(content, places, name)
+Places = list[tuple[int, tuple[str, ...]]]
+"""Lines to insert, ASCII, without mark and line ending, each group with the number of the line that it goes before."""
 
 
 def insert_lines(
@@ -69,6 +39,66 @@ def insert_lines(
             )
         lines[at:at] = [f"{line}  {MARK}".encode(encoding) + ending for line in new]
     return b"".join(lines)
+
+
+class Statements:
+    """Places beside the statements of a Python file.
+
+    Args:
+        content: the file, without inserted lines.
+        name: of the file, for errors.
+    """
+
+    def __init__(self, content: bytes, name: str) -> None:
+        self._lines = content.splitlines()
+        self._name = name
+        tokens = tokenize.tokenize(io.BytesIO(content).readline)
+        comments = [t for t in tokens if t.type == tokenize.COMMENT and not t.line[: t.start[1]].strip()]
+        self._comments = {comment.start[0] for comment in comments}
+
+    def before(self, anchor: ast.stmt, *lines: str) -> tuple[int, tuple[str, ...]]:
+        """Where lines go that run before a statement, indented as it is; a comment above stays with the statement."""
+        at = min([anchor.lineno, *(d.lineno for d in getattr(anchor, "decorator_list", ()))]) - 1
+        self._check(anchor)
+        while at in self._comments:
+            at -= 1
+        return at, self._placed(anchor, lines)
+
+    def after(self, anchor: ast.stmt, *lines: str) -> tuple[int, tuple[str, ...]]:
+        """Where lines go that run after a statement, indented as it is."""
+        self._check(anchor)
+        return anchor.end_lineno or anchor.lineno, self._placed(anchor, lines)
+
+    def _placed(self, anchor: ast.stmt, lines: tuple[str, ...]) -> tuple[str, ...]:
+        own = self._lines[anchor.lineno - 1]
+        indent = own[: len(own) - len(own.lstrip())].decode()
+        return tuple(indent + line for line in lines)
+
+    def _check(self, anchor: ast.stmt) -> None:
+        first, last = self._lines[anchor.lineno - 1], self._lines[(anchor.end_lineno or anchor.lineno) - 1]
+        rest = last[anchor.end_col_offset :].split(b"#")[0].strip()
+        if first[: anchor.col_offset].strip() or rest:
+            raise AptError(
+                f"{self._name}: looked for one statement in line {anchor.lineno}, found "
+                f"`{first.decode(errors='replace').strip()}`; put each on a line of its own. Nothing was changed"
+            )
+
+
+def patched_python(content: bytes, places: Iterable[tuple[int, Sequence[str]]], name: str) -> bytes:
+    """`insert_lines` into a Python file, in its encoding, once it is known that the result is Python.
+
+    Raises:
+        AptError: it is not, or as `insert_lines`.
+    """
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+    new = insert_lines(content, places, name, encoding.removesuffix("-sig"))
+    try:
+        ast.parse(new)
+    except (SyntaxError, ValueError) as error:
+        raise AptError(
+            f"{name}: the inserted lines do not fit ({error}); please report it. Nothing was changed"
+        ) from error
+    return new
 
 
 def strip(content: bytes) -> bytes:
@@ -113,18 +143,3 @@ def _is_python(content: bytes) -> bool:
 
 def _is_marked(line: bytes) -> bool:
     return line.rstrip(b"\r\n").endswith(MARK.encode("ascii"))
-
-
-def _block(lines: list[bytes], header: str, name: str) -> range:
-    start = _only(lines, header, range(len(lines)), name) + 1
-    end = next((i for i in range(start, len(lines)) if lines[i][:1] not in b" \t\r\n#)"), len(lines))
-    return range(start, end)
-
-
-def _only(lines: list[bytes], anchor: str, where: range, name: str) -> int:
-    wanted = anchor.encode("utf-8")
-    found = [i for i in where if lines[i].rstrip(b"\r\n") == wanted]
-    if len(found) != 1:
-        times = f"it stands {len(found)} times" if found else "it is not there"
-        raise AptError(f"{name}: looked for the line `{anchor.strip()}` to patch at, {times}; nothing was changed")
-    return found[0]

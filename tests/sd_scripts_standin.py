@@ -18,6 +18,34 @@ README = """# Training scripts, in small
 Older: Version 0.9.1
 """
 
+READER = """\
+# 設定ファイルの節はすべて一つにまとめられる
+def read_config_from_file(args: argparse.Namespace, parser: argparse.ArgumentParser):
+    if not args.config_file:
+        return args
+    with open(args.config_file, encoding="utf-8") as f:
+        config_dict = toml.load(f)
+    flat = {}
+    for name, value in config_dict.items():
+        flat.update(value if isinstance(value, dict) else {name: value})
+    return parser.parse_args(namespace=argparse.Namespace(**flat))
+"""
+
+NOISING = """\
+def get_timesteps(min_timestep: int, max_timestep: int, b_size: int, device: torch.device):
+    if min_timestep == max_timestep:
+        return torch.full((b_size,), min_timestep).to(device)
+    return torch.randint(min_timestep, max_timestep, (b_size,)).to(device)
+
+
+def get_noise_noisy_latents_and_timesteps(args, noise_scheduler, latents):
+    noise = torch.randn_like(latents)
+    low = 0 if args.min_timestep is None else args.min_timestep
+    high = noise_scheduler.config.num_train_timesteps if args.max_timestep is None else args.max_timestep
+    timesteps = get_timesteps(low, high, len(latents), latents.device)
+    return noise, noise_scheduler.add_noise(latents, noise, timesteps), timesteps
+"""
+
 TRAIN_UTIL = '''\
 """Models, data and the accelerator, all small."""
 import argparse
@@ -273,32 +301,6 @@ class NoiseScheduler:
 def set_seed(seed):
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-# 設定ファイルの節はすべて一つにまとめられる
-def read_config_from_file(args: argparse.Namespace, parser: argparse.ArgumentParser):
-    if not args.config_file:
-        return args
-    with open(args.config_file, encoding="utf-8") as f:
-        config_dict = toml.load(f)
-    flat = {}
-    for name, value in config_dict.items():
-        flat.update(value if isinstance(value, dict) else {name: value})
-    return parser.parse_args(namespace=argparse.Namespace(**flat))
-
-
-def get_timesteps(min_timestep: int, max_timestep: int, b_size: int, device: torch.device):
-    if min_timestep == max_timestep:
-        return torch.full((b_size,), min_timestep).to(device)
-    return torch.randint(min_timestep, max_timestep, (b_size,)).to(device)
-
-
-def get_noise_noisy_latents_and_timesteps(args, noise_scheduler, latents):
-    noise = torch.randn_like(latents)
-    low = 0 if args.min_timestep is None else args.min_timestep
-    high = noise_scheduler.config.num_train_timesteps if args.max_timestep is None else args.max_timestep
-    timesteps = get_timesteps(low, high, len(latents), latents.device)
-    return noise, noise_scheduler.add_noise(latents, noise, timesteps), timesteps
 
 
 def apply_masked_loss(loss, batch):
@@ -679,10 +681,25 @@ def create_network(multiplier, network_dim, dropout):
     return Network(multiplier, network_dim, dropout)
 '''
 
+# Where the functions are that the patch looks for, by the release that put them there.
+LAYOUTS = {
+    "0.10": {"library/train_util.py": f"{TRAIN_UTIL}\n\n{READER}\n\n{NOISING}"},
+    "0.11": {
+        "library/train_util.py": TRAIN_UTIL
+        + "\n\nfrom library.args import read_config_from_file\n"
+        + "from library.loss import get_noise_noisy_latents_and_timesteps, get_timesteps\n",
+        "library/args.py": f"import argparse\n\nimport toml\n\n\n{READER}",
+        "library/loss.py": f"import torch\n\n\n{NOISING}",
+    },
+}
+PATCHED_FILES = {
+    "0.10": ("library/train_util.py", "train_network.py", "sdxl_train_network.py"),
+    "0.11": ("library/args.py", "train_network.py", "sdxl_train_network.py"),
+}
+
 FILES = {
     "README.md": README,
     "library/__init__.py": "",
-    "library/train_util.py": TRAIN_UTIL,
     "library/tiny_models.py": Path(__file__).with_name("models.py").read_text(encoding="utf-8"),
     "networks/__init__.py": "",
     "networks/lora.py": LORA,
@@ -690,16 +707,20 @@ FILES = {
     "sdxl_train_network.py": SDXL_TRAIN_NETWORK,
     "flux_train_network.py": FLUX_TRAIN_NETWORK,
 }
-PATCHED_FILES = ("library/train_util.py", "train_network.py", "sdxl_train_network.py")
-
 SUBSETS: tuple[dict[str, Any], ...] = (
     {"captions": ["a sks dog", "sks dog on grass", "one sks dog", "sks dog asleep"]},
 )
 
 
-def write_checkout(folder: Path, *, newline: str = "\n") -> Path:
+def write_checkout(folder: Path, *, newline: str = "\n", layout: str = "0.10") -> Path:
     """Write the stand-in into a folder, which is made where it is missing; returns the folder."""
-    for name, text in FILES.items():
+    for name, text in {**FILES, **LAYOUTS[layout]}.items():
+        if layout == "0.11" and name.endswith("train_network.py"):
+            text = text.replace("train_util.read_config", "args_util.read_config")
+            text = text.replace("train_util.get_noise", "loss_util.get_noise")
+            text = text.replace(
+                "\nif __name__", "\nimport library.args as args_util, library.loss as loss_util\n\nif __name__"
+            )
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(text.replace("\n", newline).encode("utf-8"))
     return folder

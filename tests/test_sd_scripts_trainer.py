@@ -19,7 +19,7 @@ import torch
 from sd_scripts_standin import SUBSETS, write_checkout, write_dataset
 from torch import Tensor
 
-from apt_hooks import AptConfig
+from apt_hooks import AptConfig, AptObjective
 from apt_hooks.integrations.sd_scripts import adapter
 from apt_hooks.run import STATE_FILE, version
 from apt_hooks.steplog import VALUES
@@ -39,12 +39,15 @@ ALWAYS_SMALLER = {"augment_max_probability": 1.0, "zoom_out": [3.0, 3.0], "rotat
 
 
 @pytest.fixture(scope="module")
-def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ModuleType]]:
-    """The stand-in's modules; none of them stays imported."""
-    before = set(sys.modules)
+def trainers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, ModuleType]]:
+    """The stand-in's modules, in the layout of 0.10 if nothing else is asked for; none of them stays imported."""
+    before, layout = set(sys.modules), getattr(request, "param", "0.10")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(write_checkout(tmp_path_factory.mktemp("sd-scripts")))
-        names = {"sd15": "train_network", "sdxl": "sdxl_train_network", "util": "library.train_util"}
+        patch.syspath_prepend(write_checkout(tmp_path_factory.mktemp("sd-scripts"), layout=layout))
+        names = {"sd15": "train_network", "sdxl": "sdxl_train_network"}
+        names["noising"] = "library.train_util" if layout == "0.10" else "library.loss"
         yield {kind: importlib.import_module(name) for kind, name in names.items()}
         for name in set(sys.modules) - before:
             if name.split(".")[0] in ("library", "networks", "train_network", "sdxl_train_network"):
@@ -267,22 +270,27 @@ class Noted(Overfitted):
 @pytest.fixture
 def events(trainers: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
-    sampler = trainers["util"].get_timesteps
+    sampler = trainers["noising"].get_timesteps
 
     def noted(*args: Any) -> Tensor:
         found.append((args[0], args[1], sampler(*args), torch.get_rng_state()))
         return found[-1][2]
 
-    monkeypatch.setattr(trainers["util"], "get_timesteps", noted)
+    monkeypatch.setattr(trainers["noising"], "get_timesteps", noted)
     monkeypatch.setattr(Noted, "events", found, raising=False)
     return found
 
 
+either_layout = pytest.mark.parametrize("trainers", ["0.10", "0.11"], indirect=True)
+
+
+@either_layout
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_timesteps_are_drawn_once_before_the_images_are_encoded_and_exactly_those_are_used(
-    train: Train, trainers: dict[str, ModuleType], events: list[Any]
+    train: Train, trainers: dict[str, ModuleType], events: list[Any], kind: str
 ) -> None:
-    sampler = trainers["util"].get_timesteps
-    run = train({}, spy=Noted, min_timestep=100, max_timestep=300)
+    sampler = trainers["noising"].get_timesteps
+    run = train({}, spy=Noted, kind=kind, min_timestep=100, max_timestep=300)
     assert len(run.trainer.seen) == 3
     for i, seen in enumerate(run.trainer.seen):
         (low, high, drawn, random_state), at_encoding = events[2 * i : 2 * i + 2]
@@ -291,7 +299,51 @@ def test_timesteps_are_drawn_once_before_the_images_are_encoded_and_exactly_thos
         assert drawn.min() >= 100 and drawn.max() < 300
         assert len(seen.timesteps) == 2 and all(torch.equal(used, drawn) for used in seen.timesteps)
     assert len(events) == 6
-    assert trainers["util"].get_timesteps is sampler
+    assert trainers["noising"].get_timesteps is sampler
+
+
+@either_layout
+def test_noise_is_added_at_the_timesteps_that_decided_the_augmentation(
+    train: Train, trainers: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[Tensor] = []
+    noised: list[Tensor] = []
+    draw, scheduler = AptObjective.draw_augmentation, importlib.import_module("library.train_util").NoiseScheduler
+    add_noise = scheduler.add_noise
+
+    def noted_draw(self: AptObjective, timesteps: Tensor, *args: Any) -> Any:
+        decided.append(timesteps.clone())
+        return draw(self, timesteps, *args)
+
+    def noted_noise(self: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        noised.append(timesteps.clone())
+        return add_noise(self, latents, noise, timesteps)
+
+    monkeypatch.setattr(AptObjective, "draw_augmentation", noted_draw)
+    monkeypatch.setattr(scheduler, "add_noise", noted_noise)
+    train({}, max_train_steps=6)
+    assert len(decided) == 6 and all(map(torch.equal, decided, noised))
+
+
+def test_a_trainer_that_noises_at_other_timesteps_is_stopped(make: Train) -> None:
+    class Moved(Overfitted):
+        def get_noise_pred_and_target(self, *args: Any, **kwargs: Any) -> Any:
+            prediction, target, timesteps, weighting = super().get_noise_pred_and_target(*args, **kwargs)
+            return prediction, target, (timesteps + 1) % 1000, weighting
+
+    run = make({}, spy=Moved)
+    with pytest.raises(SystemExit, match="adds noise at other timesteps than those drawn for the augmentation"):
+        run.trainer.train(run.args)
+    assert not (run.folder / "lora.pt").exists()
+
+
+def test_a_sampler_that_cannot_be_found_is_told_before_the_first_step(
+    make: Train, trainers: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainers["sd15"].NetworkTrainer, "get_noise_pred_and_target", lambda self, *_, **__: None)
+    run = make({})
+    with pytest.raises(SystemExit, match=r"looked for a call of get_noise_noisy_latents_and_timesteps\(\)"):
+        run.trainer.train(run.args)
 
 
 def test_validation_draws_its_own_timesteps(train: Train, events: list[Any]) -> None:
@@ -309,11 +361,11 @@ def test_the_sampler_and_the_models_are_as_before_after_an_exception(
                 raise RuntimeError("out of memory")
             return super().encode_images_to_latents(*args)
 
-    sampler = trainers["util"].get_timesteps
+    sampler = trainers["noising"].get_timesteps
     run = make({}, spy=Failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         run.trainer.train(run.args)
-    assert trainers["util"].get_timesteps is sampler
+    assert trainers["noising"].get_timesteps is sampler
     assert not any(module._forward_hooks for module in run.trainer.models[3].modules())
     assert len(run.log) == 1
 
@@ -546,7 +598,7 @@ WORDS = {"identifier": "sks", "class_word": "bag"}
 
 def base_conditioning(trainers: dict[str, ModuleType], kind: str, args: argparse.Namespace, captions: list[str]) -> Any:
     """What the text encoders without LoRA make of captions."""
-    util = trainers["util"]
+    util = trainers["noising"]
     widths = [24] if kind == "sd15" else [8, 16]
     models, _, _ = util.load_models(args, widths, lambda checkpointing: None)
     tokens = util.TokenizeStrategy(len(widths)).tokenize(captions)

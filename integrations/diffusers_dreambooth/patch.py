@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import io
 import re
-import tokenize
 from pathlib import Path
 
 from apt_hooks.errors import AptError
 from apt_hooks.files import write_atomically
 
 from .. import patching
+from ..patching import Places, Statements
 from .script import Script, find
 
 TESTED: tuple[str, ...] = ("0.32.0", "0.35.0", "0.40.0")
@@ -112,107 +111,67 @@ def _read(path: Path) -> bytes:
 def _patched(content: bytes, name: str) -> bytes:
     plain = patching.stripped_python(content, name)
     found = find(plain, name)
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(plain).readline)
-    new = patching.insert_lines(plain, _Lines(plain, name).places(found), name, encoding.removesuffix("-sig"))
-    try:
-        ast.parse(new)
-    except (SyntaxError, ValueError) as error:
-        raise AptError(
-            f"{name}: the inserted lines do not fit ({error}); please report it. Nothing was changed"
-        ) from error
-    return new
+    return patching.patched_python(plain, _places(found, Statements(plain, name)), name)
 
 
-class _Lines:
-    def __init__(self, content: bytes, name: str) -> None:
-        self.lines = content.splitlines()
-        self.name = name
-        tokens = tokenize.tokenize(io.BytesIO(content).readline)
-        comments = [t for t in tokens if t.type == tokenize.COMMENT and not t.line[: t.start[1]].strip()]
-        self.comments = {comment.start[0] for comment in comments}
-
-    def places(self, found: Script) -> list[tuple[int, tuple[str, ...]]]:
-        """The lines of every anchor, with the number of the line that each group goes before."""
-        guard = f"if {RUN} is not None:"
-        frozen = found.frozen
-        prediction = frozen.prefix + found.prediction
-        text = _source(frozen.text)
-        if text and not frozen.always:
-            text = [f"if {RUN}.trains_text_encoders:", *_indented(text)]
-        repeated = [f"{frozen.prefix}{name} = {name}" for name in frozen.live]
-        for name in frozen.perhaps:
-            repeated += [f'if "{name}" in locals():', f"    {frozen.prefix}{name} = {name}"]
-        repeated += text + _source([frozen.call])
-        step = f", step={found.step}" if found.step else ""
-        return [
-            self._before(
-                found.parse,
-                f'{found.parser}.add_argument("--apt_config", default=None, help="TOML file with an [apt] section")',
-                f'{found.parser}.add_argument("--apt_preset", default=None, help="preset of apt-hooks, such as sdxl")',
-            ),
-            self._after(
-                found.prepare,
-                f"{RUN} = None",
-                f'if (getattr({found.arguments}, "apt_config", None), getattr({found.arguments}, "apt_preset", None)) '
-                "!= (None, None):",
-                "    try:",
-                "        from apt_hooks.integrations.diffusers_dreambooth import adapter as apt_hooks_adapter",
-                "    except ModuleNotFoundError as e:",
-                '        raise SystemExit(f"--apt_config and --apt_preset need apt-hooks, not found here ({e}): '
-                'pip install apt-hooks")',
-                f"    {RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}, "
-                f"{found.schedule})",
-            ),
-            self._before(
-                found.encode,
-                f"if {RUN} is not None and {RUN}.augments:  # the timesteps first: the augmentation depends on them",
-                *_indented(_source(found.draw_copy)),
-                f"    {found.images} = {RUN}.augment({found.images}, {found.timesteps})",
-            ),
-            self._after(found.draw, guard, f"    {found.timesteps} = {RUN}.timesteps({found.timesteps})"),
-            self._before(
-                found.call,
-                f"if {RUN} is not None and {RUN}.frozen_due():",
-                f"    with {RUN}.frozen_pass():  # the same by the base model",
-                *_indented(_indented(repeated)),
-                f"    {RUN}.begin_tuned_pass({prediction})",
-            ),
-            self._after(found.call, guard, f"    {found.prediction} = {RUN}.end_tuned_pass({found.prediction})"),
-            self._before(
-                found.compare,
-                f"{guard}  # scales the gradient of each sample",
-                f"    {found.prediction} = {RUN}.assess({found.prediction}, {found.target}, {found.timesteps})",
-            ),
-            self._before(found.backward, guard, f"    {found.loss} = {RUN}.regularized({found.loss})"),
-            self._after(found.log, guard, f"    {found.accelerator}.log({RUN}.tracker_values(){step})"),
-            self._after(found.loop, guard, f"    {RUN}.close()"),
-            self._after(found.save, guard, f"    {RUN}.add_metadata({found.folder})"),
-        ]
-
-    def _before(self, anchor: ast.stmt, *lines: str) -> tuple[int, tuple[str, ...]]:
-        at = anchor.lineno - 1
-        self._check(anchor)
-        while at in self.comments:  # a comment stays with its statement
-            at -= 1
-        return at, self._placed(anchor, lines)
-
-    def _after(self, anchor: ast.stmt, *lines: str) -> tuple[int, tuple[str, ...]]:
-        self._check(anchor)
-        return anchor.end_lineno or anchor.lineno, self._placed(anchor, lines)
-
-    def _placed(self, anchor: ast.stmt, lines: tuple[str, ...]) -> tuple[str, ...]:
-        own = self.lines[anchor.lineno - 1]
-        indent = own[: len(own) - len(own.lstrip())].decode()
-        return tuple(indent + line for line in lines)
-
-    def _check(self, anchor: ast.stmt) -> None:
-        first, last = self.lines[anchor.lineno - 1], self.lines[(anchor.end_lineno or anchor.lineno) - 1]
-        rest = last[anchor.end_col_offset :].split(b"#")[0].strip()
-        if first[: anchor.col_offset].strip() or rest:
-            raise AptError(
-                f"{self.name}: looked for one statement in line {anchor.lineno}, found "
-                f"`{first.decode(errors='replace').strip()}`; put each on a line of its own. Nothing was changed"
-            )
+def _places(found: Script, statements: Statements) -> Places:
+    """The lines of every anchor, with the number of the line that each group goes before."""
+    before, after = statements.before, statements.after
+    guard = f"if {RUN} is not None:"
+    frozen = found.frozen
+    prediction = frozen.prefix + found.prediction
+    text = _source(frozen.text)
+    if text and not frozen.always:
+        text = [f"if {RUN}.trains_text_encoders:", *_indented(text)]
+    repeated = [f"{frozen.prefix}{name} = {name}" for name in frozen.live]
+    for name in frozen.perhaps:
+        repeated += [f'if "{name}" in locals():', f"    {frozen.prefix}{name} = {name}"]
+    repeated += text + _source([frozen.call])
+    step = f", step={found.step}" if found.step else ""
+    return [
+        before(
+            found.parse,
+            f'{found.parser}.add_argument("--apt_config", default=None, help="TOML file with an [apt] section")',
+            f'{found.parser}.add_argument("--apt_preset", default=None, help="preset of apt-hooks, such as sdxl")',
+        ),
+        after(
+            found.prepare,
+            f"{RUN} = None",
+            f'if (getattr({found.arguments}, "apt_config", None), getattr({found.arguments}, "apt_preset", None)) '
+            "!= (None, None):",
+            "    try:",
+            "        from apt_hooks.integrations.diffusers_dreambooth import adapter as apt_hooks_adapter",
+            "    except ModuleNotFoundError as e:",
+            '        raise SystemExit(f"--apt_config and --apt_preset need apt-hooks, not found here ({e}): '
+            'pip install apt-hooks")',
+            f"    {RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}, "
+            f"{found.schedule})",
+        ),
+        before(
+            found.encode,
+            f"if {RUN} is not None and {RUN}.augments:  # the timesteps first: the augmentation depends on them",
+            *_indented(_source(found.draw_copy)),
+            f"    {found.images} = {RUN}.augment({found.images}, {found.timesteps})",
+        ),
+        after(found.draw, guard, f"    {found.timesteps} = {RUN}.timesteps({found.timesteps})"),
+        before(
+            found.call,
+            f"if {RUN} is not None and {RUN}.frozen_due():",
+            f"    with {RUN}.frozen_pass():  # the same by the base model",
+            *_indented(_indented(repeated)),
+            f"    {RUN}.begin_tuned_pass({prediction})",
+        ),
+        after(found.call, guard, f"    {found.prediction} = {RUN}.end_tuned_pass({found.prediction})"),
+        before(
+            found.compare,
+            f"{guard}  # scales the gradient of each sample",
+            f"    {found.prediction} = {RUN}.assess({found.prediction}, {found.target}, {found.timesteps})",
+        ),
+        before(found.backward, guard, f"    {found.loss} = {RUN}.regularized({found.loss})"),
+        after(found.log, guard, f"    {found.accelerator}.log({RUN}.tracker_values(){step})"),
+        after(found.loop, guard, f"    {RUN}.close()"),
+        after(found.save, guard, f"    {RUN}.add_metadata({found.folder})"),
+    ]
 
 
 def _source(statements: tuple[ast.stmt, ...] | list[ast.stmt]) -> list[str]:

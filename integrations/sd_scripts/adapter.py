@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from typing import Any
 
@@ -57,6 +58,17 @@ def apt_trainer(trainer: Any, args: argparse.Namespace) -> Any:
         made = type(f"Apt{kind.__name__}", (AptTrainer, kind), {})()
         made.apt_config = config
         return made
+
+
+def without_section(args: argparse.Namespace) -> None:
+    """Say that nothing asks for APT, where it was launched for that."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        found = (
+            f"{args.config_file.removesuffix('.toml')}.toml has no [apt] section"
+            if args.config_file
+            else "there is no --config_file"
+        )
+        print(f"apt-hooks: {found} and --apt_config is not given: training without APT")
 
 
 def _check_arguments(args: argparse.Namespace, config: AptConfig) -> None:

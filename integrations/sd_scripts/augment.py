@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,28 +11,60 @@ import torch
 from torch import Tensor
 
 from apt_hooks.augmentation import Placement
+from apt_hooks.errors import AptError
+
+from .checkout import NOISING, SAMPLER
 
 
-@contextlib.contextmanager
-def timesteps_drawn(timesteps: Tensor) -> Iterator[None]:
-    """Inside, the trainer's sampler returns the timesteps that it was already asked for."""
-    from library import train_util
+class TimestepSampler:
+    """The trainer's own sampler of timesteps, called beforehand, and its answer given again when the trainer asks.
 
-    sampler = train_util.get_timesteps
-    train_util.get_timesteps = lambda *args, **kwargs: timesteps
-    try:
-        yield
-    finally:
-        train_util.get_timesteps = sampler
+    It is taken and replaced where the trainer looks it up: in the globals of the function that makes noisy latents, which
+    is found from the trainer's method. Another module may re-export both, and replacing it there would do nothing.
+
+    Args:
+        trainer: its class, whose `get_noise_pred_and_target`, or that of a class below, makes noisy latents.
+
+    Raises:
+        AptError: no such function is called, or it calls no such sampler.
+    """
+
+    def __init__(self, trainer: type) -> None:
+        method = "get_noise_pred_and_target"
+        own = [inspect.unwrap(vars(kind)[method]) for kind in trainer.__mro__ if method in vars(kind)]
+        found = [noising for function in own if (noising := _reached(function, NOISING)) is not None]
+        self._globals: dict[str, Any] = found[0].__globals__ if found else {}
+        if SAMPLER not in self._globals:
+            raise AptError(
+                f"{trainer.__name__}.{method}: looked for a call of {NOISING}(), which calls {SAMPLER}(), to augment by "
+                "timestep; it is not there. Set [apt] augmentation = false"
+            )
+
+    def draw(self, args: Any, noise_scheduler: Any, batch_size: int, device: Any) -> Tensor:
+        """Timesteps of a batch, in the range of the trainer's arguments."""
+        low = 0 if args.min_timestep is None else args.min_timestep
+        high = noise_scheduler.config.num_train_timesteps if args.max_timestep is None else args.max_timestep
+        timesteps: Tensor = self._globals[SAMPLER](low, high, batch_size, device)
+        return timesteps
+
+    @contextlib.contextmanager
+    def drawn(self, timesteps: Tensor) -> Iterator[None]:
+        """Inside, the trainer's sampler returns the timesteps that it was already asked for."""
+        sampler = self._globals[SAMPLER]
+        self._globals[SAMPLER] = lambda *args, **kwargs: timesteps
+        try:
+            yield
+        finally:
+            self._globals[SAMPLER] = sampler
 
 
-def draw_timesteps(args: Any, noise_scheduler: Any, batch_size: int, device: Any) -> Tensor:
-    """Timesteps of a batch by the trainer's own sampler, in the range of its arguments."""
-    from library import train_util
-
-    low = 0 if args.min_timestep is None else args.min_timestep
-    high = noise_scheduler.config.num_train_timesteps if args.max_timestep is None else args.max_timestep
-    return train_util.get_timesteps(low, high, batch_size, device)
+def _reached(function: Any, name: str) -> Any:
+    """What `function` calls by this name, of its own globals or of a module there; None where it calls no such."""
+    code, names = function.__code__, function.__globals__
+    if name not in code.co_names:
+        return None
+    owners = (names.get(other) for other in code.co_names)
+    return next((getattr(owner, name) for owner in owners if hasattr(owner, name)), names.get(name))
 
 
 def moved(batch: dict[str, Any], placement: Placement, *, images: bool) -> dict[str, Any]:
@@ -39,10 +72,19 @@ def moved(batch: dict[str, Any], placement: Placement, *, images: bool) -> dict[
     result = dict(batch)
     if images:
         result["images"] = placement.apply(batch["images"], -1.0)
-    # What a zoom-out uncovers belongs to no subject: 0 in a mask, which a mask image stores as -1.
-    for name, nothing in (("alpha_masks", 0.0), ("conditioning_images", -1.0)):
+    # What a zoom-out uncovers belongs to no subject: 0 in a mask, which a mask image stores as -1. Nor is it painted in.
+    for name, nothing in (("alpha_masks", 0.0), ("conditioning_images", -1.0), ("masks", 0.0)):
         if batch.get(name) is not None:
             result[name] = placement.apply(batch[name], nothing)
+    if batch.get("masks") is not None:
+        # As the data set makes them (`--train_inpainting`): a mask of zeros and ones, and the image with nothing under
+        # it. Where the latents are moved in place of the images, those of the masked images are too, by the trainer's
+        # second call of `shift_scale_latents`.
+        result["masks"] = (result["masks"] >= 0.5).to(batch["masks"].dtype)
+        if images:
+            chosen = placement.chosen.to(result["masks"].device)[:, None, None, None]
+            masked = result["images"] * (result["masks"] < 0.5)
+            result["masked_images"] = torch.where(chosen, masked, batch["masked_images"])
     return result
 
 

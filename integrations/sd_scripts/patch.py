@@ -1,104 +1,40 @@
-"""Which lines go where in a checkout of kohya's sd-scripts."""
+"""Writing the lines into a checkout of kohya's sd-scripts that let it take `[apt]`, and taking them out again."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import importlib.metadata
+import json
 import re
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from apt_hooks.errors import AptError
-from apt_hooks.files import write_atomically
+from apt_hooks.files import remove_leftovers, write_atomically
 
 from .. import patching
-from ..patching import Insertion
+from .checkout import SCRIPTS, Checkout
 
-OLDEST = (0, 10, 0)
-TESTED: tuple[str, ...] = ("0.10.0", "0.10.1")
+TESTED: tuple[str, ...] = ("0.10.0", "0.10.1", "0.10.4", "0.10.6", "0.11.0", "0.11.1")
 
-_ADAPTER = (
-    "def apt_hooks_adapter():",
-    "    try:",
-    "        from apt_hooks.integrations.sd_scripts import adapter",
-    "    except ModuleNotFoundError as e:",
-    '        raise SystemExit(f"[apt] and --apt_config need apt-hooks, not found here ({e}): pip install apt-hooks")',
-    "    return adapter",
-)
-_TAKE_SECTION = (
-    '    if "apt" in map(str.lower, config_dict):',
-    "        apt_hooks_adapter().take_section(config_dict, parser)",
-)
-_ARGUMENT = (
-    '    parser.add_argument("--apt_config", default=None, help="TOML file with an [apt] section (apt-hooks)")',
-)
-_TRAINER = (
-    '    if args.apt_config or hasattr(args, "apt_section"):',
-    "        trainer = train_util.apt_hooks_adapter().apt_trainer(trainer, args)",
-)
-_READ_CONFIG = "def read_config_from_file(args: argparse.Namespace, parser: argparse.ArgumentParser):"
-_MAIN = 'if __name__ == "__main__":'
+PATCHED, NOT_PATCHED = "patched", "not patched"
+OTHER_LINES = "patched by another version of apt-hooks"
+LEFT_OVER = "holds lines of apt-hooks that belong elsewhere since sd-scripts was updated"
+CONFLICT = "git could not merge it with the lines of apt-hooks"
 
-
-def _script(trainer: str) -> tuple[Insertion, ...]:
-    return (
-        Insertion("    parser = setup_parser()", _ARGUMENT, after=True, within=_MAIN),
-        Insertion(f"    trainer = {trainer}()", _TRAINER, after=True, within=_MAIN),
-    )
-
-
-INSERTIONS: dict[str, tuple[Insertion, ...]] = {
-    # In this order: a script is patched only once what it calls is there.
-    "library/train_util.py": (
-        Insertion(_READ_CONFIG, _ADAPTER),
-        Insertion("        config_dict = toml.load(f)", _TAKE_SECTION, after=True, within=_READ_CONFIG),
-    ),
-    "train_network.py": _script("NetworkTrainer"),
-    "sdxl_train_network.py": _script("SdxlNetworkTrainer"),
-}
-
-# What the adapter overrides or calls: the parameters it relies on, by name and in this order.
-REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
-    "library/train_util.py": {
-        "get_timesteps": ("min_timestep", "max_timestep", "b_size", "device"),
-        "get_noise_noisy_latents_and_timesteps": ("args", "noise_scheduler", "latents"),
-        "read_config_from_file": ("args", "parser"),
-    },
-    "train_network.py": {
-        "NetworkTrainer.train": ("self", "args"),
-        "NetworkTrainer.get_tokenizers": ("self", "tokenize_strategy"),
-        "NetworkTrainer.assert_extra_args": ("self", "args", "train_dataset_group", "val_dataset_group"),
-        "NetworkTrainer.load_target_model": ("self", "args", "weight_dtype", "accelerator"),
-        "NetworkTrainer.get_sai_model_spec": ("self", "args"),
-        "NetworkTrainer.generate_step_logs": ("self", "args"),
-        "NetworkTrainer.process_batch": (
-            "self", "batch", "text_encoders", "unet", "network", "vae", "noise_scheduler", "vae_dtype", "weight_dtype",
-            "accelerator", "args", "text_encoding_strategy", "tokenize_strategy", "is_train", "train_text_encoder",
-            "train_unet",
-        ),
-        "NetworkTrainer.shift_scale_latents": ("self", "args", "latents"),
-        "NetworkTrainer.get_noise_pred_and_target": ("self", "args", "accelerator"),
-        "NetworkTrainer.call_unet": (
-            "self", "args", "accelerator", "unet", "noisy_latents", "timesteps", "text_conds", "batch", "weight_dtype",
-        ),
-        "NetworkTrainer.post_process_loss": ("self", "loss", "args", "timesteps", "noise_scheduler"),
-    },
-    "sdxl_train_network.py": {
-        "SdxlNetworkTrainer.load_target_model": ("self", "args", "weight_dtype", "accelerator"),
-        "SdxlNetworkTrainer.call_unet": (
-            "self", "args", "accelerator", "unet", "noisy_latents", "timesteps", "text_conds", "batch", "weight_dtype",
-        ),
-    },
-}  # fmt: skip
+Contents = dict[str, bytes]
+"""What files hold, by their path in the checkout."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkout:
-    """A folder that holds sd-scripts.
+class Status:
+    """What a folder with sd-scripts holds.
 
     Attributes:
         folder: where it is.
-        version: as its README says, or "unknown".
-        state: per file, "patched", "not patched", or "patched by another version of apt-hooks".
+        version: as its README says, or "unknown". Nothing depends on it: a GUI's copy may carry another one's README.
+        state: per file, "patched", "not patched", or in words what is in the way; `patch` mends it.
     """
 
     folder: Path
@@ -108,40 +44,41 @@ class Checkout:
     @property
     def patched(self) -> bool:
         """Whether every file is patched, by this version of apt-hooks."""
-        return all(state == "patched" for state in self.state.values())
+        return all(state == PATCHED for state in self.state.values())
 
 
-def status(folder: Path) -> Checkout:
+def status(folder: Path) -> Status:
     """What is there.
 
     Raises:
-        AptError: the folder holds no sd-scripts, or one that is not supported.
+        AptError: the folder holds no sd-scripts, or one that cannot be patched.
     """
-    contents = _read(folder)
-    version = _check(folder, contents)
-    state = {}
-    for name, content in contents.items():
-        if not patching.is_patched(content):
-            state[name] = "not patched"
-        elif patching.insert(content, INSERTIONS[name], name) == content:
-            state[name] = "patched"
-        else:
-            state[name] = "patched by another version of apt-hooks"
-    return Checkout(folder, version, state)
+    contents, merged = _read(folder)
+    new = _patched(folder, {**contents, **merged})
+    states = {}
+    for name in new:
+        state = PATCHED if contents[name] == new[name] else OTHER_LINES
+        if name in merged:
+            state = CONFLICT
+        elif not patching.is_patched(contents[name]):
+            state = NOT_PATCHED
+        elif not patching.is_patched(new[name]):
+            state = LEFT_OVER
+        states[name] = state
+    return Status(folder, _version(folder), states)
 
 
 def patch(folder: Path, *, dry_run: bool = False) -> str:
     """Insert the lines; returns the diff, empty where nothing had to change.
 
-    All files are checked before the first is written. Patching twice equals patching once.
+    All files are checked before the first is written. Patching twice equals patching once. What an update of sd-scripts
+    left of earlier lines is mended.
 
     Raises:
         AptError: as `status`; nothing was changed.
     """
-    contents = _read(folder)
-    _check(folder, contents)
-    new = {name: patching.insert(content, INSERTIONS[name], name) for name, content in contents.items()}
-    return _replace(folder, contents, new, dry_run)
+    contents, merged = _read(folder)
+    return _replace(folder, contents, _patched(folder, {**contents, **merged}), dry_run)
 
 
 def unpatch(folder: Path, *, dry_run: bool = False) -> str:
@@ -152,63 +89,94 @@ def unpatch(folder: Path, *, dry_run: bool = False) -> str:
     Raises:
         AptError: the folder holds no sd-scripts.
     """
-    contents = dict(reversed(_read(folder).items()))
-    return _replace(folder, contents, {n: patching.stripped_python(c, n) for n, c in contents.items()}, dry_run)
+    contents, merged = _read(folder)
+    plain = {name: patching.stripped_python(merged.get(name, content), name) for name, content in contents.items()}
+    return _replace(folder, contents, {name: plain[name] for name in reversed(plain)}, dry_run)
 
 
-def _read(folder: Path) -> dict[str, bytes]:
+def install_hint() -> str:
+    """The command that brings apt-hooks into an environment, from where this one came from (PEP 610)."""
+    origin = importlib.metadata.distribution("apt-hooks").read_text("direct_url.json")
+    if origin is None:
+        return "pip install apt-hooks"
+    found = json.loads(origin)
+    vcs = found.get("vcs_info")
+    url = f"{vcs['vcs']}+{found['url']}@{vcs['commit_id']}" if vcs else found["url"]
+    # It becomes part of an f-string in the trainer, whose files are ASCII where we write.
+    return f"pip install {url}".translate(str.maketrans({c: f"%{ord(c):02X}" for c in "\"'{}\\"}))
+
+
+def _patched(folder: Path, contents: Mapping[str, bytes]) -> Contents:
+    """The files as they are to be: those with lines of ours now or then, in the order in which they are written."""
+    checkout = Checkout(folder, contents)
+    places = checkout.places(install_hint())
+    new = {
+        name: patching.patched_python(checkout.source(name).content, at, str(folder / name))
+        for name, at in places.items()
+    }
+    for name, content in contents.items():
+        if name not in new and patching.is_patched(content):
+            new[name] = patching.stripped_python(content, name)
+    return new
+
+
+def _read(folder: Path) -> tuple[Contents, Contents]:
+    """The files that may hold inserted lines; and those that git could not merge, without them and merged."""
     try:
-        return {name: (folder / name).read_bytes() for name in INSERTIONS}
+        contents = {name: (folder / name).read_bytes() for name in SCRIPTS}
     except OSError as error:
-        hint = ""
-        if (folder / "sd-scripts" / "train_network.py").exists():
-            hint = f"; there is one in {folder / 'sd-scripts'}"
+        found = folder / "sd-scripts"
+        place = found if (found / SCRIPTS[0]).exists() else "PATH"
         raise AptError(
-            f"{folder}: looked for kohya's sd-scripts, that is {', '.join(INSERTIONS)}; "
-            f"{Path(error.filename).name}: {error.strerror}{hint}"
+            f"{folder.resolve()}: looked for kohya's sd-scripts, that is {' and '.join(SCRIPTS)}; "
+            f"{Path(error.filename).name}: {error.strerror}; cd there, or `apt-hooks patch sd-scripts {place}`"
         ) from error
+    others = [*sorted(folder.glob("library/**/*.py")), *sorted(folder.glob("*.py"))]
+    # In the order in which they are written: a script is patched only once what it calls is there.
+    names = [path.relative_to(folder).as_posix() for path in others]
+    contents = {name: contents.get(name) or (folder / name).read_bytes() for name in names}
+    merged = {}
+    for name, content in contents.items():
+        if re.search(rb"^<{7} ", content, re.MULTILINE) and re.search(rb"^>{7} ", content, re.MULTILINE):
+            merged[name] = _merged(folder, name)
+    return contents, merged
 
 
-def _check(folder: Path, contents: dict[str, bytes]) -> str:
-    """The version, once it is known to be one that the adapter fits."""
+def _merged(folder: Path, name: str) -> bytes:
+    """A file in which git found a conflict: of two sides that differ in our lines alone from their base, the other.
+
+    `git stash pop` or `git pull --autostash` over a patched checkout leaves such files.
+
+    Raises:
+        AptError: somebody else's edits are part of the conflict.
+    """
+    stages = []
+    for stage in (1, 2, 3):  # the base, ours, theirs
+        asked = ["git", "-C", str(folder), "show", f":{stage}:./{name}"]
+        try:
+            stages.append(subprocess.run(asked, capture_output=True, check=True).stdout)
+        except (OSError, subprocess.CalledProcessError):
+            break
+    plain = [patching.strip(stage) for stage in stages]
+    if len(plain) == 3 and plain[0] in plain[1:]:
+        return plain[2] if plain[1] == plain[0] else plain[1]
+    raise AptError(
+        f"{folder / name}: git left a conflict in it (lines that begin with <<<<<<<): settle it, or take the file as "
+        f"sd-scripts has it (git -C {folder.resolve()} checkout HEAD -- {name}), then patch again. Nothing was changed"
+    )
+
+
+def _version(folder: Path) -> str:
     readme = folder / "README.md"
-    named = re.search(rb"Version (\d+)\.(\d+)\.(\d+)", readme.read_bytes()) if readme.exists() else None
-    version = tuple(int(part) for part in named.groups()) if named else None
-    text = ".".join(map(str, version)) if version else "unknown"
-    if version is not None and version < OLDEST:
-        raise AptError(
-            f"{folder}: sd-scripts {text} is not supported, only {' and '.join(TESTED)} are; update sd-scripts"
-        )
-    for name, required in REQUIRED.items():
-        found = _signatures(contents[name], name)
-        for function, parameters in required.items():
-            if function not in found:
-                raise AptError(
-                    f"{folder / name}: looked for {function}(), it is not there; sd-scripts {text} is not supported"
-                )
-            if found[function][: len(parameters)] != parameters:
-                raise AptError(
-                    f"{folder / name}: looked for {function}({', '.join(parameters)}), found "
-                    f"({', '.join(found[function])}); sd-scripts {text} is not supported"
-                )
-    return text
+    named = re.search(rb"Version (\d+\.\d+\.\d+)", readme.read_bytes()) if readme.is_file() else None
+    return named.group(1).decode() if named else "unknown"
 
 
-def _signatures(content: bytes, name: str) -> dict[str, tuple[str, ...]]:
-    try:
-        tree = ast.parse(content)
-    except (SyntaxError, ValueError) as error:
-        raise AptError(f"{name}: cannot be read as Python: {error}") from error
-    functions = [("", node) for node in tree.body if isinstance(node, ast.FunctionDef)]
-    for owner in tree.body:
-        if isinstance(owner, ast.ClassDef):
-            functions += [(f"{owner.name}.", node) for node in owner.body if isinstance(node, ast.FunctionDef)]
-    return {prefix + node.name: tuple(a.arg for a in node.args.args) for prefix, node in functions}
-
-
-def _replace(folder: Path, old: dict[str, bytes], new: dict[str, bytes], dry_run: bool) -> str:
-    changed = [name for name in old if old[name] != new[name]]
+def _replace(folder: Path, old: Contents, new: Contents, dry_run: bool) -> str:
+    changed = [name for name in new if old[name] != new[name]]
     if not dry_run:
+        for name in new:
+            remove_leftovers(folder / name)
         for i, name in enumerate(changed):
             try:
                 write_atomically(folder / name, new[name])

@@ -24,7 +24,7 @@ from apt_hooks.objective import AptObjective
 from apt_hooks.run import AptRun
 
 from ..accelerate_state import attach
-from .augment import black_latent, draw_timesteps, moved, timesteps_drawn
+from .augment import TimestepSampler, black_latent, moved
 from .conditioning import ClassCaptions, FrozenConditioning, TextEncoders
 from .lora import LoraSwitch
 
@@ -112,6 +112,8 @@ class AptTrainer:
             self._conditioning = FrozenConditioning(self._captions, lora=bool(trained), weighted=args.weighted_captions)
         self._vae = vae
         self._black = None
+        if objective.augments:
+            self._sampler = TimestepSampler(type(self))
         if space == "latent" and objective.augments:
             self._black = black_latent(vae, accelerator.device)
         attach(self.apt, accelerator)
@@ -175,7 +177,7 @@ class AptTrainer:
         with contextlib.ExitStack() as stack:
             if self.apt.objective.augments:
                 batch = self._augment(batch, current, args, noise_scheduler, accelerator.device)
-                stack.enter_context(timesteps_drawn(current.timesteps))
+                stack.enter_context(self._sampler.drawn(current.timesteps))
             self._batch = current
             try:
                 loss = process(batch)
@@ -221,6 +223,13 @@ class AptTrainer:
         current = self._batch
         if current is not None:
             _, target, timesteps, _ = result
+            drawn = timesteps if current.timesteps is None else current.timesteps
+            # The same tensor as a rule, so that no device is waited for.
+            if drawn is not timesteps and not torch.equal(drawn, timesteps.to(drawn.device)):
+                raise AptError(
+                    "the trainer adds noise at other timesteps than those drawn for the augmentation; "
+                    "set [apt] augmentation = false"
+                )
             current.step = self.apt.objective.assess(current.passes, target, timesteps, current.counted)
         return result
 
@@ -248,7 +257,7 @@ class AptTrainer:
         self, batch: dict[str, Any], current: _Batch, args: argparse.Namespace, noise_scheduler: Any, device: Any
     ) -> dict[str, Any]:
         """The batch with some images and their masks moved; timesteps are drawn first, by the trainer's sampler."""
-        current.timesteps = draw_timesteps(args, noise_scheduler, len(batch["loss_weights"]), device)
+        current.timesteps = self._sampler.draw(args, noise_scheduler, len(batch["loss_weights"]), device)
         current.placement = self.apt.objective.draw_augmentation(
             current.timesteps, current.counted, self.apt.generator()
         )
