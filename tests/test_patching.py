@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
 
 import pytest
 
 from apt_hooks.errors import AptError
-from apt_hooks.integrations.patching import MARK, Insertion, diff, insert, insert_lines, is_patched, strip
+from apt_hooks.integrations.patching import MARK, Statements, diff, insert_lines, is_patched, patched_python, strip
 
 PLAIN = b"""import os
 
@@ -19,9 +20,8 @@ if main:
     trainer = Trainer()
     trainer.train()
 """
-BEFORE = Insertion("def load(f):", ("def helper():", "    return 1"))
-AFTER = Insertion("    config = read(f)", ("    config.pop(1)",), after=True, within="def load(f):")
-INSERTIONS = (BEFORE, AFTER)
+# Before the function, and after its first statement.
+PLACES = ((2, ("def helper():", "    return 1")), (4, ("    config.pop(1)",)))
 
 CONTENTS = {
     "lf": PLAIN,
@@ -37,105 +37,72 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
-def test_strip_restores_every_byte(content: bytes) -> None:
-    patched = insert(content, INSERTIONS, "x.py")
-    assert patched != content
-    assert strip(patched) == content
-
-
-@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
-def test_inserting_twice_equals_inserting_once(content: bytes) -> None:
-    once = insert(content, INSERTIONS, "x.py")
-    assert insert(once, INSERTIONS, "x.py") == once
-
-
-def test_an_anchor_that_ends_the_file_without_a_newline_is_refused_since_no_undo_could_restore_that() -> None:
-    with pytest.raises(AptError, match=r"^x\.py: .*`last\(\)`"):
-        insert(b"first()\n    last()", [Insertion("    last()", ("    more()",), after=True)], "x.py")
-
-
-def test_lines_go_in_before_an_anchor_that_ends_the_file_without_a_newline() -> None:
-    content = b"first()\nlast()"
-    patched = insert(content, [Insertion("last()", ("more()",))], "x.py")
-    assert patched.splitlines()[-1] == b"last()"
-    assert strip(patched) == content
-
-
-def test_lines_go_before_and_after_their_anchors_in_order() -> None:
-    lines = insert(PLAIN, INSERTIONS, "x.py").decode().splitlines()
-    start = lines.index("def load(f):")
-    assert lines[start - 2 : start + 3] == [
-        f"def helper():  {MARK}",
-        f"    return 1  {MARK}",
-        "def load(f):",
-        "    config = read(f)",
-        f"    config.pop(1)  {MARK}",
-    ]
-
-
 def test_exactly_the_inserted_lines_end_with_the_mark() -> None:
-    patched = insert(PLAIN, INSERTIONS, "x.py").decode().splitlines()
+    patched = insert_lines(PLAIN, PLACES, "x.py").decode().splitlines()
     marked = [line for line in patched if line.endswith(MARK)]
-    assert len(marked) == len(BEFORE.lines) + len(AFTER.lines)
+    assert len(marked) == 3
     assert [line for line in patched if line not in marked] == PLAIN.decode().splitlines()
 
 
-@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
-def test_inserted_lines_end_as_their_anchor_does(ending: bytes) -> None:
-    patched = insert(PLAIN.replace(b"\n", ending), INSERTIONS, "x.py")
-    assert patched.count(ending) == patched.count(b"\n") == PLAIN.count(b"\n") + 3
-
-
 def test_edits_of_the_users_own_survive() -> None:
-    patched = insert(PLAIN, INSERTIONS, "x.py")
-    edited = patched.replace(b"import os", b"import os, sys").replace(
-        b"    trainer.train()\n", b"    trainer.train(1)\n"
-    )
-    wanted = PLAIN.replace(b"import os", b"import os, sys").replace(b"    trainer.train()\n", b"    trainer.train(1)\n")
+    patched = insert_lines(PLAIN, PLACES, "x.py")
+    edits = ((b"import os", b"import os, sys"), (b"    trainer.train()\n", b"    trainer.train(1)\n"))
+    edited, wanted = patched, PLAIN
+    for old, new in edits:
+        edited, wanted = edited.replace(old, new), wanted.replace(old, new)
     assert strip(edited) == wanted
 
 
-def test_lines_of_an_older_version_are_replaced() -> None:
-    older = insert(PLAIN, [Insertion("    trainer = Trainer()", ("    older()",), after=True), BEFORE], "x.py")
-    assert insert(older, INSERTIONS, "x.py") == insert(PLAIN, INSERTIONS, "x.py")
+# -- places beside statements ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("content", "insertion", "times"),
-    [
-        (PLAIN.replace(b"read(f)", b"parse(f)"), AFTER, "it is not there"),
-        (PLAIN.replace(b"    config = read(f)", b"\tconfig = read(f)"), AFTER, "it is not there"),
-        (PLAIN.replace(b"    config = read(f)", b"    config = read(f)  # edited"), AFTER, "it is not there"),
-        (PLAIN.replace(b"def load", b"def open"), BEFORE, "it is not there"),
-        (PLAIN.replace(b"def load(f):", b"def load(f):\ndef load(f):"), BEFORE, "it stands 2 times"),
-        (b"", BEFORE, "it is not there"),
-    ],
-    ids=["gone", "other indentation", "comment behind it", "renamed", "twice", "empty file"],
-)
-def test_an_anchor_that_stands_not_once_is_refused_with_file_line_and_count(
-    content: bytes, insertion: Insertion, times: str
-) -> None:
-    with pytest.raises(AptError) as error:
-        insert(content, [insertion], "library/x.py")
-    assert "library/x.py" in str(error.value) and times in str(error.value)
-    assert insertion.anchor.strip() in str(error.value)
+def statement(source: bytes, line: int) -> ast.stmt:
+    """The innermost statement that begins in this line, counted from 1."""
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt) and node.lineno == line]
+    return found[-1]
 
 
-def test_within_looks_in_its_own_block_only() -> None:
-    block = b"def one(f):\n    go()\n\n# a comment\n    stop()\n"
-    content = b"def zero():\n    go()\n" + block + b"def two():\n    go()\n"
-    insertion = Insertion("    go()", ("    more()",), after=True, within="def one(f):")
-    lines = insert(content, [insertion], "x.py").decode().splitlines()
-    assert [i for i, line in enumerate(lines) if line.endswith(MARK)] == [lines.index("def one(f):") + 2]
-    with pytest.raises(AptError, match=r"`stop\(\)`.*not there"):
-        insert(content, [Insertion("    stop()", ("    more()",), within="def two():")], "x.py")
+def test_lines_stand_before_and_after_a_statement_indented_as_it_is() -> None:
+    statements = Statements(PLAIN, "x.py")
+    places = [statements.before(statement(PLAIN, 8), "a()", "    b()"), statements.after(statement(PLAIN, 8), "c()")]
+    lines = insert_lines(PLAIN, places, "x.py").decode().splitlines()
+    assert lines[7:11] == [f"    a()  {MARK}", f"        b()  {MARK}", "    trainer = Trainer()", f"    c()  {MARK}"]
 
 
-def test_an_anchor_only_before_the_line_it_has_to_follow_is_refused() -> None:
-    insertion = Insertion("import os", ("import sys",), within="def load(f):")
-    with pytest.raises(AptError, match=r"`import os`.*not there"):
-        insert(PLAIN, [insertion], "x.py")
+def test_tabs_stay_tabs() -> None:
+    source = b"if x:\n\tgo()\n"
+    assert Statements(source, "x.py").before(statement(source, 2), "a()") == (1, ("\ta()",))
+
+
+def test_after_a_statement_of_several_lines_is_behind_its_last() -> None:
+    source = b"go(\n    1,\n)\nstop()\n"
+    assert Statements(source, "x.py").after(statement(source, 1), "a()") == (3, ("a()",))
+
+
+def test_comments_and_decorators_above_stay_with_their_statement() -> None:
+    source = b"x = 1  # no comment of its own line\n# one\n# two\n@cache\n@other\ndef f():\n    pass\n"
+    assert Statements(source, "x.py").before(statement(source, 6), "a()") == (1, ("a()",))
+
+
+@pytest.mark.parametrize("source", [b"a(); b()\n", b"if x: a()\n", b"a(); \\\nb()\n"])
+def test_a_statement_that_shares_its_line_is_refused_with_the_line(source: bytes) -> None:
+    first = ast.parse(source).body[0]
+    anchor = first.body[0] if isinstance(first, ast.If) else first
+    with pytest.raises(AptError, match=r"^x\.py: looked for one statement in line 1, found .*a\(\)"):
+        Statements(source, "x.py").after(anchor, "c()")
+
+
+@pytest.mark.parametrize("name", ["lf", "crlf", "bom", "japanese in utf-8", "no final newline"])
+def test_a_patched_file_is_python_and_its_lines_are_of_its_encoding(name: str) -> None:
+    content = CONTENTS[name]
+    new = patched_python(content, PLACES, "x.py")
+    ast.parse(new)
+    assert strip(new) == content and strip(patched_python(strip(new), PLACES, "x.py")) == content
+
+
+def test_lines_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(AptError, match=r"^x\.py: the inserted lines do not fit .*Nothing was changed"):
+        patched_python(PLAIN, [(4, ("        deeper()",))], "x.py")
 
 
 @pytest.mark.parametrize("content", [b"", b"x = 1\n", PLAIN, CONTENTS["crlf"]])
@@ -152,12 +119,12 @@ def test_a_mark_elsewhere_in_a_line_is_no_mark() -> None:
 
 @pytest.mark.parametrize("name", ["lf", "crlf", "no final newline", "japanese in shift-jis"])
 def test_is_patched_sees_the_marks(name: str) -> None:
-    assert is_patched(insert(CONTENTS[name], INSERTIONS, "x.py"))
+    assert is_patched(insert_lines(CONTENTS[name], PLACES, "x.py"))
 
 
 def test_diff_shows_the_inserted_lines_and_reads_any_bytes() -> None:
     before = CONTENTS["japanese in shift-jis"]
-    text = diff(before, insert(before, INSERTIONS, "x.py"), "x.py")
+    text = diff(before, insert_lines(before, PLACES, "x.py"), "x.py")
     added = [line for line in text.splitlines() if line.startswith("+") and not line.startswith("+++")]
     assert added == [f"+def helper():  {MARK}", f"+    return 1  {MARK}", f"+    config.pop(1)  {MARK}"]
     assert "a/x.py" in text and "b/x.py" in text
@@ -222,7 +189,7 @@ def test_lines_go_into_an_empty_file() -> None:
 
 
 def test_no_insertions_leave_an_empty_file_as_it_is() -> None:
-    assert insert(b"", [], "x.py") == b""
+    assert insert_lines(b"", [], "x.py") == b""
 
 
 def test_a_last_line_in_another_encoding_is_refused_as_any_other_without_a_newline() -> None:

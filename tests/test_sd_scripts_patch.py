@@ -12,22 +12,29 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from sd_scripts_standin import PATCHED_FILES, write_checkout, write_job
+from sd_scripts_standin import LAYOUTS, PATCHED_FILES, write_checkout, write_job
 from typer.testing import CliRunner
 
 from apt_hooks.cli import app
 from apt_hooks.errors import AptError
 from apt_hooks.integrations.patching import MARK
 from apt_hooks.integrations.sd_scripts import patch as sd_scripts
+from apt_hooks.integrations.sd_scripts.checkout import METHODS, SCRIPTS, SUPPORTED
 
 Tree = dict[str, tuple[bytes, int]]
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    return write_checkout(tmp_path / "sd-scripts")
+@pytest.fixture(params=LAYOUTS)
+def checkout(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A checkout in the layout that its name says."""
+    return write_checkout(tmp_path / request.param, layout=request.param)
+
+
+either_newline = pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
+either_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def tree(folder: Path) -> Tree:
@@ -45,13 +52,14 @@ def edit(path: Path, old: str, new: str) -> None:
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
-def test_unpatching_restores_the_whole_tree(tmp_path: Path, newline: str) -> None:
-    folder = write_checkout(tmp_path, newline=newline)
+@either_newline
+@either_layout
+def test_unpatching_restores_the_whole_tree(tmp_path: Path, newline: str, layout: str) -> None:
+    folder = write_checkout(tmp_path, newline=newline, layout=layout)
     before = tree(folder)
     assert sd_scripts.patch(folder)
     changed = {name for name, found in tree(folder).items() if found != before.get(name)}
-    assert changed == set(PATCHED_FILES)
+    assert changed == set(PATCHED_FILES[layout])
     assert sd_scripts.unpatch(folder)
     assert tree(folder) == before
 
@@ -73,26 +81,28 @@ def test_dry_runs_change_nothing_and_show_every_line(checkout: Path) -> None:
     before = tree(checkout)
     shown = sd_scripts.patch(checkout, dry_run=True)
     assert tree(checkout) == before
-    inserted = [line for insertions in sd_scripts.INSERTIONS.values() for i in insertions for line in i.lines]
-    assert inserted and all(f"+{line}  {MARK}" in shown.splitlines() for line in inserted)
     assert sd_scripts.patch(checkout) == shown
     patched = tree(checkout)
+    new = [line for name in PATCHED_FILES[checkout.name] for line in patched[name][0].decode().splitlines()]
+    inserted = [line for line in new if line.endswith(MARK)]
+    assert len(inserted) == 16
+    assert [line[1:] for line in shown.splitlines() if line[0] == "+" and line[:3] != "+++"] == inserted
     taken_out = sd_scripts.unpatch(checkout, dry_run=True).splitlines()
     assert tree(checkout) == patched
-    assert all(f"-{line}  {MARK}" in taken_out for line in inserted)
+    assert sorted(line[1:] for line in taken_out if line[0] == "-" and line[:3] != "---") == sorted(inserted)
 
 
 def test_every_line_of_a_file_with_crlf_ends_with_crlf(tmp_path: Path) -> None:
     folder = write_checkout(tmp_path, newline="\r\n")
     sd_scripts.patch(folder)
-    for name in PATCHED_FILES:
+    for name in PATCHED_FILES["0.10"]:
         content = (folder / name).read_bytes()
         assert MARK.encode() in content
         assert content.count(b"\r\n") == content.count(b"\n")
 
 
 def test_file_modes_are_kept(checkout: Path) -> None:
-    for name, mode in zip(PATCHED_FILES, (0o755, 0o640, 0o600), strict=True):
+    for name, mode in zip(PATCHED_FILES[checkout.name], (0o755, 0o640, 0o600), strict=True):
         (checkout / name).chmod(mode)
     before = tree(checkout)
     sd_scripts.patch(checkout)
@@ -101,11 +111,12 @@ def test_file_modes_are_kept(checkout: Path) -> None:
     assert tree(checkout) == before
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
-def test_patched_files_are_valid_python(tmp_path: Path, newline: str) -> None:
-    folder = write_checkout(tmp_path, newline=newline)
+@either_newline
+@either_layout
+def test_patched_files_are_valid_python(tmp_path: Path, newline: str, layout: str) -> None:
+    folder = write_checkout(tmp_path, newline=newline, layout=layout)
     sd_scripts.patch(folder)
-    for name in PATCHED_FILES:
+    for name in PATCHED_FILES[layout]:
         ast.parse((folder / name).read_bytes())
 
 
@@ -113,7 +124,7 @@ def test_the_users_own_edits_survive_patching_and_unpatching(checkout: Path) -> 
     sd_scripts.patch(checkout)
     edit(checkout / "train_network.py", "running training", "running my training")
     sd_scripts.unpatch(checkout)
-    wanted = write_checkout(checkout.parent / "edited")
+    wanted = write_checkout(checkout.parent / "edited", layout=checkout.name)
     edit(wanted / "train_network.py", "running training", "running my training")
     assert tree(checkout) == tree(wanted)
 
@@ -124,11 +135,11 @@ def test_the_users_own_edits_survive_patching_and_unpatching(checkout: Path) -> 
 def test_status_names_version_and_state_of_each_file(checkout: Path) -> None:
     found = sd_scripts.status(checkout)
     assert (found.version, found.patched) == ("0.10.1", False)
-    assert found.state == dict.fromkeys(PATCHED_FILES, "not patched")
+    assert found.state == dict.fromkeys(PATCHED_FILES[checkout.name], "not patched")
     sd_scripts.patch(checkout)
     found = sd_scripts.status(checkout)
     assert found.patched
-    assert found.state == dict.fromkeys(PATCHED_FILES, "patched")
+    assert found.state == dict.fromkeys(PATCHED_FILES[checkout.name], "patched")
 
 
 def test_lines_of_another_version_are_told_and_replaced_and_taken_out(checkout: Path) -> None:
@@ -154,19 +165,21 @@ def test_a_checkout_without_a_readme_is_patched_and_its_version_called_unknown(c
 
 
 @pytest.mark.parametrize("act", [sd_scripts.patch, sd_scripts.unpatch, sd_scripts.status])
-def test_a_folder_without_sd_scripts_is_refused_with_what_was_looked_for(
-    tmp_path: Path, act: Callable[[Path], object]
+def test_a_folder_without_sd_scripts_is_refused_with_its_whole_path_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], object]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(AptError) as error:
-        act(tmp_path)
-    assert all(name in str(error.value) for name in (str(tmp_path), *PATCHED_FILES))
+        act(Path())
+    assert str(error.value).startswith(f"{tmp_path}: looked for kohya's sd-scripts, that is train_network.py and ")
     assert "No such file" in str(error.value)
-    assert "there is one in" not in str(error.value)
+    assert str(error.value).endswith("cd there, or `apt-hooks patch sd-scripts PATH`")
 
 
-def test_a_folder_above_sd_scripts_is_refused_with_a_hint(checkout: Path) -> None:
-    with pytest.raises(AptError, match=re.escape(f"there is one in {checkout}")):
-        sd_scripts.patch(checkout.parent)
+def test_a_folder_above_sd_scripts_is_refused_with_where_it_is(tmp_path: Path) -> None:
+    folder = write_checkout(tmp_path / "sd-scripts")
+    with pytest.raises(AptError, match=re.escape(f"cd there, or `apt-hooks patch sd-scripts {folder}`")):
+        sd_scripts.patch(tmp_path)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -182,30 +195,45 @@ def refused(checkout: Path, *said: str) -> None:
     assert tree(checkout) == before
 
 
-def test_an_older_version_is_refused(checkout: Path) -> None:
-    (checkout / "README.md").write_text("## Version 0.9.1\n")
-    refused(checkout, "sd-scripts 0.9.1 is not supported", *sd_scripts.TESTED)
+@pytest.mark.parametrize("version", ["0.9.1", "0.10.0", "0.12.0", "1.0.0"])
+def test_a_readme_decides_nothing(checkout: Path, version: str) -> None:
+    """GUIs carry copies of newer code under an older README."""
+    (checkout / "README.md").write_text(f"## Version {version}\n")
+    assert sd_scripts.patch(checkout)
+    found = sd_scripts.status(checkout)
+    assert found.patched and found.version == version
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_missing_method_is_refused_with_what_can_be_patched(checkout: Path, method: str) -> None:
+    for name in SCRIPTS:
+        text = (checkout / name).read_text(encoding="utf-8")
+        (checkout / name).write_text(text.replace(f"def {method}(", f"def {method}_of_a_later_version("), "utf-8")
+    refused(checkout, "train_network.py: looked for NetworkTrainer.", f".{method}()", "it is not there", SUPPORTED)
 
 
 @pytest.mark.parametrize(
-    ("name", "function"), [(name, function) for name, found in sd_scripts.REQUIRED.items() for function in found]
+    ("name", "file"),
+    [
+        ("get_timesteps", "loss"),
+        ("get_noise_noisy_latents_and_timesteps", "loss"),
+        ("read_config_from_file", "args"),
+    ],
 )
-def test_a_missing_function_is_refused(checkout: Path, name: str, function: str) -> None:
-    method = function.rsplit(".", 1)[-1]
-    edit(checkout / name, f"def {method}(", f"def {method}_of_a_later_version(")
-    refused(checkout, name, f"looked for {function}(), it is not there", "0.10.1")
+def test_a_missing_function_is_refused_with_the_file_where_it_was_looked_for(
+    checkout: Path, name: str, file: str
+) -> None:
+    home = "library/train_util.py" if checkout.name == "0.10" else f"library/{file}.py"
+    edit(checkout / home, f"def {name}(", f"def {name}_of_a_later_version(")
+    refused(checkout, f"{checkout / home}: looked for {name}()", "it is not there")
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new", "said"),
     [
-        (
-            "library/train_util.py",
-            "b_size: int,",
-            "batch_size: int,",
-            "looked for get_timesteps(min_timestep, max_timestep, b_size, device), "
-            "found (min_timestep, max_timestep, batch_size, device)",
-        ),
+        ("loss", "b_size: int,", "batch_size: int,",
+         "looked for get_timesteps(min_timestep, max_timestep, b_size, device), "
+         "found (min_timestep, max_timestep, batch_size, device)"),
         ("train_network.py", "def shift_scale_latents(self, args, latents)", "def shift_scale_latents(self, latents)",
          "looked for NetworkTrainer.shift_scale_latents(self, args, latents), found (self, latents)"),
         ("train_network.py", "is_train=True, train_text_encoder=True, train_unet=True,\n    ):",
@@ -214,36 +242,161 @@ def test_a_missing_function_is_refused(checkout: Path, name: str, function: str)
         ("sdxl_train_network.py", "noisy_latents, timesteps, text_conds, batch, weight_dtype, indices",
          "timesteps, noisy_latents, text_conds, batch, weight_dtype, indices",
          "looked for SdxlNetworkTrainer.call_unet("),
+        ("train_network.py", "get_noise_noisy_latents_and_timesteps(args", "own_noise(args",
+         "looked for a call of get_noise_noisy_latents_and_timesteps() in get_noise_pred_and_target(), found none"),
+        ("loss", "timesteps = get_timesteps(low", "timesteps = samplers.get_timesteps(low",
+         "looked for get_timesteps(...) by its own name in get_noise_noisy_latents_and_timesteps()"),
+        ("args", "= toml.load(f)", "= read(f)", "looked for one `... = toml.load(...)` in read_config_from_file()"),
+        ("train_network.py", "    trainer = NetworkTrainer()", "    trainer = make()", "looked for make.train()"),
+        ("train_network.py", "    trainer.train(args)", "    run(trainer, args)", "`trainer.train(args)`"),
+        ("sdxl_train_network.py", 'if __name__ == "__main__":', 'if __name__ == "__main__":\n    pass\n'
+         'if __name__ == "__main__":', "found 2 of them"),
+        ("sdxl_train_network.py", "def setup_parser()", "def setup_parser(", "cannot be read as Python: line "),
+        ("sdxl_train_network.py", "    trainer.train(args)", "    pass; trainer.train(args)", "on a line of its own"),
     ],
-    ids=["renamed", "left out", "moved", "swapped in sdxl"],
+    ids=["renamed", "left out", "moved", "swapped in sdxl", "other noise", "sampler of a module", "other parser",
+         "not a class", "not trained", "two mains", "no python", "two statements"],
 )  # fmt: skip
-def test_changed_parameters_are_refused_with_what_was_found(
+def test_what_has_not_the_structure_is_refused_with_what_was_found(
     checkout: Path, name: str, old: str, new: str, said: str
 ) -> None:
+    if not name.endswith(".py"):
+        name = "library/train_util.py" if checkout.name == "0.10" else f"library/{name}.py"
     edit(checkout / name, old, new)
     refused(checkout, name, said)
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "said"),
+    ("old", "new"),
     [
-        ("library/train_util.py", "        config_dict = toml.load(f)", "        config_dict = toml.load( f)",
-         "it is not there"),
-        ("train_network.py", "    trainer = NetworkTrainer()", "    trainer = NetworkTrainer( )", "it is not there"),
-        ("sdxl_train_network.py", 'if __name__ == "__main__":', 'if __name__ == "__main__":\n    pass\n'
-         'if __name__ == "__main__":', "it stands 2 times"),
+        (
+            "trainer = NetworkTrainer()\n    trainer.train(args)",
+            "t = NetworkTrainer()\n    print(1)\n    t.train(args)",
+        ),
+        ("    args = parser.parse_args()", "    # as given\n    args = parser.parse_args()  # all of them"),
+        ("class NetworkTrainer:", "class NetworkTrainer(object):"),
     ],
-)  # fmt: skip
-def test_a_file_without_the_line_to_patch_at_is_refused_before_any_is_written(
-    checkout: Path, name: str, old: str, new: str, said: str
+    ids=["other names", "comments", "a base that is not the checkout's"],
+)
+def test_what_has_the_structure_is_patched_whatever_its_names(checkout: Path, old: str, new: str) -> None:
+    edit(checkout / "train_network.py", old, new)
+    sd_scripts.patch(checkout)
+    assert sd_scripts.status(checkout).patched
+
+
+def test_functions_are_followed_through_imports_by_other_names(tmp_path: Path) -> None:
+    """Another split of the library than any release's."""
+    folder = write_checkout(tmp_path, layout="0.11")
+    (folder / "library/configs").mkdir()
+    (folder / "library/configs/__init__.py").write_text("from .reading import read_config_from_file\n")
+    (folder / "library/args.py").rename(folder / "library/configs/reading.py")
+    (folder / "library/args.py").write_text(
+        "from library.configs import read_config_from_file as read_config_from_file\n"
+    )
+    edit(
+        folder / "sdxl_train_network.py",
+        "import library.args as args_util,",
+        "from library import args as args_util\nimport",
+    )
+    sd_scripts.patch(folder)
+    assert set(sd_scripts.status(folder).state) == {"library/configs/reading.py", *SCRIPTS}
+    assert "    from library.configs.reading import apt_hooks_adapter" in (folder / "train_network.py").read_text(
+        "utf-8"
+    )
+
+
+# -- after an update ---------------------------------------------------------------------------------------------------
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "init.defaultBranch=main"]
+    return subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def cloned(tmp_path: Path) -> Path:
+    """A patched clone in the layout of 0.10, whose origin has gone on to that of 0.11."""
+    origin = write_checkout(tmp_path / "origin")
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "0.10"]):
+        git(origin, *arguments)
+    git(tmp_path, "clone", "-q", str(origin), "clone")
+    sd_scripts.patch(tmp_path / "clone")
+    write_checkout(origin, layout="0.11")
+    git(origin, "add", "-A")
+    git(origin, "commit", "-qm", "0.11")
+    return tmp_path / "clone"
+
+
+def test_after_stash_pull_and_pop_status_tells_the_conflict_and_patch_mends_it(cloned: Path) -> None:
+    git(cloned, "stash")
+    git(cloned, "pull", "-q")
+    subprocess.run(["git", "stash", "pop"], cwd=cloned, capture_output=True)
+    assert "<<<<<<<" in (cloned / "library/train_util.py").read_text("utf-8")
+    assert sd_scripts.status(cloned).state == {
+        "library/args.py": "not patched",
+        "library/train_util.py": sd_scripts.CONFLICT,
+        **dict.fromkeys(SCRIPTS, sd_scripts.OTHER_LINES),
+    }
+    sd_scripts.patch(cloned)
+    assert sd_scripts.status(cloned).patched
+    sd_scripts.unpatch(cloned)
+    wanted = tree(write_checkout(cloned.parent / "wanted", layout="0.11"))
+    assert {name: tree(cloned)[name] for name in wanted} == wanted
+
+
+def test_a_conflict_with_the_users_own_edits_is_left_to_them(cloned: Path) -> None:
+    edit(cloned / "library/train_util.py", "    flat = {}", "    flat = {'mine': 1}")
+    git(cloned, "stash")
+    git(cloned, "pull", "-q")
+    subprocess.run(["git", "stash", "pop"], cwd=cloned, capture_output=True)
+    refused(
+        cloned, f"{cloned / 'library/train_util.py'}: git left a conflict", "checkout HEAD -- library/train_util.py"
+    )
+
+
+def test_lines_left_where_a_function_was_before_the_update_are_told_and_taken_out(tmp_path: Path) -> None:
+    folder = write_checkout(tmp_path)
+    sd_scripts.patch(folder)
+    left = (folder / "library/train_util.py").read_bytes()
+    write_checkout(folder, layout="0.11")
+    edited = (folder / "library/train_util.py").read_bytes()
+    marked = b"".join(line for line in left.splitlines(keepends=True) if line.rstrip().endswith(MARK.encode()))
+    (folder / "library/train_util.py").write_bytes(edited + b"\n\n" + marked.split(b"    return adapter")[0] + b"")
+    found = sd_scripts.status(folder)
+    assert found.state["library/train_util.py"] == sd_scripts.LEFT_OVER and not found.patched
+    sd_scripts.patch(folder)
+    assert sd_scripts.status(folder).patched
+    assert (folder / "library/train_util.py").read_bytes() == edited + b"\n\n"
+
+
+def test_lines_that_name_another_place_to_install_from_are_brought_up_to_date(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edit(checkout / name, old, new)
-    refused(checkout, name, said)
+    sd_scripts.patch(checkout)
+    monkeypatch.setattr(sd_scripts, "install_hint", lambda: "pip install file:///elsewhere")
+    assert not sd_scripts.status(checkout).patched
+    assert "file:///elsewhere" in sd_scripts.patch(checkout)
+    assert sd_scripts.status(checkout).patched
 
 
-def test_a_file_that_is_no_python_is_refused(checkout: Path) -> None:
-    edit(checkout / "sdxl_train_network.py", "def setup_parser()", "def setup_parser(")
-    refused(checkout, "sdxl_train_network.py", "cannot be read as Python")
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "pip install apt-hooks"),
+        ({"url": "file:///a%20b/apt-hooks", "dir_info": {}}, "pip install file:///a%20b/apt-hooks"),
+        ({"url": "https://x/y.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}, "pip install git+https://x/y.git@abc"),
+        ({"url": 'file:///{"}\\', "dir_info": {}}, "pip install file:///%7B%22%7D%5C"),
+    ],
+    ids=["index", "folder", "git", "signs that would end the line"],
+)  # fmt: skip
+def test_what_the_trainer_says_without_apt_hooks_is_where_it_came_from(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, origin: object, command: str
+) -> None:
+    text = None if origin is None else json.dumps(origin)
+    found = SimpleNamespace(read_text={"direct_url.json": text}.__getitem__)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: found)
+    assert sd_scripts.install_hint() == command
+    assert f"not found here ({{e}}): {command}" in sd_scripts.patch(checkout)
 
 
 # -- a crash between files ---------------------------------------------------------------------------------------------
@@ -274,11 +427,12 @@ def test_a_crash_between_files_leaves_each_old_or_new_and_status_tells_which(
     left = tree(checkout)
     assert left.keys() == trees[0].keys()
     old, new = (["patched", "not patched"], ["not patched", "patched"])[not undo]
-    states = {name: "patched" if left[name] == trees[1][name] else "not patched" for name in PATCHED_FILES}
+    files = PATCHED_FILES[checkout.name]
+    states = {name: "patched" if left[name] == trees[1][name] else "not patched" for name in files}
     assert all(left[name] in (trees[0][name], trees[1][name]) for name in left)
     assert sorted(states.values()) == sorted([old, old, new])
-    # The scripts call what is in train_util: it is patched first and unpatched last.
-    assert states["library/train_util.py"] == "patched"
+    # The scripts call what is in the library: it is patched first and unpatched last.
+    assert states[files[0]] == "patched"
     result = CliRunner().invoke(app, ["status", "sd-scripts", str(checkout)])
     assert result.exit_code == 1
     assert all(f"{name}: {state}\n" in result.output for name, state in states.items())
@@ -303,6 +457,18 @@ def test_a_file_that_cannot_be_written_leaves_all_as_they_were(
     with pytest.raises(AptError, match=r"/train_network\.py: cannot be written: .*; nothing was changed"):
         (sd_scripts.unpatch if undo else sd_scripts.patch)(checkout)
     assert tree(checkout) == before
+
+
+@pytest.mark.parametrize("undo", [False, True], ids=["patch", "unpatch"])
+def test_what_a_killed_run_left_is_taken_away(checkout: Path, undo: bool) -> None:
+    name = PATCHED_FILES[checkout.name][0]
+    left = checkout / name
+    left = left.with_name(f".{left.name}.k2j_a9x0.tmp")
+    left.write_text("half a file")
+    own = checkout / ".notes.tmp"
+    own.write_text("the user's")
+    (sd_scripts.unpatch if undo else sd_scripts.patch)(checkout)
+    assert not left.exists() and own.exists()
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
@@ -392,7 +558,7 @@ def test_without_a_section_the_patched_trainer_writes_what_the_unpatched_one_doe
 def test_a_section_without_apt_hooks_installed_ends_with_the_line_that_installs_it(workshop: Workshop) -> None:
     result = workshop.ended("refused")
     assert result.returncode == 1
-    assert result.stderr.strip().endswith("pip install apt-hooks")
+    assert result.stderr.strip().endswith(f": {sd_scripts.install_hint()}")
     assert len(result.stderr.strip().splitlines()) == 1
 
 

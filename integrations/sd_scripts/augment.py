@@ -19,8 +19,8 @@ from .checkout import NOISING, SAMPLER
 class TimestepSampler:
     """The trainer's own sampler of timesteps, called beforehand, and its answer given again when the trainer asks.
 
-    It is taken and replaced where the trainer looks it up: in the globals of the function that makes noisy latents, which
-    is found from the trainer's method. Another module may re-export both, and replacing it there would do nothing.
+    It is taken and replaced where the trainer looks it up: in the globals of the function that makes noisy latents,
+    which is found from the trainer's method. Another module may re-export both; replaced there, it would do nothing.
 
     Args:
         trainer: its class, whose `get_noise_pred_and_target`, or that of a class below, makes noisy latents.
@@ -36,8 +36,8 @@ class TimestepSampler:
         self._globals: dict[str, Any] = found[0].__globals__ if found else {}
         if SAMPLER not in self._globals:
             raise AptError(
-                f"{trainer.__name__}.{method}: looked for a call of {NOISING}(), which calls {SAMPLER}(), to augment by "
-                "timestep; it is not there. Set [apt] augmentation = false"
+                f"{trainer.__name__}.{method}: looked for a call of {NOISING}(), which calls {SAMPLER}(), to augment "
+                "by timestep; it is not there. Set [apt] augmentation = false"
             )
 
     def draw(self, args: Any, noise_scheduler: Any, batch_size: int, device: Any) -> Tensor:
@@ -72,7 +72,7 @@ def moved(batch: dict[str, Any], placement: Placement, *, images: bool) -> dict[
     result = dict(batch)
     if images:
         result["images"] = placement.apply(batch["images"], -1.0)
-    # What a zoom-out uncovers belongs to no subject: 0 in a mask, which a mask image stores as -1. Nor is it painted in.
+    # What a zoom-out uncovers belongs to no subject and is not painted in: 0 in a mask, which an image stores as -1.
     for name, nothing in (("alpha_masks", 0.0), ("conditioning_images", -1.0), ("masks", 0.0)):
         if batch.get(name) is not None:
             result[name] = placement.apply(batch[name], nothing)

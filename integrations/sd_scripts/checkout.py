@@ -102,7 +102,9 @@ class Source:
                 for alias in node.names:
                     found[alias.asname or alias.name] = (alias.name, None)
             elif isinstance(node, ast.ImportFrom):
-                package = self.module.split(".")[: -node.level] if node.level else []
+                # A package's own file counts as a module in it.
+                inside = self.name.removesuffix(".py").split("/")
+                package = inside[: -node.level] if node.level else []
                 module = ".".join([*package, *([node.module] if node.module else [])])
                 for alias in node.names:
                     found[alias.asname or alias.name] = (module, alias.name)

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import re
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 from apt_hooks.errors import AptError
@@ -54,7 +53,7 @@ def status(folder: Path) -> Status:
         AptError: the folder holds no sd-scripts, or one that cannot be patched.
     """
     contents, merged = _read(folder)
-    new = _patched(folder, {**contents, **merged})
+    new = _patched(folder, contents, merged)
     states = {}
     for name in new:
         state = PATCHED if contents[name] == new[name] else OTHER_LINES
@@ -78,7 +77,7 @@ def patch(folder: Path, *, dry_run: bool = False) -> str:
         AptError: as `status`; nothing was changed.
     """
     contents, merged = _read(folder)
-    return _replace(folder, contents, _patched(folder, {**contents, **merged}), dry_run)
+    return _replace(folder, contents, _patched(folder, contents, merged), dry_run)
 
 
 def unpatch(folder: Path, *, dry_run: bool = False) -> str:
@@ -106,17 +105,17 @@ def install_hint() -> str:
     return f"pip install {url}".translate(str.maketrans({c: f"%{ord(c):02X}" for c in "\"'{}\\"}))
 
 
-def _patched(folder: Path, contents: Mapping[str, bytes]) -> Contents:
+def _patched(folder: Path, contents: Contents, merged: Contents) -> Contents:
     """The files as they are to be: those with lines of ours now or then, in the order in which they are written."""
-    checkout = Checkout(folder, contents)
+    checkout = Checkout(folder, {**contents, **merged})
     places = checkout.places(install_hint())
     new = {
         name: patching.patched_python(checkout.source(name).content, at, str(folder / name))
         for name, at in places.items()
     }
     for name, content in contents.items():
-        if name not in new and patching.is_patched(content):
-            new[name] = patching.stripped_python(content, name)
+        if name not in new and (name in merged or patching.is_patched(content)):
+            new[name] = patching.stripped_python(merged.get(name, content), name)
     return new
 
 
