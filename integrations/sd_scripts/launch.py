@@ -19,7 +19,7 @@ from .. import patching
 from .checkout import SCRIPTS, Checkout
 from .patch import install_hint
 
-_WITHOUT_APT = ("apt_hooks_adapter().without_section({args})",)
+_WITHOUT_APT = ("from {reader} import apt_hooks_adapter", "apt_hooks_adapter().without_section({args})")
 
 
 def launch(script: Path, arguments: Sequence[str]) -> None:
