@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import importlib.abc
 import importlib.machinery
-import importlib.util
-import linecache
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -63,10 +62,17 @@ def loaded_sources(folder: Path) -> dict[Path, bytes]:
 
 
 def _compiled(content: bytes, path: Path) -> types.CodeType:
-    # Tracebacks show a file's lines by number: those that are run rather than those on the disk.
-    text = importlib.util.decode_source(content)
-    linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
-    code: types.CodeType = compile(content, str(path), "exec", dont_inherit=True)
+    """The code of a file, with the line numbers of what is on the disk, which tracebacks show."""
+    numbers, plain = [0], 0
+    for line in content.splitlines():
+        plain += not patching.is_patched(line)
+        numbers.append(max(plain, 1))
+    tree = ast.parse(content, str(path))
+    for node in ast.walk(tree):
+        if "lineno" in node._attributes:
+            positioned: Any = node
+            positioned.lineno, positioned.end_lineno = numbers[positioned.lineno], numbers[positioned.end_lineno]
+    code: types.CodeType = compile(tree, str(path), "exec", dont_inherit=True)
     return code
 
 
@@ -96,6 +102,3 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> types.CodeType:
         # Neither from a cache of the plain file nor into one.
         return _compiled(self._content, Path(self.path))
-
-    def get_data(self, path: Any) -> bytes:
-        return self._content if str(path) == self.path else super().get_data(path)
