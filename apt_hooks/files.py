@@ -43,7 +43,7 @@ def remove_leftovers(path: Path) -> None:
     """Remove what a killed `write_atomically` of this file left beside it."""
     path = path.resolve()
     ours = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.tmp")
-    for left in [found for found in path.parent.iterdir() if ours.fullmatch(found.name)]:
+    for left in [found for found in path.parent.glob(".*.tmp") if ours.fullmatch(found.name)]:
         left.unlink(missing_ok=True)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.metadata
 import io
+import json
 import tokenize
 from collections.abc import Iterable, Sequence
 
@@ -131,6 +133,18 @@ def diff(before: bytes, after: bytes, name: str) -> str:
     """A unified diff to read; bytes that are no UTF-8 are shown as question marks."""
     old, new = (content.decode("utf-8", "replace").splitlines() for content in (before, after))
     return "\n".join(difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", lineterm=""))
+
+
+def install_hint() -> str:
+    """The command that brings apt-hooks into an environment, from where this one came from (PEP 610)."""
+    origin = importlib.metadata.distribution("apt-hooks").read_text("direct_url.json")
+    if origin is None:
+        return "pip install apt-hooks"
+    found = json.loads(origin)
+    vcs = found.get("vcs_info")
+    url = f"{vcs['vcs']}+{found['url']}@{vcs['commit_id']}" if vcs else found["url"]
+    # It becomes part of an f-string in the trainer's file.
+    return f"pip install {url}".translate(str.maketrans({c: f"%{ord(c):02X}" for c in "\"'{}\\"}))
 
 
 def _is_python(content: bytes) -> bool:

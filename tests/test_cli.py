@@ -19,7 +19,6 @@ from apt_hooks import AptConfig
 from apt_hooks.cli import app, main
 from apt_hooks.config import preset_names, preset_text, tomllib
 from apt_hooks.integrations.patching import MARK
-from apt_hooks.integrations.sd_scripts.patch import INSERTIONS
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -92,8 +91,7 @@ def test_the_folder_is_the_current_one_where_none_is_given(tmp_path: Path, monke
 def test_a_dry_run_prints_the_diff_and_changes_nothing(tmp_path: Path) -> None:
     folder = write_checkout(tmp_path)
     shown = run("patch", "sd-scripts", folder, "--dry-run")
-    lines = [line for insertions in INSERTIONS.values() for i in insertions for line in i.lines]
-    assert shown.count(MARK) == len(lines) and all(f"+++ b/{name}" in shown for name in PATCHED_FILES)
+    assert shown.count(MARK) == 16 and all(f"+++ b/{name}" in shown for name in PATCHED_FILES["0.10"])
     assert run("patch", "sd-scripts", folder) == f"{folder}: patched\n"
     assert run("patch", "sd-scripts", folder, "--dry-run") == f"{folder}: already patched\n"
     assert "-    parser.add_argument" in run("unpatch", "sd-scripts", folder, "--dry-run")
@@ -103,7 +101,20 @@ def test_a_dry_run_prints_the_diff_and_changes_nothing(tmp_path: Path) -> None:
 def test_a_version_that_was_not_tried_is_told(tmp_path: Path) -> None:
     folder = write_checkout(tmp_path)
     (folder / "README.md").write_text("Version 0.12.0\n")
-    assert "sd-scripts 0.12.0 (tested: 0.10.0, 0.10.1) in" in run("status", "sd-scripts", folder, code=1)
+    assert "sd-scripts, by its README 0.12.0 (tested: 0.10.0, 0.10.1, 0.10.4, " in run(
+        "status", "sd-scripts", folder, code=1
+    )
+    note = "note: sd-scripts, by its README 0.12.0 (tested: "
+    said = run("patch", "sd-scripts", folder)
+    assert note in said and "has the structure of the tested ones" in said
+
+
+def test_status_tells_how_to_mend_what_is_not_patched(tmp_path: Path) -> None:
+    folder = write_checkout(tmp_path)
+    said = f"`apt-hooks patch sd-scripts {folder}` inserts the lines, and mends what an update left\n"
+    assert run("status", "sd-scripts", folder, code=1).endswith(said)
+    run("patch", "sd-scripts", folder)
+    assert said not in run("status", "sd-scripts", folder)
 
 
 # -- patch, unpatch, status of a script of diffusers -------------------------------------------------------------------

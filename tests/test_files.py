@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from apt_hooks import AptError
-from apt_hooks.files import write_atomically
+from apt_hooks.files import remove_leftovers, write_atomically
 
 
 def content_of(folder):
@@ -63,3 +63,16 @@ def test_a_folder_that_is_missing_is_named(tmp_path):
     with pytest.raises(AptError) as caught:
         write_atomically(tmp_path / "missing" / "state.json", b"new")
     assert str(caught.value).startswith(f"{tmp_path / 'missing'}: cannot be written to")
+
+
+def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("x = 1\n")
+    left = [tmp_path / ".train.py.k2j_a9x0.tmp", tmp_path / ".train.py.00000000.tmp"]
+    others = [
+        tmp_path / name for name in (".train.py.tmp", ".trainxpy.k2j_a9x0.tmp", "train.py.k2.tmp", ".other.py.k2.tmp")
+    ]
+    for path in left + others:
+        path.write_text("half")
+    remove_leftovers(tmp_path / "train.py")
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+    remove_leftovers(tmp_path / "nowhere" / "train.py")

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from apt_hooks.cli import app
 from apt_hooks.errors import AptError
+from apt_hooks.integrations import patching
 from apt_hooks.integrations.patching import MARK
 from apt_hooks.integrations.sd_scripts import patch as sd_scripts
 from apt_hooks.integrations.sd_scripts.checkout import METHODS, SCRIPTS, SUPPORTED
@@ -373,7 +374,7 @@ def test_lines_that_name_another_place_to_install_from_are_brought_up_to_date(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sd_scripts.patch(checkout)
-    monkeypatch.setattr(sd_scripts, "install_hint", lambda: "pip install file:///elsewhere")
+    monkeypatch.setattr(patching, "install_hint", lambda: "pip install file:///elsewhere")
     assert not sd_scripts.status(checkout).patched
     assert "file:///elsewhere" in sd_scripts.patch(checkout)
     assert sd_scripts.status(checkout).patched
@@ -395,7 +396,7 @@ def test_what_the_trainer_says_without_apt_hooks_is_where_it_came_from(
     text = None if origin is None else json.dumps(origin)
     found = SimpleNamespace(read_text={"direct_url.json": text}.__getitem__)
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: found)
-    assert sd_scripts.install_hint() == command
+    assert patching.install_hint() == command
     assert f"not found here ({{e}}): {command}" in sd_scripts.patch(checkout)
 
 
@@ -558,7 +559,7 @@ def test_without_a_section_the_patched_trainer_writes_what_the_unpatched_one_doe
 def test_a_section_without_apt_hooks_installed_ends_with_the_line_that_installs_it(workshop: Workshop) -> None:
     result = workshop.ended("refused")
     assert result.returncode == 1
-    assert result.stderr.strip().endswith(f": {sd_scripts.install_hint()}")
+    assert result.stderr.strip().endswith(f": {patching.install_hint()}")
     assert len(result.stderr.strip().splitlines()) == 1
 
 

@@ -289,7 +289,7 @@ def test_without_apt_hooks_installed_the_patched_trainer_is_the_unpatched_one(wo
         else:
             os.environ["PYTHONPATH"] = before
     assert same_lora(workshop.train("plain15", trainer="plain"), run)
-    assert refused.returncode == 1 and "pip install apt-hooks" in refused.stderr
+    assert refused.returncode == 1 and ": pip install " in refused.stderr
 
 
 def test_sdxl_with_reentrant_checkpointing_and_cached_text(workshop: Workshop) -> None:

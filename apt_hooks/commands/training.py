@@ -55,7 +55,7 @@ def patch(
             typer.echo(diff or f"{path}: already patched")
         else:
             typer.echo(f"{target}: {'patched' if diff or target != path else 'already patched'}")
-        found: diffusers.Status | sd_scripts.Checkout = diffusers.status(path)
+        found: diffusers.Status | sd_scripts.Status = diffusers.status(path)
     else:
         if output is not None or in_place or force:
             raise AptError(
@@ -64,9 +64,8 @@ def patch(
         _apply(sd_scripts.patch, path, dry_run, "patched", "already patched")
         found = sd_scripts.status(path)
     if found.version not in _tested(found):
-        typer.echo(
-            f"note: {path.name or trainer}, {_version(found)}, has the structure of the tested ones, but was not tested"
-        )
+        name = f"{path.name}, {_version(found)}," if isinstance(found, diffusers.Status) else _version(found)
+        typer.echo(f"note: {name} has the structure of the tested ones, but was not tested")
 
 
 @app.command(epilog="Example: `apt-hooks unpatch sd-scripts ~/sd-scripts`")
@@ -89,6 +88,8 @@ def status(trainer: Trainer, path: Place = Path()) -> None:
         for name, state in found.state.items():
             typer.echo(f"  {name}: {state}")
         patched = found.patched
+        if not patched:
+            typer.echo(f"`apt-hooks patch {SD_SCRIPTS} {path}` inserts the lines, and mends what an update left")
     if not patched:
         raise typer.Exit(1)
 
@@ -171,15 +172,17 @@ def calibrate(
     calibrate(log, out, scale=scale, say=typer.echo)
 
 
-def _version(found: sd_scripts.Checkout | diffusers.Status) -> str:
-    name = f"{SD_SCRIPTS} {found.version}"
+def _version(found: sd_scripts.Status | diffusers.Status) -> str:
+    tested, known = found.version in _tested(found), found.version != "unknown"
     if isinstance(found, diffusers.Status):
-        known = found.version != "unknown"
         name = f"for {DIFFUSERS} {found.version}" if known else f"for no stated version of {DIFFUSERS}"
-    return name if found.version in _tested(found) else f"{name} (tested: {', '.join(_tested(found))})"
+    else:
+        # GUIs carry copies whose README is of another version.
+        name = f"{SD_SCRIPTS} {found.version}" if tested else f"{SD_SCRIPTS}, by its README {found.version}"
+    return name if tested else f"{name} (tested: {', '.join(_tested(found))})"
 
 
-def _tested(found: sd_scripts.Checkout | diffusers.Status) -> tuple[str, ...]:
+def _tested(found: sd_scripts.Status | diffusers.Status) -> tuple[str, ...]:
     return diffusers.TESTED if isinstance(found, diffusers.Status) else sd_scripts.TESTED
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from apt_hooks.errors import AptError
-from apt_hooks.files import write_atomically
+from apt_hooks.files import remove_leftovers, write_atomically
 
 from .. import patching
 from ..patching import Places, Statements
@@ -75,6 +75,7 @@ def patch(path: Path, output: Path, *, dry_run: bool = False, force: bool = Fals
     content = _read(path)
     new = _patched(content, path.name)
     if not dry_run:
+        remove_leftovers(output)
         there = _read(output) if output.exists() else None
         known = there is None or patching.strip(there) == patching.strip(content)
         if output.resolve() != path.resolve() and not known and not force:
@@ -96,8 +97,10 @@ def unpatch(path: Path, *, dry_run: bool = False) -> str:
     """
     content = _read(path)
     new = patching.stripped_python(content, path.name)
-    if new != content and not dry_run:
-        write_atomically(path, new)
+    if not dry_run:
+        remove_leftovers(path)
+        if new != content:
+            write_atomically(path, new)
     return patching.diff(content, new, path.name)
 
 
@@ -143,7 +146,7 @@ def _places(found: Script, statements: Statements) -> Places:
             "        from apt_hooks.integrations.diffusers_dreambooth import adapter as apt_hooks_adapter",
             "    except ModuleNotFoundError as e:",
             '        raise SystemExit(f"--apt_config and --apt_preset need apt-hooks, not found here ({e}): '
-            'pip install apt-hooks")',
+            f'{patching.install_hint()}")',
             f"    {RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}, "
             f"{found.schedule})",
         ),

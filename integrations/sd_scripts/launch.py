@@ -16,7 +16,6 @@ from apt_hooks.errors import AptError
 
 from .. import patching
 from .checkout import SCRIPTS, Checkout
-from .patch import install_hint
 
 _WITHOUT_APT = ("from {reader} import apt_hooks_adapter", "apt_hooks_adapter().without_section({args})")
 
@@ -54,7 +53,7 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
 def loaded_sources(folder: Path) -> dict[Path, bytes]:
     """The files of a checkout that get lines, as Python is to see them."""
     checkout = Checkout(folder)
-    places = checkout.places(install_hint(), otherwise=_WITHOUT_APT)
+    places = checkout.places(patching.install_hint(), otherwise=_WITHOUT_APT)
     return {
         folder / name: patching.patched_python(checkout.source(name).content, at, str(folder / name))
         for name, at in places.items()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
 import re
 import subprocess
 from pathlib import Path
@@ -93,22 +91,10 @@ def unpatch(folder: Path, *, dry_run: bool = False) -> str:
     return _replace(folder, contents, {name: plain[name] for name in reversed(plain)}, dry_run)
 
 
-def install_hint() -> str:
-    """The command that brings apt-hooks into an environment, from where this one came from (PEP 610)."""
-    origin = importlib.metadata.distribution("apt-hooks").read_text("direct_url.json")
-    if origin is None:
-        return "pip install apt-hooks"
-    found = json.loads(origin)
-    vcs = found.get("vcs_info")
-    url = f"{vcs['vcs']}+{found['url']}@{vcs['commit_id']}" if vcs else found["url"]
-    # It becomes part of an f-string in the trainer, whose files are ASCII where we write.
-    return f"pip install {url}".translate(str.maketrans({c: f"%{ord(c):02X}" for c in "\"'{}\\"}))
-
-
 def _patched(folder: Path, contents: Contents, merged: Contents) -> Contents:
     """The files as they are to be: those with lines of ours now or then, in the order in which they are written."""
     checkout = Checkout(folder, {**contents, **merged})
-    places = checkout.places(install_hint())
+    places = checkout.places(patching.install_hint())
     new = {
         name: patching.patched_python(checkout.source(name).content, at, str(folder / name))
         for name, at in places.items()
