@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import difflib
 import sys
@@ -10,12 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import AptError
+import toml
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .errors import AptError
 
 
 def _is_number(value: object) -> bool:
@@ -176,7 +174,7 @@ class AptConfig:
         own = {key: value for key, value in values.items() if key != "preset"}
         if "preset" not in values:
             return cls(**own)
-        base = tomllib.loads(preset_text(values["preset"]))["apt"]
+        base = toml.loads(preset_text(values["preset"]))["apt"]
         return cls(**{**base, **own}, preset_name=values["preset"])
 
     @property
@@ -211,10 +209,10 @@ def preset_text(name: Any) -> str:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parse a TOML file.
+    """Parse a TOML file, as sd-scripts will.
 
     Raises:
-        AptError: the file cannot be read, or is not TOML.
+        AptError: the file cannot be read, or is not TOML to sd-scripts.
     """
     try:
         return parse_toml(Path(path).read_bytes())
@@ -227,8 +225,47 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_toml(content: bytes) -> dict[str, Any]:
-    """Parse TOML; a byte order mark, as some editors on Windows write it, is passed over. Raises ValueError."""
-    return tomllib.loads(content.decode("utf-8-sig"))
+    """Parse TOML with sd-scripts' own parser, the package `toml`, which takes some things otherwise than TOML's text.
+
+    An array of whole and decimal numbers is refused, an ideographic space is a space. What it would misread in silence
+    is refused here: a byte order mark, which becomes part of the first name, and a value that it takes to go on up to
+    the end of the file.
+
+    Raises:
+        ValueError: it is not TOML, or not UTF-8 (`UnicodeDecodeError`).
+    """
+    if content.startswith(codecs.BOM_UTF8):
+        raise ValueError(
+            "it begins with a byte order mark, which sd-scripts takes for part of the first name; save it as UTF-8 "
+            'without one (not as "UTF-8 with BOM")'
+        )
+    text = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # as `open` does
+    try:
+        values = toml.loads(text)
+    except toml.TomlDecodeError as error:
+        alike = "; write all its numbers alike, as in [1.0, 3.0]" if "homogeneous" in str(error) else ""
+        raise ValueError(f"{error}{alike}") from error
+    except _PARSER_ERRORS as error:
+        raise ValueError(f"sd-scripts' parser breaks off ({type(error).__name__}: {error})") from error
+    if not _is_closed(text):
+        raise ValueError(
+            "sd-scripts' parser takes the end of the file for part of a value: look for an array without its closing "
+            "bracket, and for spaces or a comment behind the closing quotes of a text over several lines"
+        )
+    return values
+
+
+def _is_closed(text: str) -> bool:
+    """Whether a section that follows would be seen as one."""
+    try:
+        return _AFTER in toml.loads(f"{text}\n[{_AFTER}]\n")
+    except _PARSER_ERRORS:
+        return False
+
+
+_AFTER = "apt-hooks-after-the-end"
+_PARSER_ERRORS = (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError)
+"""What the parser raises, which has no check of its own for some mistakes."""
 
 
 def _preset_folder() -> Any:

@@ -1,8 +1,11 @@
-"""Editing a user's training TOML: one line changes, every other byte stays."""
+"""Editing a user's training TOML: one line changes, every other byte stays. And which files are none."""
 
 from __future__ import annotations
 
+import datetime
+import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,9 @@ from .config import AptConfig, parse_toml, read_toml
 from .errors import AptError
 from .files import write_atomically
 
-_HEADER = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t]*\[[ \t]*(?:apt|\"apt\"|'apt')[ \t]*\][ \t]*(?:#.*)?$")
-_ANY_HEADER = re.compile(rb"^[ \t]*\[")
-_PRESET = re.compile(rb"^([ \t]*(?:preset|\"preset\"|'preset')[ \t]*=[ \t]*)(?:\"[^\"]*\"|'[^']*')(.*)$")
+_HEADER = re.compile(r"\s*\[\s*(?:apt|\"apt\"|'apt')\s*\]\s*(?:#.*)?")
+_ANY_HEADER = re.compile(r"\s*\[")
+_PRESET = re.compile(r"(\s*(?:preset|\"preset\"|'preset')\s*=\s*)(?:\"[^\"]*\"|'[^']*')(.*)")
 
 
 def apply_preset(path: Path, name: str) -> str:
@@ -25,10 +28,10 @@ def apply_preset(path: Path, name: str) -> str:
         What was done, in words.
 
     Raises:
-        AptError: the file is missing, not TOML, would not be valid with this preset, or has `apt` in a form that cannot
-            be edited line by line (an inline table, dotted keys).
+        AptError: as `check_section`, but for a missing section; or `apt` has a form that cannot be edited line by line
+            (an inline table, dotted keys).
     """
-    values = read_toml(path)
+    values = _training_toml(path)
     section = values.get("apt", {})
     if not isinstance(section, dict):
         raise AptError(f"{path}: apt must be a section [apt]; found apt = {section!r}")
@@ -46,45 +49,117 @@ def apply_preset(path: Path, name: str) -> str:
 
 
 def check_section(path: Path) -> AptConfig:
-    """The `[apt]` section of a training TOML, checked as the trainer will read it.
+    """The `[apt]` section of a training TOML, or of a file for `--apt_config`, as the trainer will read it.
 
     Raises:
-        AptError: as `AptConfig.from_toml`; or an array mixes whole and decimal numbers, which is TOML but which
-            sd-scripts' parser (the package `toml`) refuses.
+        AptError: as `AptConfig.from_toml`; or the file is one that the trainer does not read `[apt]` from, or has a
+            name that it would pass over in silence.
     """
-    config = AptConfig.from_toml(path)
-    for key, value in read_toml(path)["apt"].items():
-        if isinstance(value, list) and len({type(v) for v in value}) > 1:
+    _training_toml(path)
+    return AptConfig.from_toml(path)
+
+
+def is_for_apt_config(path: Path) -> bool:
+    """Whether a file holds `[apt]` alone, as one for `--apt_config` does; a training TOML holds more."""
+    return read_toml(path).keys() == {"apt"}
+
+
+def _training_toml(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() == ".json":
+        raise AptError(
+            f"{path}: is JSON, as kohya_ss saves its settings, and cannot hold an [apt] section: write that to a file "
+            f"apt.toml of its own, and give --apt_config apt.toml ({_GUIS})"
+        )
+    values = read_toml(path)
+    if "datasets" in values:
+        raise AptError(f"{path}: {_of_datasets(path, values)}")
+    if any(_is_of_lora_easy(value) for value in values.values()):
+        raise AptError(
+            f"{path}: was saved by LoRA_Easy_Training_Scripts ([general_args.args], ...): no trainer reads it, and "
+            "that GUI drops [apt]. Write [apt] to a file of its own, and in the GUI, under Extra Args, give the name "
+            f"apt_config and as value the file's full path ({_GUIS})"
+        )
+    for name in values:
+        if name != "apt" and name.lower() == "apt":
             raise AptError(
-                f"{path}: [apt] {key} = {value!r} mixes whole and decimal numbers, which sd-scripts cannot read: "
-                f"write {[float(v) for v in value]!r}"
+                f"{path}: has a section [{name}], which the trainer passes over; write [apt], in small letters"
             )
-    return config
+    for name in _argument_names(values):
+        if not name.isidentifier():
+            raise AptError(
+                f"{path}: the name {name!r} is none that an argument can have, so the trainer passes over its line in "
+                "silence; write letters, digits and _ (and look for invisible characters), or take the line out"
+            )
+    return values
+
+
+_GUIS = "docs/sd-scripts.md, GUIs"
+
+
+def _is_of_lora_easy(section: Any) -> bool:
+    return isinstance(section, dict) and any(isinstance(section.get(key), dict) for key in ("args", "dataset_args"))
+
+
+def _argument_names(values: dict[str, Any]) -> Iterator[str]:
+    """The names that the trainer takes for those of its arguments: it puts all sections together."""
+    for name, value in values.items():
+        if not isinstance(value, dict):
+            yield name
+        elif name != "apt":
+            yield from value
+
+
+def _of_datasets(path: Path, values: dict[str, Any]) -> str:
+    """What is wrong with `[apt]` in a file that has `[[datasets]]`."""
+    others = [name for name in values if name not in ("general", "datasets", "apt")]
+    if others:
+        return (
+            f"has [[datasets]] beside {others[0]}: sd-scripts reads them only from a file of their own; move [general] "
+            'and [[datasets]] to one, say dataset.toml, and write dataset_config = "dataset.toml" here'
+        )
+    found = "".join(f"; here that is {other}" for other in _name_as_dataset_config(path))
+    return (
+        "has [[datasets]], so it is a dataset config, in which sd-scripts allows no [apt]: that goes into the training "
+        f"TOML, the file for --config_file, which names this one as dataset_config{found}"
+    )
+
+
+def _name_as_dataset_config(path: Path) -> Iterator[Path]:
+    """The TOML files beside a dataset config that name it."""
+    for other in sorted(path.parent.glob("*.toml")):
+        try:
+            values = read_toml(other)
+        except AptError:  # whatever that file is, it names none
+            continue
+        sections = [values, *(value for value in values.values() if isinstance(value, dict))]
+        if any(re.split(r"[/\\]", str(s.get("dataset_config")))[-1] == path.name for s in sections):
+            yield other
 
 
 def _with_preset(content: bytes, name: str, *, has_section: bool, has_preset: bool) -> bytes | None:
     """The file's bytes with the preset in place; None where the lines it takes were not found."""
-    ending = b"\r\n" if b"\r\n" in content else b"\n"
-    line = f'preset = "{name}"'.encode() + ending
-    lines = content.splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
+    text = content.decode("utf-8")
+    ending = "\r\n" if "\r\n" in text else "\n"
+    line = f'preset = "{name}"{ending}'
+    lines = io.StringIO(text, newline="").readlines()  # not splitlines, which splits at more than ends of lines
+    if lines and not lines[-1].endswith(("\n", "\r")):
         lines[-1] += ending
     if not has_section:
-        return b"".join([*lines, *([ending] if lines else []), b"[apt]" + ending, line])
-    start = next((i for i, text in enumerate(lines) if _HEADER.match(text.rstrip(b"\r\n"))), None)
+        return "".join([*lines, *([ending] if lines else []), f"[apt]{ending}", line]).encode("utf-8")
+    start = next((i for i, own in enumerate(lines) if _HEADER.fullmatch(own.rstrip("\r\n"))), None)
     if start is None:
         return None
     if not has_preset:
         lines.insert(start + 1, line)  # first, where it is seen before what overrides it
-        return b"".join(lines)
+        return "".join(lines).encode("utf-8")
     for i in range(start + 1, len(lines)):
-        text = lines[i].rstrip(b"\r\n")
-        if _ANY_HEADER.match(text):
+        own = lines[i].rstrip("\r\n")
+        if _ANY_HEADER.match(own):
             break
-        found = _PRESET.match(text)
+        found = _PRESET.fullmatch(own)
         if found:
-            lines[i] = found[1] + f'"{name}"'.encode() + found[2] + lines[i][len(text) :]
-            return b"".join(lines)
+            lines[i] = f'{found[1]}"{name}"{found[2]}{lines[i][len(own) :]}'
+            return "".join(lines).encode("utf-8")
     return None
 
 
@@ -92,6 +167,10 @@ def _equal(one: Any, other: Any) -> bool:
     """Equality for which nan is nan, and which minds types: 1 is not 1.0."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, datetime.datetime):  # whose time zone shows as an object that is another one each time
+        return bool(one == other)
     return repr(one) == repr(other)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 import subprocess
 import sys
@@ -11,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toml
 import typer
 from sd_scripts_standin import PATCHED_FILES, write_checkout
 from typer.testing import CliRunner
 
 from apt_hooks import AptConfig
 from apt_hooks.cli import app, main
-from apt_hooks.config import preset_names, preset_text, tomllib
+from apt_hooks.config import preset_names, preset_text
 from apt_hooks.integrations.patching import MARK
 
 
@@ -232,11 +232,11 @@ def test_check_prints_what_the_section_comes_to_and_marks_overrides(tmp_path: Pa
     path = tmp_path / "train.toml"
     path.write_text('seed = 1\n[apt]\npreset = "sd21"\nnum_bins = 7\n')
     lines = run("check", path).splitlines()
-    assert lines[0] == f"{path}: [apt] is valid, preset sd21"
+    assert lines[0] == f"{path}: [apt] is valid, preset sd21" and lines.pop().startswith("note: no sd-scripts found")
     assert [line for line in lines if "override" in line] == ["  num_bins = 7  # override"]
     assert "  indicator_scale = 100.0" in lines
     section = "[apt]\n" + "\n".join(line.split("  #")[0] for line in lines[1:])
-    assert AptConfig.from_mapping(tomllib.loads(section)["apt"]) == AptConfig(
+    assert AptConfig.from_mapping(toml.loads(section)["apt"]) == AptConfig(
         indicator_scale=100.0, num_bins=7, blocks=(2, 3)
     )
 
@@ -248,7 +248,7 @@ CONFIGS = {
     "no final newline": "seed = 1",
     "comment at the end": "seed = 1  # mine",
     "empty": "",
-    "arrays of tables": "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'x'\n",
+    "arrays of tables": "[[runs]]\nresolution = 512\n[[runs.parts]]\nimage_dir = 'x'\n",
     "section without preset": "seed = 1\n\n[apt]\nnum_bins = 3  # mine\n\n[training]\nlr = 1e-4  # low\n",
     "section with preset": "[apt]\npreset = 'sd15'  # for now\nnum_bins = 3\n[training]\nlr = 1e-4\n",
     "empty section": "[apt]\n\n[training]\nlr = 1e-4\n",
@@ -259,40 +259,30 @@ CONFIGS = {
 
 def apply(path: Path, content: bytes, name: str = "sdxl") -> tuple[str, bytes]:
     path.write_bytes(content)
-    return run("presets", "apply", name, path), path.read_bytes()
+    return run("presets", "apply", name, path).splitlines()[0], path.read_bytes()
 
 
-@pytest.mark.parametrize(("newline", "start"), [("\n", b""), ("\r\n", codecs.BOM_UTF8)], ids=["lf", "crlf and bom"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
 @pytest.mark.parametrize("text", CONFIGS.values(), ids=CONFIGS)
 def test_applying_a_preset_sets_it_keeps_all_else_and_applied_again_changes_nothing(
-    tmp_path: Path, text: str, newline: str, start: bytes
+    tmp_path: Path, text: str, newline: str
 ) -> None:
     path = tmp_path / "train.toml"
-    _, changed = apply(path, start + text.replace("\n", newline).encode())
-    assert changed.startswith(start)
-    found = changed[len(start) :].decode()
-    wanted = tomllib.loads(text)
+    _, changed = apply(path, text.replace("\n", newline).encode())
+    found = changed.decode()
+    wanted = toml.loads(text)
     wanted["apt"] = {**wanted.get("apt", {}), "preset": "sdxl"}
-    assert tomllib.loads(found) == wanted
+    with path.open(encoding="utf-8") as file:  # as sd-scripts opens it
+        assert toml.load(file) == wanted
     # Every line is still there and in its order, but for the one that names the preset.
     kept = [line for line in text.splitlines() if "preset" not in line]
     lines = iter(found.splitlines())
     assert all(line in lines for line in kept)
     assert found.count(newline) == found.count("\n") or "\n" not in text
     said, again = apply(path, changed)
-    assert said == f"{path}: [apt] has preset sdxl already\n"
+    assert said == f"{path}: [apt] has preset sdxl already"
     assert again == changed
     run("check", path)
-
-
-@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
-@pytest.mark.parametrize("text", CONFIGS.values(), ids=CONFIGS)
-def test_sd_scripts_own_parser_reads_the_result_alike(tmp_path: Path, text: str, newline: str) -> None:
-    toml = pytest.importorskip("toml")
-    path = tmp_path / "train.toml"
-    apply(path, text.replace("\n", newline).encode())
-    with path.open(encoding="utf-8") as file:
-        assert toml.load(file) == tomllib.loads(path.read_bytes().decode())
 
 
 @pytest.mark.parametrize(
@@ -310,7 +300,7 @@ def test_sd_scripts_own_parser_reads_the_result_alike(tmp_path: Path, text: str,
 )
 def test_applying_a_preset_says_what_it_did(tmp_path: Path, text: str, said: str, wanted: str) -> None:
     path = tmp_path / "train.toml"
-    assert apply(path, text.encode()) == (f"{path}: {said}\n", wanted.encode())
+    assert apply(path, text.encode()) == (f"{path}: {said}", wanted.encode())
 
 
 def test_a_file_with_a_number_that_is_none_is_edited_too(tmp_path: Path) -> None:
@@ -344,6 +334,70 @@ def test_a_config_that_would_not_be_valid_is_refused_and_left_alone(
     path.write_text(text)
     assert said in fail(monkeypatch, capsys, "presets", "apply", name, path)
     assert path.read_text() == text
+
+
+# -- what is said of the trainer beside --------------------------------------------------------------------------------
+
+
+def notes(*arguments: object) -> list[str]:
+    return [line for line in run(*arguments).splitlines() if line.startswith("note: ")]
+
+
+@pytest.mark.parametrize("command", [("check",), ("presets", "apply", "sdxl")], ids=" ".join)
+@pytest.mark.parametrize("place", [".", "sd-scripts", "sd_scripts", "..", "../sd-scripts", "../.."])
+def test_a_trainer_that_is_not_patched_is_told_with_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, command: tuple[str, ...]
+) -> None:
+    own = tmp_path / "a/b"
+    own.mkdir(parents=True)
+    config = own / "train.toml"
+    config.write_text('seed = 1\n[apt]\npreset = "sd15"\n')
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    [said] = notes(*command, config)
+    assert said.startswith(f"note: no sd-scripts found in {tmp_path / 'elsewhere'} or near {config}: ")
+    folder = write_checkout((own / place).resolve())
+    [said] = notes(*command, config)
+    script = folder / ("train_network.py" if command == ("check",) else "sdxl_train_network.py")
+    assert f"sd-scripts in {folder} is not patched" in said and "passes over [apt] without a word" in said
+    assert f"`apt-hooks patch sd-scripts {folder}`" in said
+    assert f"`accelerate launch -m apt_hooks.launch {script} --config_file {config}`" in said
+    run("patch", "sd-scripts", folder)
+    assert notes(*command, config) == []
+
+
+def test_the_trainer_in_the_current_folder_is_the_one_that_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "with space"):
+        write_checkout(tmp_path / name)
+    config = tmp_path / "with space/train.toml"
+    config.write_text("seed = 1\n")
+    monkeypatch.chdir(tmp_path / "here")
+    [said] = notes("presets", "apply", "sd21", config)
+    assert f"sd-scripts in {tmp_path / 'here'} is not patched" in said
+    assert said.endswith(f'`accelerate launch -m apt_hooks.launch train_network.py --config_file "{config}"`')
+    run("patch", "sd-scripts")
+    assert notes("check", config) == []
+    monkeypatch.chdir(tmp_path)
+    [said] = notes("check", config)
+    assert f'`apt-hooks patch sd-scripts "{config.parent}"`' in said
+
+
+def test_a_trainer_that_cannot_be_patched_is_told_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_checkout(tmp_path))
+    Path("train_network.py").write_text("print('another one')\n")
+    Path("train.toml").write_text('seed = 1\n[apt]\npreset = "sdxl"\n')
+    [said] = notes("check", "train.toml")
+    assert said.startswith("note: the sd-scripts beside it cannot take [apt]: ") and "train_network.py" in said
+
+
+def test_of_a_file_for_apt_config_no_trainer_is_told_since_none_passes_over_that(tmp_path: Path) -> None:
+    path = tmp_path / "apt.toml"
+    path.write_text('[apt]\npreset = "sdxl"\n')
+    assert notes("check", path) == []
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -399,7 +453,9 @@ def test_a_config_that_would_not_be_valid_is_refused_and_left_alone(
         (("presets", "apply", "sdxl", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "section.toml"), "looked for a section [apt]"),
-        (("check", "mixed.toml"), "[1, 3.0] mixes whole and decimal numbers"),
+        (("check", "mixed.toml"), "Not a homogeneous array (line 2 column 1 char 6); write all its numbers alike"),
+        (("check", "preset.json"), "preset.json: is JSON, as kohya_ss saves its settings"),
+        (("presets", "apply", "sdxl", "preset.json"), "preset.json: is JSON, as kohya_ss saves its settings"),
         (("check", "latin.toml"), "latin.toml: is not valid TOML"),
         (("demo", "--out", "section.toml"), "section.toml: cannot be made"),
         (("demo", "--concept", "99"), "--concept must be from 0 to 13; found 99"),
@@ -420,6 +476,7 @@ def test_a_mistake_is_one_line_and_no_traceback(
     monkeypatch.chdir(tmp_path)
     Path("section.toml").write_text("seed = 1\n")
     Path("mixed.toml").write_text("[apt]\nzoom_out = [1, 3.0]\n")
+    Path("preset.json").write_text('{"seed": 1}')
     Path("latin.toml").write_bytes("[apt]\nidentifier = 'é'\n".encode("latin-1"))
     Path("folder").mkdir()
     Path("other.py").write_text("print('no training')\n")

@@ -115,6 +115,7 @@ def presets_apply(
     from apt_hooks.tomledit import apply_preset
 
     typer.echo(f"{config}: {apply_preset(config, name)}")
+    _note_of_trainer(config, name)
 
 
 @app.command(epilog="Example: `apt-hooks check train.toml`")
@@ -129,6 +130,7 @@ def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Th
         value = None if key == "preset" else getattr(found, key)
         if value is not None:
             typer.echo(f"  {key} = {json.dumps(value)}{'  # override' if key in overrides else ''}")
+    _note_of_trainer(config, found.preset_name)
 
 
 @app.command(epilog="Example: `apt-hooks demo --concept 7 --methods base,dreambooth,dco,apt`")
@@ -170,6 +172,40 @@ def calibrate(
     from apt_hooks.calibrate import calibrate
 
     calibrate(log, out, scale=scale, say=typer.echo)
+
+
+def _note_of_trainer(config: Path, preset: str | None) -> None:
+    """Tell where the sd-scripts that would be run is not patched: it then trains without APT, and without a word."""
+    from apt_hooks.tomledit import is_for_apt_config
+
+    if is_for_apt_config(config):
+        return  # an unpatched trainer knows no --apt_config, and says so
+    near = [Path(), config.parent, *config.absolute().parents[1:3]]
+    places = [(place / name).resolve() for place in near for name in ("", "sd-scripts", "sd_scripts")]
+    folder = next((place for place in places if (place / "library" / "train_util.py").exists()), None)
+    what, where = f"no sd-scripts found in {places[0]} or near {config}: one that is not patched", "FOLDER"
+    if folder is not None:
+        try:
+            found = sd_scripts.status(folder)
+        except AptError as error:
+            typer.echo(f"note: the sd-scripts beside it cannot take [apt]: {error}")
+            return
+        if found.patched:
+            return
+        states = dict.fromkeys(found.state.values())
+        what, where = f"sd-scripts in {folder} is {' and '.join(states)}; one that is not patched", _typed(folder)
+    script = "sdxl_train_network.py" if preset == "sdxl" else "train_network.py"
+    if folder is not None and folder != places[0]:
+        script = _typed(folder / script)
+    typer.echo(
+        f"note: {what} passes over [apt] without a word. Run `apt-hooks patch sd-scripts {where}`, or start it with "
+        f"`accelerate launch -m apt_hooks.launch {script} --config_file {_typed(config)}`"
+    )
+
+
+def _typed(path: Path) -> str:
+    """A path as it is typed in a shell."""
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def _version(found: sd_scripts.Status | diffusers.Status) -> str:
