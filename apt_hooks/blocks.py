@@ -10,6 +10,9 @@ from torch import nn
 
 from .errors import AptError
 
+TEXT_WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
+"""What tells the models of the presets apart: the width of the text that their U-Nets read."""
+
 _Place = tuple[str, nn.Module]
 _Level = tuple[list[_Place], _Place | None]  # its parts, and the module that ends it where the parts are never called
 
@@ -88,6 +91,26 @@ def select_up_blocks(unet: nn.Module, blocks: Literal["auto"] | Sequence[int]) -
     return tuple(chosen)
 
 
+def check_preset(name: str | None, unet: nn.Module) -> None:
+    """Check that a preset is not that of another model, whose scale would make gamma wrong by a factor.
+
+    A U-Net of none of the presets' text widths goes with each of them.
+
+    Raises:
+        AptError: the U-Net reads text of the width of another preset's model.
+    """
+    layers = (
+        layer for path, layer in unet.named_modules() if _is_attention(layer) and _is_cross_attention(path, layer)
+    )
+    width = next((layer.to_k.in_features for layer in layers), None)
+    fitting = [preset for preset, own in TEXT_WIDTHS.items() if own == width]
+    if name is not None and fitting and name not in fitting:
+        raise AptError(
+            f'[apt] preset = "{name}" is for another model: this U-Net reads text of width {width}, as those of preset '
+            f'"{fitting[0]}" do; name that one'
+        )
+
+
 def _stability_levels(lists: Any) -> list[_Level]:
     levels: list[_Level] = []
     parts: list[_Place] = []
@@ -105,7 +128,7 @@ def _up_block(index: int, parts: list[_Place], last: _Place | None) -> UpBlock:
     own: list[_Place] = []
     for prefix, part in parts:
         for name, module in part.named_modules(prefix=prefix):
-            if not (hasattr(module, "to_q") and hasattr(module, "to_k")):
+            if not _is_attention(module):
                 continue
             # diffusers leaves `fused_projections` set after unfusing; what runs is decided by the processor.
             if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
@@ -114,6 +137,10 @@ def _up_block(index: int, parts: list[_Place], last: _Place | None) -> UpBlock:
                 raise AptError(f"{name} normalises q and k after their projections, which is not supported")
             (cross if _is_cross_attention(name, module) else own).append((name, module))
     return UpBlock(index, tuple(cross), tuple(own), last or parts[0])
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "to_q") and hasattr(module, "to_k")
 
 
 def _is_cross_attention(name: str, module: nn.Module) -> bool:

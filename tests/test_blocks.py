@@ -2,8 +2,8 @@ import pytest
 from models import LAYOUTS, TEXT_WIDTH, TinyAttention, make_diffusers_unet, make_tuned, make_unet
 from torch import nn
 
-from apt_hooks import AptError
-from apt_hooks.blocks import find_up_blocks, select_up_blocks
+from apt_hooks import AptError, blocks
+from apt_hooks.blocks import check_preset, find_up_blocks, select_up_blocks
 
 
 def names(pairs):
@@ -111,3 +111,18 @@ def test_fused_projections_of_diffusers_are_refused_until_the_errors_advice_is_t
         find_up_blocks(unet)
     unet.unfuse_qkv_projections()
     assert len(find_up_blocks(unet)) == 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_preset_of_another_models_text_width_is_refused_with_the_one_that_fits(layout, monkeypatch):
+    monkeypatch.setattr(blocks, "TEXT_WIDTHS", {"sd15": TEXT_WIDTH, "sd21": 2 * TEXT_WIDTH})
+    for unet in (make_unet(layout), make_tuned(layout)[0]):
+        check_preset("sd15", unet)
+        check_preset(None, unet)
+        with pytest.raises(AptError, match=rf'"sd21" is for .* width {TEXT_WIDTH}, as those of preset "sd15" do'):
+            check_preset("sd21", unet)
+
+
+def test_a_model_of_none_of_the_presets_goes_with_each():
+    for unet in (make_unet("up_blocks"), nn.Linear(768, 768)):
+        check_preset("sd21", unet)

@@ -33,6 +33,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from apt_hooks import blocks
 from apt_hooks.augmentation import Placement
 from apt_hooks.indicator import OverfittingIndicator
 from apt_hooks.integrations.diffusers_dreambooth import adapter
@@ -250,14 +251,11 @@ def test_a_preset_may_be_named_in_place_of_a_file(train: Train) -> None:
         assert "preset must be one of" in refused(train, "one_encoder", "--apt_preset", name)
 
 
-def test_a_preset_of_another_model_is_warned_of(
-    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(adapter, "_TEXT_WIDTHS", {"sd15": 768, "sd21": 16})
+def test_a_preset_of_another_model_is_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "TEXT_WIDTHS", {"sd15": 768, "sd21": 16})
     train("one_encoder", "--max_train_steps", "1", config='preset = "sd21"\nblocks = "auto"')
-    assert "preset" not in caplog.text
-    train("one_encoder", "--max_train_steps", "1", config='preset = "sd15"\nblocks = "auto"')
-    assert "preset sd15, but the U-Net's text width is that of sd21" in caplog.text
+    line = refused(train, "one_encoder", config='preset = "sd15"\nblocks = "auto"')
+    assert 'preset = "sd15" is for another model' in line and 'as those of preset "sd21" do; name that one' in line
 
 
 def by_hand(source: str) -> str:

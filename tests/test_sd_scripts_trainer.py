@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from models import TEXT_WIDTH
 from sd_scripts_standin import SUBSETS, write_checkout, write_dataset
 from torch import Tensor
 
-from apt_hooks import AptConfig, AptObjective
+from apt_hooks import AptConfig, AptObjective, blocks
 from apt_hooks.integrations.sd_scripts import adapter
 from apt_hooks.run import STATE_FILE, version
 from apt_hooks.steplog import VALUES
@@ -508,6 +509,22 @@ def test_the_vae_keeps_its_precision(train: Train) -> None:
     assert next(run.trainer.models[2].parameters()).dtype == torch.bfloat16
     run.trainer.models[2].float()
     check_latents_move_into_black(run)
+
+
+@pytest.mark.parametrize(("kind", "fitting"), [("sd15", "sd15"), ("sdxl", "sdxl")])
+def test_a_preset_of_another_model_ends_the_run_with_one_line_that_names_the_one_that_fits(
+    make: Train, monkeypatch: pytest.MonkeyPatch, kind: str, fitting: str
+) -> None:
+    monkeypatch.setattr(blocks, "TEXT_WIDTHS", {"sd21": 1024, fitting: TEXT_WIDTH})
+    run = make({"preset": "sd21", "blocks": "auto"}, kind=kind)
+    with pytest.raises(
+        SystemExit, match=rf'^apt-hooks: error: \[apt\] preset = "sd21" .* preset "{fitting}" do'
+    ) as error:
+        run.trainer.train(run.args)
+    assert "\n" not in str(error.value)
+    run = make({"preset": fitting, "blocks": "auto"}, kind=kind)
+    run.trainer.train(run.args)
+    assert run.saved()["metadata"]["ss_apt_preset"] == fitting
 
 
 def test_latents_in_place_of_the_images_asked_for_end_the_run_with_one_line(make: Train) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_hooks.augmentation import Placement
+from apt_hooks.blocks import check_preset
 from apt_hooks.capture import Features
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
@@ -30,9 +31,6 @@ logger = logging.getLogger("apt_hooks")
 
 WEIGHTS = "pytorch_lora_weights"
 """The name under which diffusers saves a LoRA."""
-
-_TEXT_WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
-"""What tells the models of the presets apart: the width of the text that their U-Nets read."""
 
 
 def start(args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_scheduler: Any) -> DreamBoothRun | None:
@@ -73,6 +71,7 @@ class DreamBoothRun:
         self._text_encoders = [m for m in trained if m is not own and any(p.requires_grad for p in m.parameters())]
         optimizers = [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
         check_trained((p for group in optimizers for p in group["params"]), own, *self._text_encoders)
+        check_preset(config.preset_name, own)
         self._prior = bool(getattr(args, "with_prior_preservation", False))
         self._accelerator = accelerator
         objective = AptObjective(
@@ -103,7 +102,6 @@ class DreamBoothRun:
         self._version = 0
         self._step: AptStep | None = None
         attach(self._run, accelerator)
-        _warn_of_preset(config.preset_name, own)
         # Behind the script's own hook, which has saved the LoRA by then.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.add_metadata(folder))
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line
@@ -238,13 +236,6 @@ class DreamBoothRun:
                 f"--with_prior_preservation puts as many class images as instance images in a batch; found {batch}"
             )
         return torch.arange(batch) < batch // 2
-
-
-def _warn_of_preset(name: str | None, unet: Any) -> None:
-    width = unet.config.cross_attention_dim
-    other = next((other for other, dim in _TEXT_WIDTHS.items() if dim == width), name)
-    if name and other != name:
-        logger.warning("apt-hooks: preset %s, but the U-Net's text width is that of %s", name, other)
 
 
 def _one_each(timesteps: Tensor, samples: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from apt_hooks.augmentation import Placement
+from apt_hooks.blocks import check_preset
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.objective import AptObjective
@@ -86,6 +87,7 @@ class AptTrainer:
     def load_target_model(self, args: argparse.Namespace, weight_dtype: torch.dtype, accelerator: Any) -> Any:
         loaded = super().load_target_model(args, weight_dtype, accelerator)  # type: ignore[misc]
         _, text_encoder, vae, unet = loaded
+        check_preset(self.apt_config.preset_name, unet)
         text_encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
         trained = text_encoders if self.is_train_text_encoder(args) else []  # type: ignore[attr-defined]
         config = self.apt_config
