@@ -82,14 +82,20 @@ def _training_toml(path: Path) -> dict[str, Any]:
     for name in values:
         if name != "apt" and name.lower() == "apt":
             raise AptError(
-                f"{path}: has a section [{name}], which the trainer passes over; write [apt], in small letters"
+                f"{path}: has a section [{name}], which is not the one that is read; write [apt], in small letters"
             )
-    for name in _argument_names(values):
+    arguments = _arguments(values)
+    for name in arguments:
         if not name.isidentifier():
             raise AptError(
                 f"{path}: the name {name!r} is none that an argument can have, so the trainer passes over its line in "
                 "silence; write letters, digits and _ (and look for invisible characters), or take the line out"
             )
+    if "apt_config" in arguments:
+        raise AptError(
+            f"{path}: has apt_config = {arguments['apt_config']!r}, a file for [apt] alone, beside which the trainer "
+            "takes no [apt] here: name that file, or take apt_config out"
+        )
     return values
 
 
@@ -100,13 +106,13 @@ def _is_of_lora_easy(section: Any) -> bool:
     return isinstance(section, dict) and any(isinstance(section.get(key), dict) for key in ("args", "dataset_args"))
 
 
-def _argument_names(values: dict[str, Any]) -> Iterator[str]:
-    """The names that the trainer takes for those of its arguments: it puts all sections together."""
+def _arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """What the trainer takes for its arguments: it puts all sections together."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        if not isinstance(value, dict):
-            yield name
-        elif name != "apt":
-            yield from value
+        if name != "apt":
+            found.update(value if isinstance(value, dict) else {name: value})
+    return found
 
 
 def _of_datasets(path: Path, values: dict[str, Any]) -> str:
@@ -128,11 +134,10 @@ def _name_as_dataset_config(path: Path) -> Iterator[Path]:
     """The TOML files beside a dataset config that name it."""
     for other in sorted(path.parent.glob("*.toml")):
         try:
-            values = read_toml(other)
+            named = _arguments(read_toml(other)).get("dataset_config")
         except AptError:  # whatever that file is, it names none
             continue
-        sections = [values, *(value for value in values.values() if isinstance(value, dict))]
-        if any(re.split(r"[/\\]", str(s.get("dataset_config")))[-1] == path.name for s in sections):
+        if re.split(r"[/\\]", str(named))[-1] == path.name:
             yield other
 
 

@@ -344,7 +344,9 @@ def notes(*arguments: object) -> list[str]:
 
 
 @pytest.mark.parametrize("command", [("check",), ("presets", "apply", "sdxl")], ids=" ".join)
-@pytest.mark.parametrize("place", [".", "sd-scripts", "sd_scripts", "..", "../sd-scripts", "../.."])
+@pytest.mark.parametrize(
+    "place", [".", "sd-scripts", "sd_scripts", "..", "../sd-scripts", "../..", "../../scripts/dev"]
+)
 def test_a_trainer_that_is_not_patched_is_told_with_what_to_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, command: tuple[str, ...]
 ) -> None:

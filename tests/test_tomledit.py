@@ -89,6 +89,15 @@ def test_json_is_told_to_hold_no_section(tmp_path: Path) -> None:
     assert "--apt_config apt.toml" in refused(written(tmp_path / "kohya.json", json.dumps({"seed": 1})))
 
 
+@pytest.mark.parametrize("more", ["", "[apt]\npreset = 'sd15'\n"])
+@pytest.mark.parametrize("section", ["", "[extra]\n"])
+def test_a_training_toml_that_names_a_file_of_its_own_takes_no_section_beside(
+    tmp_path: Path, section: str, more: str
+) -> None:
+    said = refused(written(tmp_path / "train.toml", f"{section}apt_config = 'apt.toml'\n{more}"))
+    assert "has apt_config = 'apt.toml'" in said and "name that file" in said
+
+
 # -- what a parser makes of it -----------------------------------------------------------------------------------------
 
 

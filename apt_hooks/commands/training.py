@@ -181,9 +181,10 @@ def _note_of_trainer(config: Path, preset: str | None) -> None:
     if is_for_apt_config(config):
         return  # an unpatched trainer knows no --apt_config, and says so
     near = [Path(), config.parent, *config.absolute().parents[1:3]]
-    places = [(place / name).resolve() for place in near for name in ("", "sd-scripts", "sd_scripts")]
+    within = ("", "sd-scripts", "sd_scripts", "scripts/dev")  # as kohya_ss, LoRA_Easy and lora-scripts carry it
+    places = [(place / name).resolve() for place in near for name in within]
     folder = next((place for place in places if (place / "library" / "train_util.py").exists()), None)
-    what, where = f"no sd-scripts found in {places[0]} or near {config}: one that is not patched", "FOLDER"
+    what, where = f"no sd-scripts found in {places[0]} or near {config}: an unpatched one", "FOLDER"
     if folder is not None:
         try:
             found = sd_scripts.status(folder)
@@ -193,7 +194,7 @@ def _note_of_trainer(config: Path, preset: str | None) -> None:
         if found.patched:
             return
         states = dict.fromkeys(found.state.values())
-        what, where = f"sd-scripts in {folder} is {' and '.join(states)}; one that is not patched", _typed(folder)
+        what, where = f"sd-scripts in {folder} is {' and '.join(states)}: an unpatched one", _typed(folder)
     script = "sdxl_train_network.py" if preset == "sdxl" else "train_network.py"
     if folder is not None and folder != places[0]:
         script = _typed(folder / script)
