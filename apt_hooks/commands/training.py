@@ -183,7 +183,7 @@ def _note_of_trainer(config: Path, preset: str | None) -> None:
     near = [Path(), config.parent, *config.absolute().parents[1:3]]
     within = ("", "sd-scripts", "sd_scripts", "scripts/dev")  # as kohya_ss, LoRA_Easy and lora-scripts carry it
     places = [(place / name).resolve() for place in near for name in within]
-    folder = next((place for place in places if (place / "library" / "train_util.py").exists()), None)
+    folder = next((place for place in places if (place / "train_network.py").exists()), None)
     what, where = f"no sd-scripts found in {places[0]} or near {config}: an unpatched one", "FOLDER"
     if folder is not None:
         try:
