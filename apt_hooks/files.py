@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import re
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,22 @@ def write_atomically(path: Path, content: bytes) -> None:
         AptError: the folder does not exist or may not be written to.
     """
     path = path.resolve()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        mode = path.stat().st_mode & 0o777 if path.exists() else None
+        # A new file's mode is the kernel's business: whoever asks for the umask changes it, for all threads.
+        created = 0o666 if mode is None else mode
+        file = open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, created))  # noqa: SIM115
     except OSError as error:
         raise AptError(f"{path.parent}: cannot be written to: {error.strerror}") from error
-    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        if mode is not None:
+            temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         raise AptError(f"{path}: cannot be written: {error.strerror}") from error
@@ -64,9 +69,3 @@ def write_figure(path: Path, figure: Any) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
     write_atomically(path, content.getvalue())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,4 +1,6 @@
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,44 @@ def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "state.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_another_thread_makes_meanwhile_has_its_own_mode(tmp_path, monkeypatch):
+    """The umask is the whole process's: whoever sets it for a moment sets it for the other threads' files too."""
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    mine.mkdir()
+    theirs.mkdir()
+    done, made, real = threading.Event(), [0], os.umask
+
+    def touch():
+        while not done.is_set():
+            (theirs / str(made[0])).touch()
+            made[0] += 1
+
+    def let_the_other_thread_run():
+        seen, start = made[0], time.monotonic()
+        while made[0] < seen + 2 and time.monotonic() < start + 5:
+            time.sleep(0.0005)
+
+    def umask(mask):
+        before = real(mask)
+        let_the_other_thread_run()
+        return before
+
+    before = real(0o077)
+    thread = threading.Thread(target=touch)
+    try:
+        thread.start()
+        monkeypatch.setattr(os, "umask", umask)
+        for i in range(5):
+            write_atomically(mine / str(i), b"new")
+            let_the_other_thread_run()
+    finally:
+        done.set()
+        thread.join()
+        real(before)
+    assert made[0] >= 10
+    assert {path.stat().st_mode & 0o777 for folder in (mine, theirs) for path in folder.iterdir()} == {0o600}
 
 
 def test_a_link_is_followed_to_the_file_it_names(tmp_path):
