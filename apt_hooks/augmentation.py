@@ -107,11 +107,11 @@ def _zoom_out_and_rotate(sample: Tensor, scale: float, angle: float, fill: float
     background = torch.as_tensor(fill, dtype=torch.float32, device=sample.device).reshape(-1, 1, 1)
     # Relative to the background, so that "nothing there" is zero for the padding, the filter and the warp.
     content = sample.float() - background
-    size = (max(1, round(height / scale)), max(1, round(width / scale)))
-    if size != (height, width):
+    down, across = _margin(height, scale), _margin(width, scale)
+    if down or across:
+        size = (height - 2 * down, width - 2 * across)
         content = F.interpolate(content[None], size=size, mode="bilinear", antialias=True)[0]
-        top, left = (height - size[0]) // 2, (width - size[1]) // 2
-        content = F.pad(content, (left, width - size[1] - left, top, height - size[0] - top))
+        content = F.pad(content, (across, across, down, down))
     if angle != 0.0:
         cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         # affine_grid works in units of half a side, so a turn of a picture that is not square needs the side ratio.
@@ -121,3 +121,13 @@ def _zoom_out_and_rotate(sample: Tensor, scale: float, angle: float, fill: float
         grid = F.affine_grid(matrix[None], [1, *content.shape], align_corners=False)
         content = F.grid_sample(content[None], grid, padding_mode="zeros", align_corners=False)[0]
     return (content + background).to(sample.dtype)
+
+
+def _margin(side: int, scale: float) -> int:
+    """What a zoom-out leaves free at each end of a side, in whole pixels and the same at both.
+
+    So the content stays in the middle, and on the grid: half a pixel of an odd rest would be four pixels of the image
+    where it is a latent, always towards the same corner, and a shift by half a pixel would blur. The price is a
+    content up to a pixel larger or smaller than `side / scale`.
+    """
+    return min(round(side * (1 - 1 / scale) / 2), (side - 1) // 2)

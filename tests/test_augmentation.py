@@ -104,14 +104,25 @@ def test_a_mask_without_a_channel_axis_moves_as_one_with_it():
     assert torch.equal(where.apply(masks, 0.0), where.apply(masks[:, None], 0.0)[:, 0])
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.6, 2.0, 3.0])
-@pytest.mark.parametrize("size", [(96, 96), (64, 96)], ids=["square", "not square"])
-def test_zoom_out_shrinks_the_area_by_the_scale_squared_and_keeps_the_centre(scale, size):
+@pytest.mark.parametrize("scale", [1.0, 1.04, 1.6, 2.0, 2.3, 3.0])
+@pytest.mark.parametrize("size", [(96, 96), (64, 96), (63, 96), (41, 4), (1, 3)], ids=str)
+def test_zoom_out_keeps_the_centre_exactly_and_shrinks_each_side_by_the_scale(scale, size):
+    exact = placement(scale).apply(torch.ones(1, 1, *size), 0.0)[0]
+    moved = exact.round()
+    assert torch.allclose(exact, moved, atol=1e-5)  # no edge is smeared
+    assert torch.equal(moved, moved.flip(1, 2))
+    for side, found in zip(size, (moved.amax(dim=(0, 2)).sum(), moved.amax(dim=(0, 1)).sum()), strict=True):
+        assert abs(float(found) - side / scale) <= 1.0
+
+
+@pytest.mark.parametrize("scale", [1.3, 1.6, 2.0, 3.0])
+@pytest.mark.parametrize("angle", [0.0, 12.0])
+def test_what_is_in_the_middle_stays_there_at_its_shrunk_size(scale, angle):
     side = 40
-    mask = square(*size, (size[0] / 2, size[1] / 2), side)
-    moved = placement(scale).apply(mask[None], 0.0)
-    assert float(moved.sum()) == pytest.approx(side**2 / scale**2, rel=0.03)
-    assert centroid(moved[0]) == pytest.approx((0.0, 0.0), abs=0.51)  # half a pixel where the margin is odd
+    mask = square(97, 96, (48.5, 48), side)
+    moved = placement(scale, angle).apply((mask + mask.flip(1))[None] / 2, 0.0)
+    assert float(moved.sum()) == pytest.approx(side**2 / scale**2, rel=0.05)
+    assert centroid(moved[0]) == pytest.approx((0.0, 0.0), abs=1e-4)
 
 
 def test_zoom_out_filters_detail_that_the_small_picture_cannot_hold():
