@@ -14,6 +14,7 @@ import torch
 from models import relative_difference
 
 from apt_hooks.losses import attention_alignment_loss, representation_statistics
+from apt_hooks.ops import attention_alignment, channel_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHOSEN_BEFORE = os.environ.get("TRITON_INTERPRET")
@@ -304,6 +305,52 @@ def test_a_constant_channel_has_the_smallest_deviation(value):
 def test_two_runs_of_the_statistics_are_the_same_to_the_bit():
     h = rows(3000, 5)
     assert torch.equal(statistics.mean_and_deviation(h), statistics.mean_and_deviation(h))
+
+
+# What of a kernel's partial results, [splits, batch, heads], a defect leaves out.
+LOST = {"splits": (slice(1, None),), "samples": (slice(None), slice(1, None)), "heads": (..., slice(1, None))}
+
+
+@pytest.fixture
+def fresh_trials():
+    for trial in (attention_alignment._trial, channel_statistics._trial):
+        trial.cache_clear()
+    yield
+    for trial in (attention_alignment._trial, channel_statistics._trial):
+        trial.cache_clear()
+
+
+@pytest.mark.parametrize("lost", [None, *LOST])
+def test_the_trial_notices_a_kernel_that_loses_all_but_the_first(lost, monkeypatch, fresh_trials):
+    real = alignment._launch
+
+    def launch(kernel, grid, *arguments, **constants):
+        real(kernel, grid, *arguments, **constants)
+        if lost is not None:
+            arguments[5][LOST[lost]] = 0.0  # partial_sums: [splits, batch, heads]
+
+    monkeypatch.setattr(alignment, "_launch", launch)
+    found = attention_alignment._trial(torch.float16, 9, 16, torch.device(DEVICE))
+    assert (found is None) == (lost is None)
+    assert found is None or "the kernel's numbers are wrong here" in found
+
+
+@pytest.mark.parametrize("ndim", [3, 4])
+@pytest.mark.parametrize("lost", [None, "splits", "samples"])
+def test_the_trial_of_the_statistics_notices_a_kernel_that_loses_all_but_the_first(
+    ndim, lost, monkeypatch, fresh_trials
+):
+    real = statistics._launch
+
+    def launch(kernel, grid, *arguments, **constants):
+        real(kernel, grid, *arguments, **constants)
+        if lost is not None and len(grid) == 3:
+            arguments[1][(slice(None), *LOST[lost])] = 0.0  # partial: [2, splits, batch, channels]
+
+    monkeypatch.setattr(statistics, "_launch", launch)
+    found = channel_statistics._trial(torch.float32, ndim, torch.device(DEVICE))
+    assert (found is None) == (lost is None)
+    assert found is None or "the kernel's numbers are wrong here" in found
 
 
 def own_process(_folder):
