@@ -14,7 +14,7 @@ TEXT_WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
 """What tells the models of the presets apart: the width of the text that their U-Nets read."""
 
 _Place = tuple[str, nn.Module]
-_Level = tuple[list[_Place], _Place | None]  # its parts, and the module that ends it where the parts are never called
+_Level = tuple[list[_Place], _Place, bool]  # its parts, the module that ends it, and whether that is an upsampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +25,15 @@ class UpBlock:
         index: its place, 0 being the lowest resolution; the same number in every layout of one network.
         cross_attention: (name, layer) of each cross-attention, in the order they run.
         self_attention: (name, layer) of each self-attention, in the order they run.
-        output: (name, module) whose output is the level's hidden state.
+        end: (name, module) whose output is the level's hidden state, or whose input it is where that is an upsampler.
+        upsamples: whether `end` is an upsampler, the first module of the level that is at the next one's resolution.
     """
 
     index: int
     cross_attention: tuple[_Place, ...]
     self_attention: tuple[_Place, ...]
-    output: _Place
+    end: _Place
+    upsamples: bool
 
 
 def find_up_blocks(unet: nn.Module) -> tuple[UpBlock, ...]:
@@ -46,7 +48,7 @@ def find_up_blocks(unet: nn.Module) -> tuple[UpBlock, ...]:
     """
     if hasattr(unet, "up_blocks"):
         blocks: Any = unet.up_blocks
-        levels: list[_Level] = [([(f"up_blocks.{i}", block)], None) for i, block in enumerate(blocks)]
+        levels = [_called_level(f"up_blocks.{i}", block) for i, block in enumerate(blocks)]
     elif hasattr(unet, "output_blocks"):
         levels = _stability_levels(unet.output_blocks)
     else:
@@ -55,7 +57,7 @@ def find_up_blocks(unet: nn.Module) -> tuple[UpBlock, ...]:
             f"looked for up_blocks or output_blocks in {type(unet).__name__}, found {children}: "
             "pass the U-Net itself, or set lambda_dist and lambda_attn (lambda_joint) to 0, which need no hooks"
         )
-    return tuple(_up_block(index, parts, last) for index, (parts, last) in enumerate(levels))
+    return tuple(_up_block(index, *level) for index, level in enumerate(levels))
 
 
 def select_up_blocks(unet: nn.Module, blocks: Literal["auto"] | Sequence[int]) -> tuple[UpBlock, ...]:
@@ -111,19 +113,26 @@ def check_preset(name: str | None, unet: nn.Module) -> None:
         )
 
 
+def _called_level(name: str, block: nn.Module) -> _Level:
+    upsamplers = list(getattr(block, "upsamplers", None) or ())
+    end = (f"{name}.upsamplers.0", upsamplers[0]) if upsamplers else (name, block)
+    return [(name, block)], end, bool(upsamplers)
+
+
 def _stability_levels(lists: Any) -> list[_Level]:
     levels: list[_Level] = []
     parts: list[_Place] = []
     for i, modules in enumerate(lists):
         parts.append((f"output_blocks.{i}", modules))
         last_name, last = list(modules.named_children())[-1]
-        if type(last).__name__.startswith("Upsample") or i == len(lists) - 1:
-            levels.append((parts, (f"output_blocks.{i}.{last_name}", last)))
+        upsamples = type(last).__name__.startswith("Upsample")
+        if upsamples or i == len(lists) - 1:
+            levels.append((parts, (f"output_blocks.{i}.{last_name}", last), upsamples))
             parts = []
     return levels
 
 
-def _up_block(index: int, parts: list[_Place], last: _Place | None) -> UpBlock:
+def _up_block(index: int, parts: list[_Place], end: _Place, upsamples: bool) -> UpBlock:
     cross: list[_Place] = []
     own: list[_Place] = []
     for prefix, part in parts:
@@ -136,7 +145,7 @@ def _up_block(index: int, parts: list[_Place], last: _Place | None) -> UpBlock:
             if getattr(module, "norm_q", None) is not None:
                 raise AptError(f"{name} normalises q and k after their projections, which is not supported")
             (cross if _is_cross_attention(name, module) else own).append((name, module))
-    return UpBlock(index, tuple(cross), tuple(own), last or parts[0])
+    return UpBlock(index, tuple(cross), tuple(own), end, upsamples)
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -66,7 +66,8 @@ class FeatureCapture:
         unet: a diffusers U-Net, or one of sd-scripts'.
         blocks: up-blocks by place, 0 the lowest resolution; "auto" as in `select_up_blocks`.
         representation_source: "self_attention" takes the output of each self-attention layer (the paper's overview
-            figure), "block" each up-block's output (its supplement), "cross_attention" that of each cross-attention.
+            figure), "block" each up-block's hidden state before its upsampler (its supplement: 32x32 and 64x64),
+            "cross_attention" the output of each cross-attention.
         attention, representation: which of the two to read at all.
 
     Raises:
@@ -96,12 +97,13 @@ class FeatureCapture:
             self._hook(module.to_q, ("queries", i))
             self._hook(module.to_k, ("keys", i))
         if representation:
-            places: list[tuple[str, nn.Module]] = []
-            for block in up_blocks:
-                places += (block.output,) if representation_source == "block" else getattr(block, representation_source)
-            self.representation_places = tuple(name for name, _ in places)
-            for i, (_, module) in enumerate(places):
-                self._hook(module, ("hidden", i))
+            if representation_source == "block":
+                places = [(block.end, block.upsamples) for block in up_blocks]
+            else:
+                places = [(layer, False) for block in up_blocks for layer in getattr(block, representation_source)]
+            self.representation_places = tuple(name for (name, _), _ in places)
+            for i, ((_, module), of_input) in enumerate(places):
+                self._hook(module, ("hidden", i), of_input=of_input)
 
     @contextlib.contextmanager
     def record(self, reduce: Callable[[Kind, Tensor], Tensor] | None = None) -> Iterator[Features]:
@@ -213,7 +215,11 @@ class FeatureCapture:
             self._observe = None
         self._check_complete(seen)
 
-    def _hook(self, module: Any, place: Place) -> None:
+    def _hook(self, module: Any, place: Place, *, of_input: bool = False) -> None:
+        def attend_input(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+            node = self._attend(place, args[0]) if args else None
+            return None if node is None else (AddGradient.apply(args[0], node), *args[1:])
+
         def attend(_module: nn.Module, _args: Any, output: Any) -> Any:
             node = self._attend(place, output[0] if isinstance(output, tuple) else output)
             if node is None:
@@ -222,7 +228,9 @@ class FeatureCapture:
                 return (AddGradient.apply(output[0], node), *output[1:])
             return AddGradient.apply(output, node)
 
-        self._handles.append(module.register_forward_hook(attend))
+        # An upsampler's input, and not the output of the layer before it, which sd-scripts wraps in an object.
+        handle = module.register_forward_pre_hook(attend_input) if of_input else module.register_forward_hook(attend)
+        self._handles.append(handle)
 
     def _attend(self, place: Place, tensor: Tensor) -> Node | None:
         """The node to put behind a place, if any."""

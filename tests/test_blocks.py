@@ -14,7 +14,9 @@ def test_levels_of_called_up_blocks_are_the_blocks_themselves():
     unet = make_unet("up_blocks")
     found = find_up_blocks(unet)
     assert [block.index for block in found] == [0, 1, 2, 3]
-    assert [block.output for block in found] == [(f"up_blocks.{i}", unet.up_blocks[i]) for i in range(4)]
+    ends = [(f"up_blocks.{i}.upsamplers.0", unet.up_blocks[i].upsamplers[0]) for i in range(3)]
+    assert [block.end for block in found] == [*ends, ("up_blocks.3", unet.up_blocks[3])]
+    assert [block.upsamples for block in found] == [True, True, True, False]
     assert names(found[0].cross_attention + found[0].self_attention) == []
     assert names(found[2].cross_attention) == ["up_blocks.2.attentions.0.attn2"]
     assert names(found[2].self_attention) == ["up_blocks.2.attentions.0.attn1"]
@@ -23,8 +25,9 @@ def test_levels_of_called_up_blocks_are_the_blocks_themselves():
 def test_levels_of_uncalled_output_blocks_end_with_their_upsampler():
     unet = make_unet("output_blocks")
     found = find_up_blocks(unet)
-    assert names(block.output for block in found) == ["output_blocks.1.2", "output_blocks.2.2", "output_blocks.4.0"]
-    assert found[0].output[1] is unet.output_blocks[1][2]
+    assert names(block.end for block in found) == ["output_blocks.1.2", "output_blocks.2.2", "output_blocks.4.0"]
+    assert [block.upsamples for block in found] == [True, True, False]
+    assert found[0].end[1] is unet.output_blocks[1][2]
     assert names(found[0].cross_attention) == ["output_blocks.0.1.body.attn2", "output_blocks.1.1.body.attn2"]
     assert names(found[1].self_attention) == ["output_blocks.2.1.body.attn1"]
     assert names(found[2].cross_attention + found[2].self_attention) == []
@@ -34,7 +37,7 @@ def test_levels_of_uncalled_output_blocks_end_with_their_upsampler():
 def test_the_names_are_those_the_unet_knows(layout):
     unet = make_unet(layout)
     for block in find_up_blocks(unet):
-        for name, module in (*block.cross_attention, *block.self_attention, block.output):
+        for name, module in (*block.cross_attention, *block.self_attention, block.end):
             assert unet.get_submodule(name) is module
 
 
@@ -101,7 +104,9 @@ def test_places_in_a_real_diffusers_unet():
     stem = "up_blocks.1.attentions.{}.transformer_blocks.0."
     assert names(found[0].cross_attention) == [stem.format(i) + "attn2" for i in range(2)]
     assert names(found[0].self_attention) == [stem.format(i) + "attn1" for i in range(2)]
-    assert found[0].output == ("up_blocks.1", unet.up_blocks[1])
+    assert found[0].end == ("up_blocks.1.upsamplers.0", unet.up_blocks[1].upsamplers[0])
+    assert found[1].end == ("up_blocks.2", unet.up_blocks[2])  # whose `upsamplers` is None
+    assert [block.upsamples for block in found] == [True, False]
 
 
 def test_fused_projections_of_diffusers_are_refused_until_the_errors_advice_is_taken():

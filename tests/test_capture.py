@@ -76,21 +76,26 @@ def bfloat16():
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def plain_gradient(layout):
+def plain_gradient(layout, source="self_attention"):
     """The same gradient without the library: own hooks, own formulas, no checkpointing."""
     unet, network = make_tuned(layout)
     stems = {
         "up_blocks": ["up_blocks.2.attentions.0", "up_blocks.3.attentions.0"],
         "output_blocks": ["output_blocks.0.1.body", "output_blocks.1.1.body", "output_blocks.2.1.body"],
     }[layout]
+    hidden = [f"{stem}.attn1" for stem in stems]
+    if source == "block":
+        hidden = {
+            "up_blocks": ["up_blocks.2.attentions.0", "up_blocks.3"],
+            "output_blocks": ["output_blocks.1.1", "output_blocks.2.1"],
+        }[layout]
     read = {}
 
     def reader(name):
         return lambda module, args, output: read.__setitem__(name, output)
 
-    for stem in stems:
-        for name in (f"{stem}.attn2.to_q", f"{stem}.attn2.to_k", f"{stem}.attn1"):
-            unet.get_submodule(name).register_forward_hook(reader(name))
+    for name in (*(f"{stem}.attn2.{p}" for stem in stems for p in ("to_q", "to_k")), *hidden):
+        unet.get_submodule(name).register_forward_hook(reader(name))
     x, timesteps, context, target = make_batch(unet)
     with torch.no_grad(), network.off():
         unet(x, timesteps, context)
@@ -102,9 +107,11 @@ def plain_gradient(layout):
             q, k = (features[f"{stem}.attn2.to_{p}"].reshape(2, -1, HEADS, WIDTH // HEADS) for p in "qk")
             maps.append(torch.softmax(torch.einsum("bqhc,bthc->bhqt", q, k) / (WIDTH // HEADS) ** 0.5, dim=3))
         loss = loss + ((maps[0] - maps[1]) ** 2).sum(dim=3).mean()
-        h, h_frozen = (features[f"{stem}.attn1"] for features in (read, frozen))
-        loss = loss + (h.mean(dim=1) - h_frozen.mean(dim=1)).square().mean()
-        loss = loss + (h.std(dim=1, correction=0) - h_frozen.std(dim=1, correction=0)).square().mean()
+    for name in hidden:
+        h, h_frozen = (features[name] for features in (read, frozen))
+        positions = 1 if h.ndim == 3 else (2, 3)
+        loss = loss + (h.mean(positions) - h_frozen.mean(positions)).square().mean()
+        loss = loss + (h.std(positions, correction=0) - h_frozen.std(positions, correction=0)).square().mean()
     loss.backward()
     return network.gradient()
 
@@ -124,19 +131,28 @@ def test_places_of_both_layouts(layout, stems):
 
 
 @pytest.mark.parametrize(
-    ("layout", "places"),
-    [("up_blocks", ("up_blocks.2", "up_blocks.3")), ("output_blocks", ("output_blocks.1.2", "output_blocks.2.2"))],
+    ("layout", "last_layers", "sides"),
+    [
+        ("up_blocks", ["up_blocks.2.attentions.0", "up_blocks.3.attentions.0"], [8, 16]),
+        ("output_blocks", ["output_blocks.1.1", "output_blocks.2.1"], [2, 4]),
+        ("diffusers", ["up_blocks.1.attentions.1", "up_blocks.2.attentions.1"], [4, 8]),
+    ],
 )
-def test_the_source_block_takes_the_output_of_each_level(layout, places):
-    unet = make_unet(layout)
+def test_the_source_block_takes_the_hidden_state_of_each_level_before_it_is_upsampled(layout, last_layers, sides):
+    unet = make_diffusers_unet() if layout == "diffusers" else make_unet(layout)
     outputs = {}
-    for name in places:
+    for name in last_layers:
         unet.get_submodule(name).register_forward_hook(lambda m, a, output, name=name: outputs.update({name: output}))
     capture = FeatureCapture(unet, representation_source="block")
     with capture.record() as features:
         unet(*make_batch(unet)[:3])
-    assert capture.representation_places == places
-    assert [features.hidden[i] is outputs[name] for i, name in enumerate(places)] == [True, True]
+    for i, (name, side) in enumerate(zip(last_layers, sides, strict=True)):
+        output = outputs[name][0] if isinstance(outputs[name], tuple) else outputs[name]
+        assert features.hidden[i] is output
+        assert output.shape[-2:] == (side, side)
+    # Where the level's attention looks: the supplement's 32x32 and 64x64 are the regularizers' resolutions alike.
+    queries = [q.shape[1] for q in features.queries.values()]
+    assert sorted(set(queries)) == [side * side for side in sides]
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "diffusers"])
@@ -292,8 +308,9 @@ def test_a_loss_of_the_values_alone_reaches_the_lora(layout, checkpointing):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_equal_those_of_plain_autograd(layout):
-    assert relative_difference(lora_gradient(layout, "off"), plain_gradient(layout)) < 1e-5
+@pytest.mark.parametrize("source", SOURCES)
+def test_gradients_equal_those_of_plain_autograd(layout, source):
+    assert relative_difference(lora_gradient(layout, "off", source), plain_gradient(layout, source)) < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -342,7 +359,8 @@ def test_the_regularizers_alone_carry_gradient_where_the_diffusion_loss_has_no_w
     assert relative_difference(lora_gradient(layout, "reentrant", weight=0.0), wanted) < 1e-5
 
 
-def test_gradients_of_a_real_diffusers_unet_do_not_depend_on_checkpointing():
+@pytest.mark.parametrize("source", SOURCES)
+def test_gradients_of_a_real_diffusers_unet_do_not_depend_on_checkpointing(source):
     peft = pytest.importorskip("peft")
     found = []
     for checkpointing in (False, True):
@@ -355,7 +373,7 @@ def test_gradients_of_a_real_diffusers_unet_do_not_depend_on_checkpointing():
         if checkpointing:
             unet.enable_gradient_checkpointing()
         x, timesteps, context, target = make_batch(unet)
-        with FeatureCapture(unet) as capture:
+        with FeatureCapture(unet, representation_source=source) as capture:
             prediction, terms = compared(
                 unet,
                 lambda unet=unet, batch=(x, timesteps, context): unet(*batch).sample,
