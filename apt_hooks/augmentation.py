@@ -30,21 +30,25 @@ class Placement:
         """Move the chosen samples and fill what they uncover; the others stay bit for bit.
 
         Args:
-            content: [batch, channels, height, width], or [batch, height, width] for masks; any floating dtype.
+            content: [batch, channels, height, width], for masks with a channel too; any floating dtype. Packed latents,
+                [batch, positions, channels], have to be unpacked.
             fill: value of the uncovered area, or one value a channel: [channels].
 
         Returns:
             The shape, dtype and device of `content`; the input itself where no sample is chosen.
         """
+        if content.ndim != 4:
+            raise AptError(
+                f"what is moved must be [batch, channels, height, width]; found {tuple(content.shape)}: unpack packed "
+                "latents, give a mask a channel"
+            )
         if len(content) != len(self.chosen):
             raise AptError(f"the placement is for {len(self.chosen)} samples; found a batch of {len(content)}")
         if not bool(self.chosen.any()):
             return content
         result = content.clone()
         for i in torch.nonzero(self.chosen).flatten().tolist():
-            sample = content[i] if content.ndim == 4 else content[i, None]
-            moved = _zoom_out_and_rotate(sample, float(self.scales[i]), float(self.angles[i]), fill)
-            result[i] = moved if content.ndim == 4 else moved[0]
+            result[i] = _zoom_out_and_rotate(content[i], float(self.scales[i]), float(self.angles[i]), fill)
         return result
 
 

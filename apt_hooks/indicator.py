@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .deferred import Deferred
 from .errors import AptError
 
 
@@ -58,6 +59,7 @@ class OverfittingIndicator:
         self.scale = scale
         # One row per model (tuned, frozen), one column per bin; NaN marks a bin never seen.
         self._ema = torch.full((2, num_bins), float("nan"), dtype=torch.float64)
+        self._deferred = Deferred()
 
     @torch.no_grad()
     def update(self, timesteps: Tensor, loss_tuned: Tensor, loss_frozen: Tensor) -> None:
@@ -73,7 +75,8 @@ class OverfittingIndicator:
             loss_frozen: [batch], the same of the frozen model with the same noisy input.
 
         Raises:
-            AptError: shapes that differ, or timesteps that are no whole numbers in range.
+            AptError: shapes that differ, or timesteps that are no whole numbers in range; out of range on an
+                accelerator they are left out, and the error comes from a later call or `verify`.
         """
         if not timesteps.shape == loss_tuned.shape == loss_frozen.shape:
             shapes = [tuple(x.shape) for x in (timesteps, loss_tuned, loss_frozen)]
@@ -112,7 +115,15 @@ class OverfittingIndicator:
             AptError: timesteps that are no whole numbers in range.
         """
         bins = self._bins(timesteps)
-        return self.gammas.to(timesteps.device, torch.float32)[bins]
+        return self.gammas.to(timesteps.device, torch.float32)[bins.clamp(0, self.num_bins - 1)]
+
+    def verify(self) -> None:
+        """Check the timesteps that an accelerator was not waited for.
+
+        Raises:
+            AptError: some were out of range.
+        """
+        self._deferred.look(wait=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages as plain numbers (None for a bin never seen), fit for JSON and for `torch.save`."""
@@ -149,14 +160,19 @@ class OverfittingIndicator:
             raise AptError(
                 f"timesteps must be whole numbers of shape [batch]; found {timesteps.dtype} {tuple(timesteps.shape)}"
             )
-        # On an accelerator the comparison would wait for the device at every step; an index out of range fails there.
-        if timesteps.device.type == "cpu" and timesteps.numel():
-            low, high = timesteps.aminmax()
-            if low < 0 or high >= self.num_train_timesteps:
-                raise AptError(
-                    f"timesteps must lie in 0 .. {self.num_train_timesteps - 1}; found {int(low)} to {int(high)}"
-                )
+        self._deferred.look()
+        if timesteps.numel():
+            # What is out of range counts nowhere: an accelerator's numbers are known only later.
+            self._deferred.expect(torch.stack(timesteps.aminmax()).to(torch.float32), self._check_range)
         return timesteps.long() * self.num_bins // self.num_train_timesteps
+
+    def _check_range(self, found: list[float]) -> None:
+        low, high = found
+        if low < 0 or high >= self.num_train_timesteps:
+            raise AptError(
+                f"timesteps must lie in 0 .. {self.num_train_timesteps - 1}; found {int(low)} to {int(high)}: is "
+                "num_train_timesteps that of the noise schedule?"
+            )
 
     def _move_to(self, device: torch.device) -> None:
         if self._ema.device != device:

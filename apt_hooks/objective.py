@@ -14,9 +14,12 @@ from .augmentation import Placement, ZoomOutRotate
 from .capture import FeatureCapture, Features
 from .config import AptConfig
 from .contributions import ObservedPass
+from .deferred import Deferred
+from .errors import AptError
 from .frozen import AdaptersOff, frozen_base
 from .indicator import OverfittingIndicator
 from .losses import dco_weight
+from .reach import Watches
 from .regularizers import Regularizers, frozen_reduction
 from .step import AptStep
 
@@ -55,6 +58,12 @@ class AptObjective:
         adapters_off: makes a context in which the adapters take no part (`frozen_base`).
         num_train_timesteps: T of the noise schedule.
         also_frozen: further modules whose adapters `adapters_off` switches, e.g. trained text encoders.
+        trained: (name, parameter) of all that the optimizers train, as `named_parameters` gives them; may be set later,
+            up to the first frozen pass. None takes every parameter that requires a gradient for trained.
+
+    The first frozen pass is watched, and an error if its result comes from anything that is trained: a switch that
+    switches nothing or not all, a norm trained beside the LoRA. So are both passes of the step after one in which they
+    agreed to the last bit, though the weights had moved: then the tuned pass has to come from what is trained.
 
     Raises:
         AptError: the U-Net has not what the configuration asks for.
@@ -68,10 +77,14 @@ class AptObjective:
         *,
         num_train_timesteps: int = 1000,
         also_frozen: Iterable[nn.Module] = (),
+        trained: Iterable[tuple[str, nn.Parameter]] | None = None,
     ) -> None:
         self.config = config
         self.adapters_off = adapters_off
         self.frozen_modules = (unet, *also_frozen)
+        self.trained = None if trained is None else list(trained)
+        self._watches = Watches()
+        self._deferred = Deferred()
         self.indicator = OverfittingIndicator(
             config.num_bins, num_train_timesteps, config.ema_alpha, config.indicator_scale
         )
@@ -172,7 +185,9 @@ class AptObjective:
     def frozen_pass(self) -> Iterator[Features | None]:
         """Inside, the U-Net is the base model and is read; for loops that cannot hand over calls to `passes`."""
         with contextlib.ExitStack() as stack:
+            watch = self._watches.of_frozen_pass(self.frozen_modules, self.trained)
             stack.enter_context(frozen_base(self.frozen_modules, self.adapters_off))
+            stack.enter_context(watch)
             features = None
             if self.capture is not None:
                 reduce = frozen_reduction(self.config.regularizer, self.config.attention_impl)
@@ -182,6 +197,14 @@ class AptObjective:
     @contextlib.contextmanager
     def tuned_pass(self, features: Features | None, counted: Tensor | None = None) -> Iterator[TunedPass | None]:
         """Inside, the pass that is differentiated is compared with what `frozen_pass` read."""
+        with (
+            self._watches.of_tuned_pass(self.frozen_modules, self.trained),
+            self._compared(features, counted) as passed,
+        ):
+            yield passed
+
+    @contextlib.contextmanager
+    def _compared(self, features: Features | None, counted: Tensor | None) -> Iterator[TunedPass | None]:
         if self.capture is None or features is None:
             yield None
             return
@@ -198,14 +221,26 @@ class AptObjective:
             yield TunedPass(regularizers, observed)
 
     def join(self, tuned: Tensor, frozen: Tensor, tuned_pass: TunedPass | None) -> Passes:
-        """Both predictions with what was compared on the way."""
+        """Both predictions with what was compared on the way.
+
+        Raises:
+            AptError: the frozen pass was not the base model's, or both passes were.
+        """
+        self._watches.judge(tuned, frozen)
         if self.capture is None or tuned_pass is None:
             return Passes(tuned, frozen)
         tuned, terms = self.capture.connect(tuned, tuned_pass.observed, tuned_pass.regularizers.values())
         return Passes(tuned, frozen, terms)
 
     def assess(self, passes: Passes, target: Tensor, timesteps: Tensor, counted: Tensor | None = None) -> AptStep:
-        """Losses, indicator and terms from both passes; updates the indicator. Arguments as in `step`."""
+        """Losses, indicator and terms from both passes; updates the indicator. Arguments as in `step`.
+
+        Raises:
+            AptError: predictions and target differ in shape, or timesteps are none of the schedule's. What only a
+                device's numbers show is told by a later step or `verify`.
+        """
+        self._deferred.look()
+        _check_shapes(passes, target)
         batch, rows = len(timesteps), _rows(counted, timesteps.device)
         here = slice(None) if rows is None else rows
         due, gammas, gaps = self.frozen_due, self.indicator.gammas, self.indicator.gaps
@@ -235,6 +270,8 @@ class AptObjective:
                 "loss_weight": weight[here].mean(),
                 "delta_noise": _mean_square(frozen - tuned).mean(),
             }
+            if self._watches.trained_since_the_first():
+                self._deferred.expect(values["delta_noise"][None], self._watches.take_notice)
         regularizer = nothing
         if not self.config.monitor_only:
             # The terms are means over the samples that count; the trainer's loss is a mean over the whole batch.
@@ -246,7 +283,10 @@ class AptObjective:
         return AptStep(passes.tuned, weight, regularizer, gammas, gaps, count, values)
 
     def verify(self) -> None:
-        """Check that the last backward pass carried the regularizers' gradient (`FeatureCapture.verify`)."""
+        """Check that the last backward pass carried the regularizers' gradient (`FeatureCapture.verify`), and what the
+        steps left to be checked when the device would have come to it."""
+        self._deferred.look(wait=True)
+        self.indicator.verify()
         if self.capture is not None:
             self.capture.verify()
 
@@ -259,8 +299,21 @@ class AptObjective:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.capture is not None:
-            self.capture.__exit__(kind, error, tb)
+        try:
+            if kind is None:
+                self.verify()
+        finally:
+            self.close()
+
+
+def _check_shapes(passes: Passes, target: Tensor) -> None:
+    """A target of [batch, 1, height, width] would broadcast to another loss without a word."""
+    for name, prediction in (("tuned", passes.tuned), ("frozen", passes.frozen)):
+        if prediction is not None and prediction.shape != target.shape:
+            raise AptError(
+                f"prediction and target must have one shape; found {tuple(prediction.shape)} of the {name} model for a "
+                f"target of {tuple(target.shape)}: hand over what the trainer takes its loss of"
+            )
 
 
 def _rows(counted: Tensor | None, device: torch.device | None = None) -> Tensor | None:

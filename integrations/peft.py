@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -44,28 +44,13 @@ def unload_adapters(pipeline: Any, *models: nn.Module) -> None:
         vars(model).pop("_hf_peft_config_loaded", None)
 
 
-def check_trained(parameters: Iterable[nn.Parameter], *models: nn.Module) -> None:
-    """Check that without its adapters a model is the one that the training began with.
-
-    Args:
-        parameters: all that the optimizers train.
-        models: those whose adapters `adapters_off` switches.
+def check_active(*models: nn.Module) -> None:
+    """Check that every active adapter is one that is trained.
 
     Raises:
-        AptError: something else is trained, or an adapter is active that is not.
+        AptError: one is not.
     """
-    layers = adapter_layers(*models)
-    own = {id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith(_BASE)}
-    foreign = [p for p in parameters if p.requires_grad and id(p) not in own]
-    if foreign:
-        names = {id(p): name for model in models for name, p in model.named_parameters()}
-        name = names.get(id(foreign[0]), f"a tensor {tuple(foreign[0].shape)} of another model")
-        raise AptError(
-            f"{name} is trained, which is no LoRA of the prepared models ({len(foreign)} in all), so no base model is "
-            "left to compare with: train LoRA only, without token embeddings, and give every model that has a LoRA to "
-            "accelerator.prepare"
-        )
-    for layer in layers:
+    for layer in adapter_layers(*models):
         for adapter in getattr(layer, "active_adapters", ()):
             tensors = [p for name, p in layer.named_parameters() if f".{adapter}." in f".{name}."]
             if tensors and not any(p.requires_grad for p in tensors):
@@ -73,10 +58,6 @@ def check_trained(parameters: Iterable[nn.Parameter], *models: nn.Module) -> Non
                     f"the adapter {adapter!r} is active but not trained, and would be missing from the base model; "
                     "merge it into the weights (fuse_lora) before add_adapter, or unload it"
                 )
-
-
-_BASE = ("base_layer.", "original_module.")
-"""Where an adapter's layer keeps the model's own weights."""
 
 
 def adapter_layers(*models: nn.Module) -> list[Any]:

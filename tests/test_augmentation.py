@@ -98,10 +98,10 @@ def test_an_image_and_its_mask_move_alike(size):
     assert torch.allclose(((image + 1) / 2), moved_mask.expand_as(image), atol=1e-5)
 
 
-def test_a_mask_without_a_channel_axis_moves_as_one_with_it():
-    masks = torch.rand(2, 20, 24, generator=torch.Generator().manual_seed(0))
-    where = placement(1.7, -9.0, (True, True))
-    assert torch.equal(where.apply(masks, 0.0), where.apply(masks[:, None], 0.0)[:, 0])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_packed_latents_are_not_taken_for_masks(chosen):
+    with pytest.raises(AptError, match=r"must be \[batch, channels, height, width\]; found \(2, 64, 16\): unpack"):
+        placement(1.7, -9.0, (chosen, chosen)).apply(torch.zeros(2, 64, 16), 0.0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.04, 1.6, 2.0, 2.3, 3.0])

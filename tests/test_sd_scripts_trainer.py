@@ -534,6 +534,20 @@ def test_latents_in_place_of_the_images_asked_for_end_the_run_with_one_line(make
     assert "\n" not in str(error.value)
 
 
+def test_a_noise_schedule_of_another_length_ends_the_run_with_one_line(
+    make: Train, trainers: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Longer(trainers["sd15"].train_util.NoiseScheduler):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.config.num_train_timesteps = 4000
+
+    monkeypatch.setattr(trainers["sd15"].train_util, "NoiseScheduler", Longer)
+    run = make({})
+    with pytest.raises(SystemExit, match=r"^apt-hooks: error: the noise schedule has 4000 timesteps; .* of 1000$"):
+        run.trainer.train(run.args)
+
+
 def test_latent_space_asked_for_leaves_the_images_alone(train: Train) -> None:
     run = train({**ALWAYS_SMALLER, "augment_space": "latent"}, spy=Overfitted)
     assert all(seen.moved["images"] is seen.given["images"] for seen in run.trainer.seen)

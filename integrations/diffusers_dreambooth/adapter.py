@@ -24,7 +24,7 @@ from apt_hooks.run import AptRun
 from apt_hooks.step import AptStep
 
 from ..accelerate_state import attach
-from ..peft import adapters_off, check_trained
+from ..peft import adapters_off, check_active
 from .metadata import add_metadata
 
 logger = logging.getLogger("apt_hooks")
@@ -69,8 +69,8 @@ class DreamBoothRun:
         # accelerate has no public list of the models and optimizers that it prepared.
         trained = [accelerator.unwrap_model(model) for model in accelerator._models]
         self._text_encoders = [m for m in trained if m is not own and any(p.requires_grad for p in m.parameters())]
-        optimizers = [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
-        check_trained((p for group in optimizers for p in group["params"]), own, *self._text_encoders)
+        parameters = [p for opt in accelerator._optimizers for group in opt.param_groups for p in group["params"]]
+        check_active(own, *self._text_encoders)
         check_preset(config.preset_name, own)
         self._prior = bool(getattr(args, "with_prior_preservation", False))
         self._accelerator = accelerator
@@ -80,6 +80,7 @@ class DreamBoothRun:
             lambda: adapters_off(own, *self._text_encoders),
             num_train_timesteps=noise_scheduler.config.num_train_timesteps,
             also_frozen=self._text_encoders,
+            trained=[(f"number {i} of the optimizer's, {tuple(p.shape)}", p) for i, p in enumerate(parameters)],
         )
         log_path = Path(args.output_dir or ".") / f"{WEIGHTS}-apt.jsonl"
         self._run = AptRun(

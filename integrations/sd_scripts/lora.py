@@ -21,17 +21,21 @@ class LoraSwitch:
     Args:
         modules: the U-Net and the text encoders that may carry LoRA, network applied.
         network: name of the network module, for the error.
+        trained: the network itself, each of whose LoRA modules has to be found on a layer of `modules`.
 
     Raises:
-        AptError: no layer of `modules` has a replaced `forward`, or the base weights are gone.
+        AptError: no layer of `modules` has a replaced `forward`, the base weights are gone, or a LoRA module of
+            `trained` was not found.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], network: str) -> None:
+    def __init__(self, modules: Iterable[nn.Module], network: str, trained: nn.Module | None = None) -> None:
         self._layers: list[tuple[nn.Module, Any, Any]] = []
+        found: set[Any] = set()
         for root in modules:
             for layer in root.modules():
                 replaced = layer.__dict__.get("forward")
-                original = _original(layer, replaced)
+                original, loras = _original(layer, replaced)
+                found.update(loras)
                 if original is None:
                     continue
                 if isinstance(layer, (nn.Linear, nn.Conv2d)) and not hasattr(layer, "weight"):
@@ -45,10 +49,27 @@ class LoraSwitch:
                 f"network_module {network}: looked for layers whose forward was replaced by a LoRA that keeps "
                 "org_forward, found none, so the base model cannot be had; use networks.lora or a LyCORIS network"
             )
+        missed = [name for name, lora in _applied(trained) if lora not in found]
+        if missed:
+            raise AptError(
+                f"network_module {network}: {len(missed)} LoRA modules are in no layer's forward, where they would be "
+                f"switched off for the base model ({', '.join(missed[:3])}{', ...' if len(missed) > 3 else ''}): "
+                "something else has replaced or wrapped the layers' forward after the network was applied; leave it out"
+            )
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, the base layers compute alone."""
+        """Inside, the base layers compute alone.
+
+        Raises:
+            AptError: a layer's `forward` was replaced once more since the switch was made.
+        """
+        for layer, replaced, _ in self._layers:
+            if layer.__dict__.get("forward") is not replaced:
+                raise AptError(
+                    f"the forward of a {type(layer).__name__} with LoRA was replaced after the first step, so its LoRA "
+                    "cannot be switched off for the base model; replace it before the training, or not at all"
+                )
         try:
             for layer, _, original in self._layers:
                 layer.forward = original
@@ -58,11 +79,26 @@ class LoraSwitch:
                 layer.forward = replaced
 
 
-def _original(layer: nn.Module, replaced: Any) -> Any:
-    """The layer's own forward behind one or more LoRA modules, or None where nothing replaced it."""
-    found = None
-    owner = getattr(replaced, "__self__", None)
-    while owner is not None and owner is not layer and hasattr(owner, "org_forward"):
-        found = owner.org_forward
-        owner = getattr(found, "__self__", None)
-    return found
+def _original(layer: nn.Module, replaced: Any) -> tuple[Any, list[Any]]:
+    """The layer's own forward behind one or more LoRA modules, or None where nothing replaced it; and those modules."""
+    found, loras = None, []
+    current = replaced
+    while current is not None:
+        owner = getattr(current, "__self__", None)
+        if owner is None:  # a function around the method, such as torch._dynamo.disable makes
+            current = getattr(current, "__wrapped__", None)
+        elif owner is not layer and hasattr(owner, "org_forward"):
+            loras.append(owner)
+            found = current = owner.org_forward
+        else:
+            break
+    return found, loras
+
+
+def _applied(network: nn.Module | None) -> list[tuple[str, nn.Module]]:
+    """(name, module) of each LoRA module that has taken a layer's forward and is trained."""
+    return [
+        (getattr(module, "lora_name", name), module)
+        for name, module in ([] if network is None else network.named_modules())
+        if hasattr(module, "org_forward") and any(p.requires_grad for p in module.parameters())
+    ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt_hooks.augmentation import Placement
 from apt_hooks.blocks import check_preset
@@ -94,7 +94,6 @@ class AptTrainer:
         space = config.augment_space
         if space == "auto":
             space = "latent" if args.cache_latents else "image"
-        # A switch is made at the first step: the network is applied to the models after they were loaded.
         self._switch: LoraSwitch | None = None
         self._switched = (unet, *trained)
         self._network = args.network_module
@@ -169,6 +168,7 @@ class AptTrainer:
 
         if not is_train:
             return process(batch)
+        self._begin(network, noise_scheduler)
         # Here the trainer has just fetched the last step's loss, so fetching its other numbers waits for nothing.
         self.apt.log.flush()
         current = _Batch(_counted(batch))
@@ -248,10 +248,20 @@ class AptTrainer:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    def _begin(self, network: nn.Module, noise_scheduler: Any) -> None:
+        """What is known at the first step only: the network is applied to the models after they were loaded."""
+        if self._switch is not None:
+            return
+        objective = self.apt.objective
+        found, wanted = noise_scheduler.config.num_train_timesteps, objective.indicator.num_train_timesteps
+        if found != wanted:
+            raise AptError(f"the noise schedule has {found} timesteps; APT in sd-scripts is for those of {wanted}")
+        self._switch = LoraSwitch(self._switched, self._network, network)
+        # And nothing else, though a text encoder's embeddings require a gradient for the sake of its checkpointing.
+        objective.trained = list(network.named_parameters())
+
     @contextlib.contextmanager
     def _lora_off(self) -> Iterator[None]:
-        if self._switch is None:
-            self._switch = LoraSwitch(self._switched, self._network)
         with self._switch.off():
             yield
 
