@@ -415,7 +415,13 @@ def test_files_that_are_no_lora_are_refused(pipeline, loras, tmp_path):
 
 
 def test_a_pipeline_that_has_loras_is_refused(pipeline, loras):
-    with Loras(pipeline, {"mine": loras[0]}), pytest.raises(AptError, match=r"call unload_lora_weights\(\) first"):
+    pipeline.load_lora_weights(load_file(loras[0]))
+    try:
+        with pytest.raises(AptError, match=r"call unload_lora_weights\(\) first"):
+            DreamBlend(pipeline, *loras)
+    finally:
+        pipeline.unload_lora_weights()
+    with Loras(pipeline, {"mine": loras[0]}) as own, own.active("mine"), pytest.raises(AptError, match="has LoRAs"):
         DreamBlend(pipeline, *loras)
 
 
@@ -443,14 +449,14 @@ def test_schedulers_that_go_on_from_other_latents_are_refused(pipeline, loras, m
     DreamBlend(pipeline, *loras).close()
 
 
-def test_what_is_no_lora_that_diffusers_loads_whole_is_refused(pipeline, loras, tmp_path):
+def test_what_would_not_be_loaded_whole_is_refused(pipeline, loras, tmp_path):
     own = load_file(loras[0])
     key = next(iter(own))
     elsewhere = {k.replace("up_blocks.1", "up_blocks.7"): v.clone() for k, v in own.items()}
     for name, tensors, message in (
-        ("dora", {**own, key.replace("lora_A.weight", "dora_scale"): torch.ones(1)}, "is a DoRA, which"),
-        ("loha", {"lora_unet_x.hada_w1_a": torch.ones(1)}, "is a LoHa of LyCORIS"),
-        ("part", {**own, **elsewhere}, r"of its \d+ layers are not there"),
+        ("dora", {**own, key.replace("lora_A.weight", "dora_scale"): torch.ones(1)}, "is a DoRA whose lengths"),
+        ("loha", {"lora_unet_x.hada_w1_a": torch.ones(1)}, "has a LoHa of LyCORIS"),
+        ("part", {**own, **elsewhere}, r"of its \d+ modules are not there"),
     ):
         save_file(tensors, tmp_path / f"{name}.safetensors")
         with pytest.raises(AptError, match=message):

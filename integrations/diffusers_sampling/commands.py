@@ -19,7 +19,8 @@ from apt_hooks.files import make_folder, write_atomically
 from .collapse import attention_collapse
 from .dreamblend import DreamBlend, Run
 from .judges import CLIP, ClipJudge
-from .loras import LoraFile, Loras, check_file, named
+from .lora_files import check_file
+from .loras import LoraFile, Loras, named
 from .pipelines import load_pipeline, make_movable
 from .steps import denoising_steps
 from .sweep import find_checkpoints, sweep, write_rows

@@ -200,7 +200,7 @@ class DreamBlend:
 
 @contextlib.contextmanager
 def _nothing_trained(model: Any) -> Iterator[None]:
-    """What asks for gradients, as a LoRA that was just switched on, makes a pass with a graph keep more."""
+    """What asks for gradients makes a pass with a graph keep more."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -1,46 +1,55 @@
-"""Several LoRAs on one pipeline, of which one takes part at a time."""
+"""Several LoRAs on one pipeline, of which one takes part at a time.
+
+They are put there by forward hooks, from what the file says of each module, and not by diffusers' loader and peft:
+those take one scale for modules that have scales of their own, each release in another way.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import warnings
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from apt_hooks.errors import AptError
-from apt_hooks.integrations.peft import adapter_layers, unload_adapters
-from apt_hooks.integrations.quiet import quiet
+from apt_hooks.integrations.peft import adapter_layers
+
+from .lora_files import Delta, check_file, read_lora
+from .lora_names import ModuleNames
 
 LoraFile = str | Path
 
 
 class Loras:
-    """LoRA files of kohya's or diffusers' format, loaded on a pipeline that has none; `close` leaves it as it was.
+    """LoRA files of kohya's, diffusers' or peft's format, on a pipeline that has none; `close` leaves it as it was.
 
-    In between the pipeline is to be used inside of `active` only.
+    Outside of `active` the pipeline is the base model.
 
     Raises:
-        AptError: a pipeline that has LoRAs; a file that cannot be read, is no LoRA, or is one of another base model.
+        AptError: a pipeline that has LoRAs; a file that cannot be read, is no LoRA, or is one of another base model; a
+            module that does not add what the file says.
     """
 
     def __init__(self, pipeline: Any, files: Mapping[str, LoraFile]) -> None:
-        self.pipeline = pipeline
-        self._models = [m for m in (getattr(pipeline, n, None) for n in _MODELS) if m is not None]
-        if adapter_layers(*self._models):
+        names = ModuleNames(pipeline)
+        models = list(names.models.values())
+        if adapter_layers(*models) or _hooks(models):
             raise AptError("the pipeline has LoRAs loaded already: call unload_lora_weights() first")
-        self._trained = [p for model in self._models for p in model.parameters() if p.requires_grad]
-        self._open = True
+        self._models = models
+        self._handles: list[Any] = []
         self._active: str | None = None
-        try:
-            for name, path in files.items():
-                self._load(name, Path(path))
-            self._switch(None)
-        except BaseException:
-            self.close()
-            raise
+        self._loras: dict[str, list[tuple[nn.Module, _Addition]]] = {}
+        for name, path in files.items():
+            deltas = read_lora(Path(path))
+            modules = _modules(Path(path), deltas, names, type(pipeline).__name__)
+            self._loras[name] = [(modules[key][1], _Addition(modules[key][1], delta)) for key, delta in deltas.items()]
+            with self.active(name):
+                self._check(Path(path), deltas, modules)
 
     @contextlib.contextmanager
     def active(self, name: str | None) -> Iterator[None]:
@@ -53,20 +62,21 @@ class Loras:
             self._switch(before)
 
     def _switch(self, name: str | None) -> None:
-        if name is not None:
-            self.pipeline.set_adapters([_adapter(name)])
-        for layer in adapter_layers(*self._models):
-            object.__setattr__(layer, "_disable_adapters", name is None)
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._active = [], None
+        if name is None:
+            return
+        if _hooks(self._models):
+            raise AptError(f"the LoRA {name!r} cannot be active while one of another Loras is, on the same pipeline")
+        # Before the hooks of those who look at a module's output.
+        self._handles = [module.register_forward_hook(hook, prepend=True) for module, hook in self._loras[name]]
         self._active = name
 
     def close(self) -> None:
         """Take them off; may be called again."""
-        if not self._open:
-            return
-        self._open = False
-        unload_adapters(self.pipeline, *self._models)
-        for parameter in self._trained:  # peft freezes what it is put on
-            parameter.requires_grad_(True)
+        self._switch(None)
+        self._loras.clear()
 
     def __enter__(self) -> Loras:
         return self
@@ -74,45 +84,153 @@ class Loras:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def _load(self, name: str, path: Path) -> None:
-        import diffusers.utils.logging as logging
-        import transformers.utils.logging as transformers_logging
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def _check(self, path: Path, deltas: Mapping[str, Delta], modules: Mapping[str, tuple[str, nn.Module]]) -> None:
+        """Compare what is on the models with what the file says, every module on a random vector.
 
-        check_file(path)
-        try:
-            tensors = load_file(path)
-        except OSError as error:
-            raise AptError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except SafetensorError as error:
-            raise AptError(f"{path}: is no safetensors file ({error})") from error
-        for part, name_of_it in _UNSUPPORTED.items():
-            if any(part in key for key in tensors):
-                raise AptError(f"{path}: is a {name_of_it}, which diffusers does not load; LoRA alone is supported")
-        if not any("lora" in key.lower() for key in tensors):
-            raise AptError(f"{path}: is no LoRA, its tensors are named like {next(iter(tensors), 'nothing')!r}")
-        try:
-            layers = sum(any(key.endswith(end) for end in _DOWN) for key in tensors)
-            with quiet(logging), quiet(transformers_logging), warnings.catch_warnings():
-                logging.set_verbosity(logging.CRITICAL)  # its errors are told in one line below
-                warnings.simplefilter("ignore")  # that it is the second adapter, for example
-                # Some releases of peft draw the weights that the file then replaces.
-                with torch.random.fork_rng(range(torch.cuda.device_count())):
-                    self.pipeline.load_lora_weights(tensors, adapter_name=_adapter(name))
-        except torch.cuda.OutOfMemoryError:
-            raise
-        # Each release of diffusers and peft fails at another place, in another way.
-        except Exception as error:
-            raise AptError(_misfit(path, self.pipeline, str(error))) from error
-        loaded = sum(_adapter(name) in getattr(layer, "lora_A", ()) for layer in adapter_layers(*self._models))
-        if loaded < layers:
-            raise AptError(_misfit(path, self.pipeline, f"{layers - loaded} of its {layers} layers are not there"))
+        In float32, on the CPU: a model's own precision is not the question.
+        """
+        hooks = _hooks(self._models)
+        generator = torch.Generator().manual_seed(0)
+        for key, (place, module) in modules.items():
+            on_it = hooks.pop(id(module), ())
+            if len(on_it) != 1:
+                raise AptError(f"{path}: {key}: expected one LoRA on {place}, found {len(on_it)}; please report this")
+            expected, found, size = _on_a_random_vector(module, deltas[key], on_it[0], generator)
+            if not (found - expected).norm() <= 1e-3 * expected.norm() + 1e-5 * size:
+                raise AptError(
+                    f"{path}: {key}: {place} adds something else than up @ down * alpha / rank, of a random vector "
+                    f"{found.norm():.4g} where {expected.norm():.4g} is expected; please report this"
+                )
+        if hooks:
+            raise AptError(f"{path}: {len(hooks)} modules have a LoRA on them that the file has none for")
 
 
-def _adapter(name: str) -> str:
-    """A LoRA's name for peft, to which some words, such as "type", are taken."""
-    return f"apt_hooks_{name}"
+class _Addition:
+    """A forward hook that adds a LoRA's delta to the output of a linear layer or a convolution."""
+
+    def __init__(self, module: nn.Module, delta: Delta) -> None:
+        self.scale = delta.scale
+        kernel = _size(module)[2]
+        self._own = [
+            delta.down.reshape(*delta.down.shape[:2], *kernel),
+            delta.up.reshape(*delta.up.shape[:2], *[1] * len(kernel)),
+        ]
+        if delta.magnitude is not None:
+            weight = _weight(module) + delta.matrix()
+            longer = delta.magnitude.float() / weight.norm(dim=1) - 1
+            self._own.append(longer.reshape(-1, *[1] * len(kernel)))
+        self._cast = self._own
+
+    def __call__(self, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        if any(tensor.dtype != x.dtype or tensor.device != x.device for tensor in self._cast):
+            self._cast = [tensor.to(x) for tensor in self._own]
+        down, up, *dora = self._cast
+        if isinstance(module, nn.Conv2d):
+            added = F.conv2d(module._conv_forward(x, down, None), up)
+        else:
+            added = F.linear(F.linear(x, down), up)
+        added = added * self.scale
+        for longer in dora:
+            bias = 0 if module.bias is None else module.bias.to(output).reshape(-1, *[1] * (longer.ndim - 1))
+            added = added + longer * (output - bias + added)
+        return output + added.to(output.dtype)
+
+
+def _hooks(models: Sequence[nn.Module]) -> dict[int, list[_Addition]]:
+    """What LoRAs add on models now, by the id of the module."""
+    modules = {id(module): module for model in models for module in model.modules()}
+    found = {
+        key: [hook for hook in module._forward_hooks.values() if isinstance(hook, _Addition)]
+        for key, module in modules.items()
+    }
+    return {key: own for key, own in found.items() if own}
+
+
+def _modules(
+    path: Path, deltas: Mapping[str, Delta], names: ModuleNames, pipeline: str
+) -> dict[str, tuple[str, nn.Module]]:
+    """Each delta's module and its place in the pipeline, by the delta's name.
+
+    Raises:
+        AptError: one that is not there, is of another size or kind, or is meant twice.
+    """
+    misfit = f"{path}: does not fit the model, a {pipeline}; is it of another base model?"
+    candidates = {key: names.find(key) for key in deltas}
+    missing = [key for key, found in candidates.items() if not found]
+    if missing:
+        raise AptError(f"{misfit} ({len(missing)} of its {len(deltas)} modules are not there, such as {missing[0]})")
+    modules: dict[str, tuple[str, nn.Module]] = {}
+    keys: dict[int, str] = {}
+    for key, delta in deltas.items():
+        size = len(delta.up), delta.down.shape[1], tuple(delta.down.shape[2:])
+        fitting = [(place, module) for place, module in candidates[key] if _fits(module, size)]
+        if len(fitting) > 1:
+            places = " or ".join(place for place, _ in fitting)
+            raise AptError(f"{path}: {key} may be of {places}; name them in the file as diffusers or kohya do")
+        if not fitting:
+            place, module = candidates[key][0]
+            raise AptError(f"{misfit} ({place} is {_told(_size(module))}, {key} {_told(size)})")
+        twin = keys.setdefault(id(fitting[0][1]), key)
+        if twin != key:
+            raise AptError(f"{path}: {key} and {twin} are of one module, {fitting[0][0]}")
+        modules[key] = fitting[0]
+    return modules
+
+
+_Size = tuple[int, int, tuple[int, ...]]
+
+
+def _size(module: Any) -> _Size:
+    """Outputs, inputs and kernel of a linear layer or a convolution."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features, ()
+    return module.out_channels, module.in_channels // module.groups, tuple(module.kernel_size)
+
+
+def _fits(module: nn.Module, size: _Size) -> bool:
+    """A kernel of 1x1 and a matrix are the same."""
+    own = _size(module)
+    return own[:2] == size[:2] and (own[2] or (1, 1)) == (size[2] or (1, 1))
+
+
+def _told(size: _Size) -> str:
+    return f"{size[1]} to {size[0]}" + (f" by {'x'.join(map(str, size[2]))}" if size[2] else "")
+
+
+def _weight(module: Any) -> Tensor:
+    """[out, in * height * width], in float32, on the CPU."""
+    out, inputs, kernel = _size(module)
+    weight = module.weight.detach().float().cpu().flatten(1)
+    if weight.shape != (out, inputs * math.prod(kernel)):
+        raise AptError(f"a DoRA needs the base model's weights, and those of a {type(module).__name__} are packed")
+    return weight
+
+
+def _on_a_random_vector(
+    module: Any, delta: Delta, addition: _Addition, generator: torch.Generator
+) -> tuple[Tensor, Tensor, float]:
+    """What is to be added to the product of a weight with a random vector, what the hook adds ([out] each), and how
+    large the numbers are of which that is the difference."""
+    out, inputs, kernel = _size(module)
+    x = torch.randn(inputs, *kernel, generator=generator)
+    expected, output = delta.times(x.flatten()), torch.zeros(out, dtype=torch.float64)
+    if delta.magnitude is not None:
+        weight = _weight(module).double()
+        output, plain = weight @ x.flatten().double(), expected
+        lengths = (weight + delta.matrix().double()).norm(dim=1)
+        expected = delta.magnitude.double() / lengths * (output + plain) - output
+        if module.bias is not None:
+            output = output + module.bias.detach().double().cpu()
+    size = float(output.norm())
+    if not kernel:
+        return expected, addition(module, (x[None],), output.float()[None])[0].double() - output, size
+    # Where in the output of a convolution the kernel lies on the vector alone, which begins there.
+    places = [-(-padding // stride) for padding, stride in zip(module.padding, module.stride, strict=True)]
+    starts = [i * s - p for i, s, p in zip(places, module.stride, module.padding, strict=True)]
+    canvas = F.pad(x, (starts[1], 0, starts[0], 0))[None]
+    found = addition(module, (canvas,), output.float()[None, :, None, None])
+    return expected, found[0, :, places[0], places[1]].double() - output, size
 
 
 def named(paths: Sequence[Path], taken: Sequence[str] = ()) -> dict[str, LoraFile]:
@@ -138,21 +256,3 @@ def named(paths: Sequence[Path], taken: Sequence[str] = ()) -> dict[str, LoraFil
         if name in (*names[:i], *taken):
             raise AptError(f"--lora {paths[i]}: {name!r} is the name of another model; rename the file")
     return dict(zip(names, paths, strict=True))
-
-
-def check_file(path: Path) -> None:
-    """Raises AptError where there is no such file: to be told before a model is loaded."""
-    if path.is_dir():
-        raise AptError(f"{path}: is a folder; name the .safetensors file in it")
-    if not path.is_file():
-        raise AptError(f"{path}: no such file")
-
-
-_DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight")
-_UNSUPPORTED = {"dora_scale": "DoRA", "hada_": "LoHa of LyCORIS", "lokr_": "LoKr of LyCORIS"}
-_MODELS = ("unet", "text_encoder", "text_encoder_2")
-
-
-def _misfit(path: Path, pipeline: Any, why: str) -> str:
-    why = " ".join(why.split())[:150]
-    return f"{path}: does not fit the model, a {type(pipeline).__name__}; is it of another base model? ({why})"

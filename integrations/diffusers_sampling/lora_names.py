@@ -1,0 +1,117 @@
+"""Which module of a pipeline a LoRA's file means: by diffusers' names, Stability's or those of older releases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .lora_files import PEFT_PREFIX
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "unet_": "unet",
+    "text_encoder_2_": "text_encoder_2",
+    "text_encoder_": "text_encoder",
+}
+
+
+class ModuleNames:
+    """The modules of a pipeline by every name that a LoRA's file may have for them.
+
+    kohya's names have `_` for each `.`, so all are looked up like that. What has no prefix is of the U-Net where that
+    has such a module, else of a text encoder.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self.models: dict[str, nn.Module] = {p: m for p in PARTS if (m := getattr(pipeline, p, None)) is not None}
+        self._paths: dict[str, dict[str, str]] = {part: _spellings(part, model) for part, model in self.models.items()}
+
+    def find(self, name: str) -> list[tuple[str, nn.Module]]:
+        """The modules that a name may mean, each with its path in the pipeline; more than one where only their sizes
+        tell the text encoders' apart."""
+        plain = name.removeprefix(PEFT_PREFIX).replace(".", "_").replace("_processor_", "_")
+        prefix = next((prefix for prefix in _PREFIXES if plain.startswith(prefix)), None)
+        parts = [*self.models] if prefix is None else [_PREFIXES[prefix]]
+        found = [(p, self._paths[p].get(plain.removeprefix(prefix or ""))) for p in parts if p in self._paths]
+        return [(f"{part}.{path}", self.models[part].get_submodule(path)) for part, path in found if path is not None]
+
+
+def _spellings(part: str, model: nn.Module) -> dict[str, str]:
+    """The paths of a model's linear layers and convolutions by their names, `.` replaced."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    names: dict[str, str] = {}
+    for name, path in _of_unet(model, paths) if part == "unet" else _of_text_encoder(paths):
+        names.setdefault(name.replace(".", "_"), path)
+    return names
+
+
+def _of_text_encoder(paths: list[str]) -> Iterator[tuple[str, str]]:
+    """transformers 5 has left `text_model.` out of its names; LoRAs before peft called the projections otherwise."""
+    for path in paths:
+        bare = path.removeprefix("text_model.")
+        for name in (path, bare, f"text_model.{bare}"):
+            yield name, path
+            for new, old in (("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("out_proj", "to_out")):
+                yield name.replace(f"self_attn.{new}", f"self_attn.{old}"), path
+
+
+def _of_unet(unet: nn.Module, paths: list[str]) -> Iterator[tuple[str, str]]:
+    blocks = {ours: theirs for theirs, ours in _stability_blocks(unet)}
+    for path in paths:
+        yield path, path
+        yield path.replace("to_out.0", "to_out"), path  # before peft
+        for ours, theirs in blocks.items():
+            if path == ours or path.startswith(f"{ours}."):
+                inside = path[len(ours) + 1 :]
+                yield f"{theirs}.{_STABILITY_RESNET.get(inside, inside)}".removesuffix("."), path
+    yield from ((theirs, ours) for theirs, ours in _STABILITY_ENDS.items() if ours in paths)
+
+
+def _stability_blocks(unet: Any) -> Iterator[tuple[str, str]]:
+    """Stability's names, which sd-scripts has for SDXL, and diffusers' for the same parts: one flat list of inputs, of
+    which the first is the first convolution, and one of outputs, whose upsamplers stand behind what they follow."""
+    number = 1
+    for i, block in enumerate(unet.down_blocks):
+        for j in range(len(block.resnets)):
+            yield f"input_blocks.{number}.0", f"down_blocks.{i}.resnets.{j}"
+            yield f"input_blocks.{number}.1", f"down_blocks.{i}.attentions.{j}"
+            number += 1
+        if block.downsamplers is not None:
+            yield f"input_blocks.{number}.0.op", f"down_blocks.{i}.downsamplers.0.conv"
+            number += 1
+    for number, part in enumerate(("resnets.0", "attentions.0", "resnets.1")):
+        yield f"middle_block.{number}", f"mid_block.{part}"
+    number = 0
+    for i, block in enumerate(unet.up_blocks):
+        for j in range(len(block.resnets)):
+            yield f"output_blocks.{number}.0", f"up_blocks.{i}.resnets.{j}"
+            yield f"output_blocks.{number}.1", f"up_blocks.{i}.attentions.{j}"
+            number += 1
+        if block.upsamplers is not None:
+            place = 2 if hasattr(block, "attentions") else 1
+            yield f"output_blocks.{number - 1}.{place}.conv", f"up_blocks.{i}.upsamplers.0.conv"
+
+
+_STABILITY_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_STABILITY_ENDS = {
+    "input_blocks.0.0": "conv_in",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
