@@ -1,5 +1,6 @@
 """What a LoRA's file says of a module is what the module does, whoever wrote the file."""
 
+import copy
 import json
 import math
 import types
@@ -403,14 +404,18 @@ NAME = kohya(PLACE)
 @pytest.mark.parametrize(
     ("change", "header", "message"),
     (
-        ({f"{NAME}.alpha": torch.tensor(0.0)}, {}, "the alpha of .*to_q is to be a number that is not 0; found 0.0"),
-        ({f"{NAME}.alpha": torch.tensor(float("nan"))}, {}, "its alpha holds numbers that are not finite"),
+        (
+            {f"{NAME}.alpha": torch.tensor(0.0)},
+            {},
+            "the alpha of .*to_q is to be a finite number that is not 0; found 0.0",
+        ),
+        ({f"{NAME}.alpha": torch.tensor(float("nan"))}, {}, "the alpha of .*to_q is to be a finite number.*found nan"),
         ({f"{NAME}.alpha": torch.ones(2)}, {}, r"its alpha is one number; found \[2\]"),
-        ({f"{NAME}.lora_up.weight": torch.full((16, 2), float("inf"))}, {}, "its up holds numbers that are not finite"),
+        ({f"{NAME}.lora_up.weight": torch.full((16, 2), float("inf"))}, {}, "to_q: holds numbers that are not finite"),
         ({f"{NAME}.lora_up.weight": torch.ones(16, 3)}, {}, r"do not fit one another \(down \[2, 16\], up \[16, 3\]\)"),
         ({f"{NAME}.lora_up.weight": None}, {}, "has down and no up"),
         ({f"{NAME}.lora_down.weight": torch.ones(2, 24)}, {}, r"is 16 to 16, lora_unet_.*to_q 24 to 16\)"),
-        ({}, {"ss_network_alpha": "Dynamic"}, "ss_network_alpha in its header is to be a number.*found Dynamic"),
+        ({}, {"ss_network_alpha": "Dynamic"}, "ss_network_alpha in its header is to be a finite number.*found Dynamic"),
         (
             {},
             {"ss_network_alpha": "4", "ss_network_args": '{"block_alphas": "1,2"}'},
@@ -464,6 +469,49 @@ def test_what_is_on_the_model_is_compared_with_the_file(pipeline, tmp_path, monk
     with pytest.raises(AptError, match=f"{kohya(place)}: .*{message}"):
         Loras(pipeline, {"it": path})
     assert not any(m._forward_hooks for m in pipeline.unet.modules())
+
+
+def test_the_models_own_pass_is_that_of_merged_weights(pipeline, tmp_path):
+    """Of the U-Net and of both text encoders."""
+    pairs = factors(pipeline, EVERY)
+    path = save(tmp_path / "lora.safetensors", kohya_file(pairs, OWN))
+    words, x, context = torch.tensor([[1, 5, 7, 2]]), torch.randn(1, 4, 8, 8), torch.randn(1, 4, 24)
+    conditions = {"text_embeds": torch.randn(1, 16), "time_ids": torch.ones(1, 6)}
+
+    def outputs(of):
+        texts = [model(words).last_hidden_state for model in (of.text_encoder, of.text_encoder_2)]
+        return [*texts, of.unet(x, 500, context, added_cond_kwargs=conditions).sample]
+
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    merged = types.SimpleNamespace(**{part: copy.deepcopy(getattr(pipeline, part)) for part in parts})
+    for place, (down, up) in pairs.items():
+        module_at(merged, place).weight += product(merged, place, down, up, OWN[place] / EVERY[place])
+    before = outputs(pipeline)
+    with Loras(pipeline, {"it": path}) as loras:
+        with loras.active("it"):
+            found = outputs(pipeline)
+        assert all(torch.equal(*pair) for pair in zip(outputs(pipeline), before, strict=True))
+    for own, want, plain in zip(found, outputs(merged), before, strict=True):
+        assert relative_difference(own - plain, want - plain) < 1e-3
+
+
+def test_the_precision_is_the_models_own_of_the_moment(pipeline, tmp_path):
+    """What bfloat16 has rounded is not rounded any more when the model is back in float32."""
+    pairs = factors(pipeline, EVERY)
+    path = save(tmp_path / "lora.safetensors", kohya_file(pairs, OWN))
+    modules = {place: copy.deepcopy(module_at(pipeline, place)) for place in EVERY}
+    with Loras(pipeline, {"it": path}) as loras, loras.active("it"):
+        for place, layer in modules.items():
+            module, x = module_at(pipeline, place), _input(layer.weight)
+            want = _computed(
+                layer, x, layer.weight + product(pipeline, place, *pairs[place], OWN[place] / EVERY[place])
+            )
+            try:
+                rough = module.to(torch.bfloat16)(x.bfloat16())
+            finally:
+                module.float().load_state_dict(layer.state_dict())
+            assert rough.dtype is torch.bfloat16 and 0 < relative_difference(rough.float(), want) < 0.03, place
+            assert relative_difference(module(x), want) < 1e-5, place
 
 
 def test_two_that_are_loaded_apart_are_never_active_at_once(pipeline, tmp_path):

@@ -49,7 +49,7 @@ class DreamBlend:
 
     Args:
         pipeline: of diffusers, for SD 1.x, 2.x or SDXL.
-        early, late: LoRA files of kohya's or diffusers' format.
+        early, late: LoRA files, as for `Loras`.
         guidance_lr: how far to go along the gradient; None: 0.1, for v-prediction 0.01.
         guidance_steps: the first denoising step that is guided and the first that is not any more; None: to the end.
         blocks: the up-blocks whose cross-attention guides; as in `FeatureCapture`.

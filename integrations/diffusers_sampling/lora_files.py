@@ -40,8 +40,8 @@ class Delta:
     magnitude: Tensor | None = None
 
     def times(self, x: Tensor) -> Tensor:
-        """The delta as a matrix of out rows, in float64, times a vector of as many numbers as it has columns."""
-        return self.scale * (self.up.double().flatten(1) @ (self.down.double().flatten(1) @ x.double()))
+        """`matrix` times a vector of as many numbers as it has columns, without the matrix."""
+        return self.scale * (self.up.float().flatten(1) @ (self.down.float().flatten(1) @ x))
 
     def matrix(self) -> Tensor:
         """[out, in * height * width], in float32."""
@@ -151,9 +151,6 @@ def _delta(path: Path, name: str, parts: Mapping[str, Tensor], alphas: _Alphas) 
     if missing:
         raise AptError(f"{path}: {name} has {', '.join(sorted(parts))} and no {' and no '.join(missing)}")
     down, up, mid = parts["down"], parts["up"], parts.get("mid")
-    broken = next((part for part, tensor in parts.items() if not tensor.float().isfinite().all()), None)
-    if broken is not None:
-        raise AptError(f"{path}: {name}: its {broken} holds numbers that are not finite; the training has failed")
     rank = len(down)
     whole = min(down.ndim, up.ndim) >= 2 and up.shape[1:].numel() == rank
     if not whole or (mid is not None and (mid.shape[:2] != (rank, rank) or down.shape[2:].numel() != 1)):
@@ -240,7 +237,7 @@ class _Alphas:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number) or number == 0:
-            raise AptError(f"{self.path}: {what} is to be a number that is not 0; found {value}")
+            raise AptError(f"{self.path}: {what} is to be a finite number that is not 0; found {value}")
         return number
 
     def _json(self, text: str | bytes, what: str) -> dict[str, Any]:

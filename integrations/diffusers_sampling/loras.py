@@ -96,6 +96,9 @@ class Loras:
             if len(on_it) != 1:
                 raise AptError(f"{path}: {key}: expected one LoRA on {place}, found {len(on_it)}; please report this")
             expected, found, size = _on_a_random_vector(module, deltas[key], on_it[0], generator)
+            on_it[0].forget()
+            if not expected.isfinite().all():
+                raise AptError(f"{path}: {key}: holds numbers that are not finite; the training has failed")
             if not (found - expected).norm() <= 1e-3 * expected.norm() + 1e-5 * size:
                 raise AptError(
                     f"{path}: {key}: {place} adds something else than up @ down * alpha / rank, of a random vector "
@@ -119,6 +122,10 @@ class _Addition:
             weight = _weight(module) + delta.matrix()
             longer = delta.magnitude.float() / weight.norm(dim=1) - 1
             self._own.append(longer.reshape(-1, *[1] * len(kernel)))
+        self._cast = self._own
+
+    def forget(self) -> None:
+        """What was made for the last input's device and precision."""
         self._cast = self._own
 
     def __call__(self, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -214,7 +221,7 @@ def _on_a_random_vector(
     large the numbers are of which that is the difference."""
     out, inputs, kernel = _size(module)
     x = torch.randn(inputs, *kernel, generator=generator)
-    expected, output = delta.times(x.flatten()), torch.zeros(out, dtype=torch.float64)
+    expected, output = delta.times(x.flatten()).double(), torch.zeros(out, dtype=torch.float64)
     if delta.magnitude is not None:
         weight = _weight(module).double()
         output, plain = weight @ x.flatten().double(), expected
