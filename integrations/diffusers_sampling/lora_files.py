@@ -196,7 +196,7 @@ class _Alphas:
     def scale(self, name: str, own: Tensor | None, down: Tensor) -> float:
         """alpha / rank of a module, or alpha / sqrt(rank) where peft's configuration says so (use_rslora)."""
         rank = len(down)
-        config = next((c for prefix, c in self.configs.items() if name.startswith(prefix)), {})
+        config: Mapping[str, Any] = next((c for prefix, c in self.configs.items() if name.startswith(prefix)), {})
         if own is not None:
             if own.numel() != 1:
                 raise AptError(f"{self.path}: {name}: its alpha is one number; found {list(own.shape)}")
