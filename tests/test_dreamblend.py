@@ -375,6 +375,31 @@ def test_a_lora_of_kohyas_format_is_the_same_lora(pipeline, loras, tmp_path):
         assert torch.allclose(recording.images, blend.late(recording).images, atol=1e-5)
 
 
+@pytest.fixture
+def with_text(pipeline, loras, tmp_path):
+    """A LoRA of U-Net and text encoder, in diffusers' format."""
+    tensors, generator = load_file(loras[0]), torch.Generator().manual_seed(2)
+    for name, module in pipeline.text_encoder.named_modules():
+        if name.endswith("q_proj"):
+            key = f"text_encoder.text_model.{name.removeprefix('text_model.')}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(4, module.in_features, generator=generator)
+            tensors[f"{key}.lora_B.weight"] = torch.randn(module.out_features, 4, generator=generator)
+    save_file(tensors, tmp_path / "with_text.safetensors")
+    return tmp_path / "with_text.safetensors"
+
+
+def test_a_lora_with_weights_for_the_text_encoder_acts_there_and_leaves_nothing(pipeline, loras, with_text):
+    words = pipeline.tokenizer([PROMPT], return_tensors="pt").input_ids
+    with torch.no_grad():
+        base = pipeline.text_encoder(words)[0]
+        for _ in range(2):
+            with Loras(pipeline, {"both": with_text, "unet": loras[0]}) as files:
+                for name, same in (("both", False), ("unet", True), (None, True)):
+                    with files.active(name):
+                        assert torch.equal(pipeline.text_encoder(words)[0], base) == same
+            assert torch.equal(pipeline.text_encoder(words)[0], base)
+
+
 def test_v_prediction_takes_smaller_steps(pipeline, loras, monkeypatch):
     with DreamBlend(pipeline, *loras) as blend:
         assert blend.guidance_lr == 0.1

@@ -29,6 +29,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+import peft
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
@@ -98,6 +100,8 @@ def train(
     ) -> Trained:
         nonlocal runs
         runs += 1
+        if "--train_text_encoder" in arguments:
+            skip_without_text_encoder_lora()
         if not patched and edit is str and folder is None:
             folder = unpatched((name, *arguments))
             if (folder / f"{WEIGHTS}.safetensors").exists():
@@ -121,6 +125,28 @@ def train(
     yield run
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+@functools.cache
+def text_encoder_lora_refused() -> str | None:
+    """What transformers says, with both versions, where it lets peft put no LoRA on a text encoder.
+
+    So do releases that want a peft which is not out yet; a script then fails without a patch too.
+    """
+    config = transformers.CLIPTextConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+    )
+    try:
+        transformers.CLIPTextModel(config).add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    except (ImportError, ValueError) as error:
+        pair = f"transformers {transformers.__version__} takes no LoRA of peft {peft.__version__}"
+        return f"{pair} on a text encoder: {error}"
+    return None
+
+
+def skip_without_text_encoder_lora() -> None:
+    if reason := text_encoder_lora_refused():
+        pytest.skip(reason)
 
 
 @functools.cache
@@ -703,7 +729,8 @@ def two_processes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path] | None]:
     """What accelerate launches, and its folder: begun before the file's first test, to run beside those of one core."""
-    if not any(item.name == test_two_processes_have_one_indicator_and_learn.__name__ for item in request.session.items):
+    chosen = [item.name for item in request.session.items]
+    if test_two_processes_have_one_indicator_and_learn.__name__ not in chosen or text_encoder_lora_refused():
         yield None
         return
     folder = tmp_path_factory.mktemp("two_processes")
@@ -731,6 +758,7 @@ def two_processes(
 
 
 def test_two_processes_have_one_indicator_and_learn(two_processes: tuple[subprocess.Popen[bytes], Path]) -> None:
+    skip_without_text_encoder_lora()
     process, folder = two_processes
     assert process.wait(timeout=300) == 0, (folder / "said.txt").read_text(errors="replace")
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import relative_difference
 
-from apt_hooks.losses import attention_alignment_loss, representation_statistics
+from apt_hooks.losses import attention_alignment_loss, attention_map, representation_statistics
 from apt_hooks.ops import attention_alignment, channel_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,12 +74,24 @@ def fused(inputs, mask=None, heads=HEADS, **options):
 def assert_no_less_accurate_than_eager(inputs, mask=None, heads=HEADS):
     wanted = plain(inputs, torch.float64, mask, heads)
     eager = plain(inputs, torch.float32, mask, heads)
-    for found, other, reference in zip(fused(inputs, mask, heads), eager, wanted, strict=True):
+    allowed = [eager_error_of_sum(inputs, mask, heads)]
+    allowed += [relative_difference(x.double(), reference) for x, reference in zip(eager[1:], wanted[1:], strict=True)]
+    for found, other, reference, bound in zip(fused(inputs, mask, heads), eager, wanted, allowed, strict=True):
         assert found.shape == reference.shape
         assert found.dtype == other.dtype
-        error, allowed = (relative_difference(x.double(), reference) for x in (found, other))
-        # Float32's own rounding aside: its sums come in another order.
-        assert error <= 1.03 * allowed + 1e-6
+        # Float32's own rounding aside: its sums come in another order, by processor and library.
+        assert relative_difference(found.double(), reference) <= 1.03 * bound + 16 * torch.finfo(torch.float32).eps
+
+
+def eager_error_of_sum(inputs, mask, heads):
+    """Of each query by itself, in absolute value: in the sum they cancel, on some processors nearly all of them."""
+    queries = []
+    for dtype in (torch.float32, torch.float64):
+        q, k, q_frozen, k_frozen = (x.to(dtype) for x in inputs)
+        tuned, frozen = attention_map(q, k, heads, SCALE, mask), attention_map(q_frozen, k_frozen, heads, SCALE, mask)
+        queries.append((tuned - frozen).square().sum(dim=-1).double())
+    found, wanted = queries
+    return float((found - wanted).abs().sum() / wanted.sum()) if wanted.any() else 0.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
