@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -58,6 +60,60 @@ COMMANDS = list(commands(typer.main.get_command(app)))
 def test_help_of_every_command_shows_an_example_of_it(path: tuple[str, ...]) -> None:
     shown = " ".join(run(*path, "--help").replace("`", "").split())
     assert re.search(f"Examples?: (.*, )?apt-hooks {' '.join(path)} ", shown + " ")
+
+
+@pytest.mark.parametrize("path", [(), ("presets",), *COMMANDS], ids=" ".join)
+def test_h_is_help(path: tuple[str, ...]) -> None:
+    assert run(*path, "-h") == run(*path, "--help") != ""
+
+
+def test_the_version_comes_with_those_of_the_packages_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"apt-hooks": "1.2", "torch": "3.4+cpu", "peft": "5.6"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert run("--version").splitlines() == [
+        "apt-hooks 1.2", "torch 3.4+cpu", "diffusers not installed", "accelerate not installed", "peft 5.6",
+        "transformers not installed", "triton not installed",
+    ]  # fmt: skip
+
+
+def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("apt-hooks")
+    # Without the shell that this runs below, bash is what is named.
+    environment = os.environ | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+
+    def call(*arguments: str, **given: str) -> str:
+        done = subprocess.run([command, *arguments], env=environment | given, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    call("--install-completion", "bash")
+    script = (tmp_path / ".bash_completions" / "apt-hooks.sh").read_text()
+    assert "_APT_HOOKS_COMPLETE=complete_bash" in script and "apt-hooks.sh" in (tmp_path / ".bashrc").read_text()
+    asked = {"_APT_HOOKS_COMPLETE": "complete_bash", "COMP_CWORD": "2"}
+    assert call(**asked, COMP_WORDS="apt-hooks presets a").split() == ["apply"]
+    assert "--force" in call(**asked, COMP_WORDS="apt-hooks patch --f").split()
+
+
+def test_readme_sets_up_with_the_versions_that_were_tested_together() -> None:
+    top = Path(__file__).parents[1]
+    block = (top / "README.md").read_text(encoding="utf-8").split("## Set up", 1)[1].split("```")[1]
+    lines = [line for line in block.splitlines() if line.startswith("pip")]
+    assert len(lines) == 2 and all("-c tests/constraints.txt " in line for line in lines)
+    pins = [line for line in (top / "tests/constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.match(r"[a-z0-9-]+==[^\s;]+(; python_version (<|>=) \"3\.11\")?$", pin) for pin in pins)
+    pinned = {pin.split("==")[0] for pin in pins}
+    project = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = list(project["dependencies"])
+    for extra in ("diffusers", "demo", "report", "fidelity", "test"):
+        needed += project["optional-dependencies"][extra]
+    names = {re.split(r"[^A-Za-z0-9-]", x)[0] for x in needed if "python_version" not in x}
+    assert names - pinned == {"apt-hooks"}
 
 
 def test_the_commands_are_those_that_readme_names() -> None:
