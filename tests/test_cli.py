@@ -108,7 +108,7 @@ def test_readme_sets_up_with_the_versions_that_were_tested_together() -> None:
     pins = [line for line in (top / "tests/constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.match(r"[a-z0-9-]+==[^\s;]+(; python_version (<|>=) \"3\.11\")?$", pin) for pin in pins)
     pinned = {pin.split("==")[0] for pin in pins}
-    project = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = toml.loads((top / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = list(project["dependencies"])
     for extra in ("diffusers", "demo", "report", "fidelity", "test"):
         needed += project["optional-dependencies"][extra]
