@@ -60,14 +60,19 @@ class OverfittingIndicator:
         # One row per model (tuned, frozen), one column per bin; NaN marks a bin never seen.
         self._ema = torch.full((2, num_bins), float("nan"), dtype=torch.float64)
         self._deferred = Deferred()
+        # Of the step that has not ended: per bin the sums of both losses, and how many samples they are of.
+        self._pending: Tensor | None = None
+
+    def update(self, timesteps: Tensor, loss_tuned: Tensor, loss_frozen: Tensor) -> None:
+        """A step of one batch: `add` and `end_step`."""
+        self.add(timesteps, loss_tuned, loss_frozen)
+        self.end_step()
 
     @torch.no_grad()
-    def update(self, timesteps: Tensor, loss_tuned: Tensor, loss_frozen: Tensor) -> None:
-        """Take in one batch; several samples of one bin count as one update with their mean.
+    def add(self, timesteps: Tensor, loss_tuned: Tensor, loss_frozen: Tensor) -> None:
+        """Take in one batch of a step; gamma stays what it is up to `end_step`.
 
-        Where a process group is up, the mean is over the samples of all its ranks, and every rank has to call this,
-        if need be with empty tensors. A sample with a loss that is not finite is left out: it would never leave the
-        average again.
+        A sample with a loss that is not finite is left out: it would never leave the average again.
 
         Args:
             timesteps: [batch], whole numbers in `0 .. num_train_timesteps - 1`.
@@ -91,11 +96,28 @@ class OverfittingIndicator:
         totals = torch.cat(
             [(torch.where(finite, losses, 0.0)[:, :, None] * members).sum(dim=1), members.sum(dim=0)[None]]
         )
+        self._pending = totals if self._pending is None else self._pending.to(totals) + totals
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Move the averages by what was added since the last call: a bin's samples count as one update with their mean.
+
+        Where a process group is up, the mean is over the samples of all its ranks. Every rank has to `add` in the same
+        steps, if need be empty tensors: where nothing was added, this does nothing and no rank is asked.
+        """
+        totals, self._pending = self._pending, None
+        if totals is None:
+            return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(totals)
         mean, count = totals[:2] / totals[2], totals[2]
         moved = torch.where(self._ema.isnan(), mean, torch.lerp(self._ema, mean, self.ema_alpha))
         self._ema = torch.where(count > 0, moved, self._ema)
+
+    @property
+    def is_within_step(self) -> bool:
+        """Whether batches were added to a step that has not ended."""
+        return self._pending is not None
 
     @property
     def gaps(self) -> Tensor:
@@ -126,7 +148,10 @@ class OverfittingIndicator:
         self._deferred.look(wait=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages as plain numbers (None for a bin never seen), fit for JSON and for `torch.save`."""
+        """The averages as plain numbers (None for a bin never seen), fit for JSON and for `torch.save`.
+
+        Batches of a step that has not ended are not in them, as their gradients are in no trainer's state.
+        """
         tuned, frozen = ([None if v != v else v for v in row] for row in self._ema.tolist())
         return {
             "num_bins": self.num_bins,
@@ -137,6 +162,8 @@ class OverfittingIndicator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the averages of `state_dict()`; `ema_alpha` and `scale` stay this indicator's own.
+
+        A step that has not ended is dropped.
 
         Raises:
             AptError: the state has other bins or another schedule length.
@@ -154,6 +181,7 @@ class OverfittingIndicator:
         if any(len(row) != self.num_bins for row in rows):
             raise ValueError(f"{[len(row) for row in rows]} averages for {self.num_bins} bins")
         self._ema = torch.tensor(rows, dtype=self._ema.dtype, device=self._ema.device)
+        self._pending = None
 
     def _bins(self, timesteps: Tensor) -> Tensor:
         if timesteps.ndim != 1 or timesteps.is_floating_point() or timesteps.is_complex():

@@ -149,6 +149,7 @@ class AptObjective:
         *,
         predict_frozen: Callable[[], Tensor] | None = None,
         counted: Tensor | None = None,
+        ends_step: bool = True,
     ) -> AptStep:
         """Both passes and all terms of one batch.
 
@@ -158,8 +159,12 @@ class AptObjective:
             timesteps: [batch], whole numbers.
             predict_frozen: the same with other conditioning (class word for identifier); None takes `predict`.
             counted: [batch], bool; False for regularization images, which are trained on as ever. None counts all.
+            ends_step: under gradient accumulation, whether the optimizer steps after this batch; up to there gamma
+                stays what it is, and then the indicator is updated once with all the batches' samples.
         """
-        return self.assess(self.passes(predict, predict_frozen, counted), target, timesteps, counted)
+        return self.assess(
+            self.passes(predict, predict_frozen, counted), target, timesteps, counted, ends_step=ends_step
+        )
 
     def passes(
         self,
@@ -232,8 +237,16 @@ class AptObjective:
         tuned, terms = self.capture.connect(tuned, tuned_pass.observed, tuned_pass.regularizers.values())
         return Passes(tuned, frozen, terms)
 
-    def assess(self, passes: Passes, target: Tensor, timesteps: Tensor, counted: Tensor | None = None) -> AptStep:
-        """Losses, indicator and terms from both passes; updates the indicator. Arguments as in `step`.
+    def assess(
+        self,
+        passes: Passes,
+        target: Tensor,
+        timesteps: Tensor,
+        counted: Tensor | None = None,
+        *,
+        ends_step: bool = True,
+    ) -> AptStep:
+        """Losses, indicator and terms from both passes; takes the batch into the indicator. Arguments as in `step`.
 
         Raises:
             AptError: predictions and target differ in shape, or timesteps are none of the schedule's. What only a
@@ -243,44 +256,61 @@ class AptObjective:
         _check_shapes(passes, target)
         batch, rows = len(timesteps), _rows(counted, timesteps.device)
         here = slice(None) if rows is None else rows
+        count = batch if rows is None else len(rows)
         due, gammas, gaps = self.frozen_due, self.indicator.gammas, self.indicator.gaps
         self.steps += 1
-        weight = torch.ones(batch, device=timesteps.device)
+        weight = self._weight(timesteps, here)
+        values: dict[str, Tensor] = {}
+        if passes.frozen is not None:
+            values = self._compare(passes.tuned, passes.frozen, target, timesteps, weight, here)
+            if self._watches.trained_since_the_first():
+                self._deferred.expect(values["delta_noise"][None], self._watches.take_notice)
+        elif due:  # Every rank takes part, also one whose batch has nothing that counts.
+            nothing = torch.zeros(0, device=target.device)
+            self.indicator.add(timesteps[:0], nothing, nothing)
+        if ends_step:
+            self.indicator.end_step()
+        if count:
+            values["loss_weight"] = weight[here].mean()
+        # The terms are means over the samples that count; the trainer's loss is a mean over the whole batch.
+        share = (self.config.frozen_every if due else 0) * count / batch
+        regularizer = torch.zeros((), device=target.device)
+        if not self.config.monitor_only:
+            regularizer = self._regularizer(passes.terms, share, regularizer)
+        values.update({name: term.detach() for name, term in passes.terms.items()})
+        return AptStep(passes.tuned, weight, regularizer, gammas, gaps, count, values)
+
+    def _weight(self, timesteps: Tensor, here: slice | Tensor) -> Tensor:
+        """What each sample's loss is multiplied by before the passes are compared: [batch]."""
+        weight = torch.ones(len(timesteps), device=timesteps.device)
         if self._dco:
             # What a sample starts with under DCO: the others keep their share of the trainer's loss.
             weight *= self.config.dco_beta / 2
         elif self.config.loss_weighting and not self.config.monitor_only:
             weight[here] = 1.0 - self.indicator.gamma(timesteps)[here]
-        count = batch if rows is None else len(rows)
-        nothing = torch.zeros((), device=target.device)
-        if passes.frozen is None:
-            if due:  # Every rank takes part, also one whose batch has nothing that counts.
-                self.indicator.update(timesteps[:0], nothing.expand(0), nothing.expand(0))
-            values = {"loss_weight": weight[here].mean()} if count else {}
-            return AptStep(passes.tuned, weight, nothing, gammas, gaps, count, values)
-        with torch.no_grad():
-            tuned, frozen, wanted = (x[here].float() for x in (passes.tuned, passes.frozen, target))
-            loss_tuned, loss_frozen = (_mean_square(wanted - x) for x in (tuned, frozen))
-            if self._dco:
-                weight[here] = dco_weight(loss_tuned, loss_frozen, self.config.dco_beta)
-            self.indicator.update(timesteps[here], loss_tuned, loss_frozen)
-            values = {
-                "loss_tuned": loss_tuned.mean(),
-                "loss_frozen": loss_frozen.mean(),
-                "loss_weight": weight[here].mean(),
-                "delta_noise": _mean_square(frozen - tuned).mean(),
-            }
-            if self._watches.trained_since_the_first():
-                self._deferred.expect(values["delta_noise"][None], self._watches.take_notice)
-        regularizer = nothing
-        if not self.config.monitor_only:
-            # The terms are means over the samples that count; the trainer's loss is a mean over the whole batch.
-            share = (self.config.frozen_every if due else 0) * count / batch
-            dist, attn, joint = self.config.lambda_dist, self.config.lambda_attn, self.config.lambda_joint
-            lambdas = {"l_mu": dist, "l_sigma": dist, "l_attn": attn, "l_joint": joint}
-            regularizer = sum((lambdas[name] * share * term for name, term in passes.terms.items()), nothing)
-        values.update({name: term.detach() for name, term in passes.terms.items()})
-        return AptStep(passes.tuned, weight, regularizer, gammas, gaps, count, values)
+        return weight
+
+    @torch.no_grad()
+    def _compare(
+        self, tuned: Tensor, frozen: Tensor, target: Tensor, timesteps: Tensor, weight: Tensor, here: slice | Tensor
+    ) -> dict[str, Tensor]:
+        """Both models' losses, of the samples that count, for the indicator, for DCO's `weight[here]` and the log."""
+        tuned, frozen, target = (x[here].float() for x in (tuned, frozen, target))
+        loss_tuned, loss_frozen = (_mean_square(target - x) for x in (tuned, frozen))
+        if self._dco:
+            weight[here] = dco_weight(loss_tuned, loss_frozen, self.config.dco_beta)
+        self.indicator.add(timesteps[here], loss_tuned, loss_frozen)
+        return {
+            "loss_tuned": loss_tuned.mean(),
+            "loss_frozen": loss_frozen.mean(),
+            "delta_noise": _mean_square(frozen - tuned).mean(),
+        }
+
+    def _regularizer(self, terms: dict[str, Tensor], share: float, nothing: Tensor) -> Tensor:
+        """The terms by their lambdas, as they are added to a mean over the whole batch."""
+        dist, attn, joint = self.config.lambda_dist, self.config.lambda_attn, self.config.lambda_joint
+        lambdas = {"l_mu": dist, "l_sigma": dist, "l_attn": attn, "l_joint": joint}
+        return sum((lambdas[name] * share * term for name, term in terms.items()), nothing)
 
     def verify(self) -> None:
         """Check that the last backward pass carried the regularizers' gradient (`FeatureCapture.verify`), and what the

@@ -125,6 +125,13 @@ class AptRun:
 
     def save(self, folder: str | Path) -> None:
         """Write the state into a trainer's state folder, as `apt-hooks.json`."""
+        if self.objective.indicator.is_within_step:
+            logger.warning(
+                "apt-hooks: %s is saved in the middle of step %d: the batches so far are in no indicator, as their "
+                "gradients are in no state",
+                folder,
+                self.step + 1,
+            )
         self.log.flush()
         state = {
             "format": FORMAT,

@@ -347,6 +347,38 @@ def test_with_frozen_every_the_base_runs_in_those_steps_only(train: Train, monke
     assert found.lines[3]["l_joint"] > 0.0 and found.lines[3]["l_attn"] is None
 
 
+def test_the_batches_of_a_step_update_the_indicator_once_an_epochs_incomplete_last_one_too(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[list[tuple[Tensor, ...]]] = [[]]
+    gammas: list[list[Tensor]] = [[]]
+    add, end_step = OverfittingIndicator.add, OverfittingIndicator.end_step
+
+    def spied_add(self: OverfittingIndicator, *batch: Tensor) -> None:
+        steps[-1].append(batch)
+        gammas[-1].append(self.gammas)
+        add(self, *batch)
+
+    def spied_end(self: OverfittingIndicator) -> None:
+        end_step(self)
+        steps.append([])
+        gammas.append([])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OverfittingIndicator, "add", spied_add)
+        patched.setattr(OverfittingIndicator, "end_step", spied_end)
+        arguments = ("--gradient_accumulation_steps", "3", "--train_batch_size", "1", "--learning_rate", "1e-2")
+        found = train("one_encoder", *arguments, "--max_train_steps", "6", config="num_bins = 2")
+    assert [len(step) for step in steps] == [3, 1, 3, 1, 3, 1, 0]  # four photos an epoch
+    assert len(found.lines) == 6
+    wanted = OverfittingIndicator(num_bins=2)
+    for batches, line, used in zip(steps, found.lines, gammas, strict=False):
+        assert line["gamma"] == pytest.approx(wanted.gammas.tolist(), abs=1e-9)
+        assert all(torch.equal(gamma, used[0]) for gamma in used)
+        wanted.update(*(torch.cat(column) for column in zip(*batches, strict=True)))
+    assert wanted.gammas.max() > 0
+
+
 def test_the_loss_that_is_shown_stays_the_scripts_own(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, float]] = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step=None: shown.append({**values, "step": step}))

@@ -157,6 +157,39 @@ def test_losses_of_another_shape_than_the_timesteps_are_refused():
         OverfittingIndicator().update(torch.tensor([1, 2]), torch.zeros(2), torch.zeros(3))
 
 
+def test_eight_samples_give_one_gamma_as_one_batch_or_as_eight_of_one_step():
+    generator = torch.Generator().manual_seed(0)
+    at_once, in_parts = OverfittingIndicator(), OverfittingIndicator()
+    for _ in range(5):
+        timesteps = torch.randint(300, 400, (8,), generator=generator)
+        tuned = torch.rand(8, generator=generator)
+        frozen = tuned + torch.rand(8, generator=generator) * 1e-3
+        at_once.update(timesteps, tuned, frozen)
+        before = in_parts.gammas
+        for sample in zip(timesteps.split(1), tuned.split(1), frozen.split(1), strict=True):
+            in_parts.add(*sample)
+            assert torch.equal(in_parts.gammas, before) and in_parts.is_within_step
+        in_parts.end_step()
+        assert in_parts.gammas[3] > 0 and not in_parts.is_within_step
+        assert in_parts.gammas.tolist() == pytest.approx(at_once.gammas.tolist(), abs=1e-9)
+    before = in_parts.gammas
+    in_parts.end_step()  # to which nothing was added
+    assert torch.equal(in_parts.gammas, before)
+
+
+def test_a_state_is_of_steps_that_ended():
+    indicator, other = OverfittingIndicator(), OverfittingIndicator()
+    sample = torch.tensor([5]), torch.tensor([0.1]), torch.tensor([0.2])
+    indicator.update(*sample)
+    state = indicator.state_dict()
+    indicator.add(*sample)
+    assert indicator.state_dict() == state
+    other.add(*sample)
+    other.load_state_dict(state)
+    other.end_step()
+    assert other.state_dict() == state
+
+
 def test_it_agrees_with_an_independent_simulation():
     generator = torch.Generator().manual_seed(0)
     bins, length, alpha, scale = 7, 50, 0.3, 20.0
@@ -193,7 +226,13 @@ def _rank(rank, folder):
     for batch in batches:
         timesteps, tuned, frozen = batch[rank]
         indicator.update(torch.tensor(timesteps, dtype=torch.long), torch.tensor(tuned), torch.tensor(frozen))
-    Path(folder, f"{rank}.json").write_text(json.dumps(indicator.state_dict()))
+    accumulated = OverfittingIndicator()
+    for batch in batches:
+        timesteps, tuned, frozen = batch[rank]
+        accumulated.add(torch.tensor(timesteps, dtype=torch.long), torch.tensor(tuned), torch.tensor(frozen))
+    accumulated.end_step()
+    state = {**indicator.state_dict(), "accumulated": accumulated.state_dict()}
+    Path(folder, f"{rank}.json").write_text(json.dumps(state))
     torch.distributed.destroy_process_group()
 
 
@@ -204,3 +243,7 @@ def test_two_ranks_hold_the_mean_over_the_samples_of_both_even_where_one_has_non
     # tuned: (4 + 0 + 2 + 2) / 4 = 2, then 2 / 2 + 4 / 2 = 3;  frozen: (8 + 12) / 4 = 5, then 5 / 2 + 5 / 2 = 5
     assert (states[0]["loss_tuned"][0], states[0]["loss_frozen"][0]) == (3.0, 5.0)
     assert (states[0]["loss_tuned"][9], states[0]["loss_frozen"][9]) == (1.0, 2.0)
+    # One step of both batches: (4 + 0 + 2 + 2 + 4) / 5 and (8 + 12 + 5) / 5
+    step = states[0]["accumulated"]
+    assert (step["loss_tuned"][0], step["loss_frozen"][0]) == (2.4, 5.0)
+    assert (step["loss_tuned"][9], step["loss_frozen"][9]) == (1.0, 2.0)

@@ -305,10 +305,39 @@ def test_the_frozen_pass_may_be_compiled():
 def test_every_rank_updates_its_indicator_where_a_frozen_pass_is_due_though_nothing_counts(monkeypatch):
     case, updates = Case(), []
     objective = make_objective(case.unet, case.network, frozen_every=2)
-    monkeypatch.setattr(objective.indicator, "update", lambda timesteps, *losses: updates.append(len(timesteps)))
+    monkeypatch.setattr(objective.indicator, "add", lambda timesteps, *losses: updates.append(len(timesteps)))
     for counted in (None, None, torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)):
         objective.step(case.predict, case.target, TIMESTEPS, counted=counted)
     assert updates == [4, 0]  # of the first and the third, as on every other rank
+
+
+def test_the_batches_of_a_step_share_one_gamma_and_update_it_once_as_one_batch_would():
+    whole, parts = Case(), Case()
+    at_once, in_parts = (make_objective(case.unet, case.network) for case in (whole, parts))
+    for _ in range(3):
+        wanted = at_once.step(whole.predict, whole.target, TIMESTEPS)
+        before = in_parts.indicator.state_dict()
+        for i in range(4):
+            rows = slice(i, i + 1)
+            step = in_parts.step(
+                lambda rows=rows: parts.predict(rows), parts.target[rows], TIMESTEPS[rows], ends_step=i == 3
+            )
+            assert torch.allclose(step.weight, wanted.weight[rows], rtol=1e-6)
+            assert torch.allclose(step.gammas, wanted.gammas, rtol=0, atol=1e-5)
+            assert (in_parts.indicator.state_dict() == before) == (i < 3)
+    found, expected = in_parts.indicator.state_dict(), at_once.indicator.state_dict()
+    for name in ("loss_tuned", "loss_frozen"):
+        assert [found[name][b] for b in (0, 3, 9)] == pytest.approx([expected[name][b] for b in (0, 3, 9)], rel=1e-6)
+
+
+def test_a_step_ends_though_its_last_batch_has_no_frozen_pass():
+    case = Case()
+    objective = make_objective(case.unet, case.network, frozen_every=2)
+    before = objective.indicator.state_dict()
+    objective.step(case.predict, case.target, TIMESTEPS, ends_step=False)
+    assert objective.indicator.state_dict() == before and not objective.frozen_due
+    objective.step(case.predict, case.target, TIMESTEPS)
+    assert objective.indicator.state_dict() != before
 
 
 @pytest.mark.parametrize("config", [{}, {"regularizer": "joint"}], ids=["separate", "joint"])

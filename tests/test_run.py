@@ -201,6 +201,17 @@ def test_state_round_trip_keeps_step_indicator_and_the_place_in_the_random_strea
     assert torch.equal(torch.rand(9, generator=second.generator()), torch.rand(9, generator=first.generator()))
 
 
+def test_a_state_of_half_a_step_is_warned_of(tmp_path, caplog):
+    run = make_run(tmp_path)
+    run.objective.indicator.add(torch.tensor([5]), torch.tensor([0.1]), torch.tensor([0.2]))
+    run.save(tmp_path)
+    assert "is saved in the middle of step 1" in caplog.text
+    caplog.clear()
+    run.objective.indicator.end_step()
+    run.save(tmp_path)
+    assert not caplog.text
+
+
 def numbers(run):
     return tuple(torch.rand(3, generator=run.generator()).tolist())
 

@@ -589,6 +589,27 @@ def test_gamma_comes_from_the_raw_losses(train: Train) -> None:
         assert seen.indicator[1]["loss_tuned"] == [pytest.approx(float(seen.squares.mean()), rel=1e-5)]
 
 
+def test_the_batches_of_a_step_update_the_indicator_once_and_share_its_gamma(train: Train) -> None:
+    options = {"gradient_accumulation_steps": 4, "train_batch_size": 1, "max_timestep": 300}
+    run = train(WEIGHTS_ONLY, spy=Spy, **options)
+    assert len(run.trainer.seen) == 4 * len(run.log) == 12
+    averages: dict[int, float] = {}
+    for i, line in enumerate(run.log):
+        step = run.trainer.seen[4 * i : 4 * i + 4]
+        states = [state for seen in step for state in seen.indicator]
+        assert all(state == states[0] for state in states[:-1]) and states[-1] != states[0]
+        samples: dict[int, list[float]] = {}
+        for seen in step:
+            samples.setdefault(int(seen.timesteps[0]) // 100, []).append(float(seen.squares))
+            weight = 1 - line["gamma"][int(seen.timesteps[0]) // 100]
+            assert seen.loss / float(seen.before_weights) == pytest.approx(weight, abs=1e-6)
+        assert max(map(len, samples.values())) > 1
+        for b, squares in samples.items():
+            mean = sum(squares) / len(squares)
+            averages[b] = 0.9 * averages.get(b, mean) + 0.1 * mean
+        assert {b: states[-1]["loss_tuned"][b] for b in averages} == pytest.approx(averages, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_the_regularizer_is_added_once_and_for_the_samples_that_count(train: Train, kind: str) -> None:
     apt = {"loss_weighting": False, "augmentation": False, "lambda_dist": 2.0, "lambda_attn": 3.0}

@@ -186,7 +186,13 @@ class DreamBoothRun:
                     "encode them in every step, or set [apt] augmentation = false"
                 )
             timesteps = _one_each(timesteps, prediction)
-            self._step = self._run.objective.assess(passes, target, timesteps, self._counted(prediction))
+            self._step = self._run.objective.assess(
+                passes,
+                target,
+                timesteps,
+                self._counted(prediction),
+                ends_step=self._accelerator.sync_gradients,
+            )
             return self._step.weigh(prediction)
 
     def regularized(self, loss: Tensor) -> Tensor:

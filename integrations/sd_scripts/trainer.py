@@ -171,7 +171,7 @@ class AptTrainer:
         self._begin(network, noise_scheduler)
         # Here the trainer has just fetched the last step's loss, so fetching its other numbers waits for nothing.
         self.apt.log.flush()
-        current = _Batch(_counted(batch))
+        current = _Batch(_counted(batch), ends_step=accelerator.sync_gradients)
         if self._conditioning is not None:
             models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
             encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
@@ -185,7 +185,7 @@ class AptTrainer:
                 loss = process(batch)
             finally:
                 self._batch = None
-        self.apt.record(current.step, current.placement, ends_step=accelerator.sync_gradients)
+        self.apt.record(current.step, current.placement, ends_step=current.ends_step)
         return loss
 
     def shift_scale_latents(self, args: argparse.Namespace, latents: Tensor) -> Tensor:
@@ -232,7 +232,9 @@ class AptTrainer:
                     "the trainer adds noise at other timesteps than those drawn for the augmentation; "
                     "set [apt] augmentation = false"
                 )
-            current.step = self.apt.objective.assess(current.passes, target, timesteps, current.counted)
+            current.step = self.apt.objective.assess(
+                current.passes, target, timesteps, current.counted, ends_step=current.ends_step
+            )
         return result
 
     def post_process_loss(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -297,6 +299,7 @@ class _Batch:
     """What is known of the training batch on its way through the trainer."""
 
     counted: Tensor
+    ends_step: bool
     frozen_conds: Callable[[list[Tensor]], list[Tensor]] = lambda conds: conds
     timesteps: Any = None  # Tensor, once drawn
     placement: Placement | None = None
