@@ -88,6 +88,7 @@ class AptConfig:
     num_bins: int = _key(10, "a whole number from 1 to 1000", lambda v: _is_count(v, 1) and v <= 1000)
     ema_alpha: float = _key(0.1, "a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1)
     indicator_scale: float = _key(1000.0, "a number above 0", lambda v: _is_number(v) and v > 0)
+    indicator_space: Literal["auto", "target", "epsilon"] = _choice("auto", "auto", "target", "epsilon")
     loss_weighting: bool = _flag(True)
     augmentation: bool = _flag(True)
     augment_max_probability: float = _key(0.4, "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)

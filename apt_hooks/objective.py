@@ -150,6 +150,7 @@ class AptObjective:
         predict_frozen: Callable[[], Tensor] | None = None,
         counted: Tensor | None = None,
         ends_step: bool = True,
+        error_scale: Tensor | None = None,
     ) -> AptStep:
         """Both passes and all terms of one batch.
 
@@ -161,9 +162,17 @@ class AptObjective:
             counted: [batch], bool; False for regularization images, which are trained on as ever. None counts all.
             ends_step: under gradient accumulation, whether the optimizer steps after this batch; up to there gamma
                 stays what it is, and then the indicator is updated once with all the batches' samples.
+            error_scale: [batch], what each sample's error has to be multiplied by to be an error of epsilon
+                (`units.epsilon_error_scale`); the indicator measures that, unless `indicator_space` is "target". None
+                measures the error as it is.
         """
         return self.assess(
-            self.passes(predict, predict_frozen, counted), target, timesteps, counted, ends_step=ends_step
+            self.passes(predict, predict_frozen, counted),
+            target,
+            timesteps,
+            counted,
+            ends_step=ends_step,
+            error_scale=error_scale,
         )
 
     def passes(
@@ -245,6 +254,7 @@ class AptObjective:
         counted: Tensor | None = None,
         *,
         ends_step: bool = True,
+        error_scale: Tensor | None = None,
     ) -> AptStep:
         """Losses, indicator and terms from both passes; takes the batch into the indicator. Arguments as in `step`.
 
@@ -262,7 +272,18 @@ class AptObjective:
         weight = self._weight(timesteps, here)
         values: dict[str, Tensor] = {}
         if passes.frozen is not None:
-            values = self._compare(passes.tuned, passes.frozen, target, timesteps, weight, here)
+            loss_tuned, loss_frozen, delta_noise = _losses(passes.tuned, passes.frozen, target, here)
+            values = {
+                "loss_tuned": loss_tuned.mean(),
+                "loss_frozen": loss_frozen.mean(),
+                "delta_noise": delta_noise.mean(),
+            }
+            if self._dco:
+                weight[here] = dco_weight(loss_tuned, loss_frozen, self.config.dco_beta)
+            if error_scale is not None and self.config.indicator_space != "target":
+                squared = error_scale[here].square()
+                loss_tuned, loss_frozen = squared * loss_tuned, squared * loss_frozen
+            self.indicator.add(timesteps[here], loss_tuned, loss_frozen)
             if self._watches.trained_since_the_first():
                 self._deferred.expect(values["delta_noise"][None], self._watches.take_notice)
         elif due:  # Every rank takes part, also one whose batch has nothing that counts.
@@ -289,22 +310,6 @@ class AptObjective:
         elif self.config.loss_weighting and not self.config.monitor_only:
             weight[here] = 1.0 - self.indicator.gamma(timesteps)[here]
         return weight
-
-    @torch.no_grad()
-    def _compare(
-        self, tuned: Tensor, frozen: Tensor, target: Tensor, timesteps: Tensor, weight: Tensor, here: slice | Tensor
-    ) -> dict[str, Tensor]:
-        """Both models' losses, of the samples that count, for the indicator, for DCO's `weight[here]` and the log."""
-        tuned, frozen, target = (x[here].float() for x in (tuned, frozen, target))
-        loss_tuned, loss_frozen = (_mean_square(target - x) for x in (tuned, frozen))
-        if self._dco:
-            weight[here] = dco_weight(loss_tuned, loss_frozen, self.config.dco_beta)
-        self.indicator.add(timesteps[here], loss_tuned, loss_frozen)
-        return {
-            "loss_tuned": loss_tuned.mean(),
-            "loss_frozen": loss_frozen.mean(),
-            "delta_noise": _mean_square(frozen - tuned).mean(),
-        }
 
     def _regularizer(self, terms: dict[str, Tensor], share: float, nothing: Tensor) -> Tensor:
         """The terms by their lambdas, as they are added to a mean over the whole batch."""
@@ -354,6 +359,13 @@ def _rows(counted: Tensor | None, device: torch.device | None = None) -> Tensor 
         if counted is None or bool(counted.all())
         else torch.nonzero(counted).flatten().to(device, non_blocking=True)
     )
+
+
+@torch.no_grad()
+def _losses(tuned: Tensor, frozen: Tensor, target: Tensor, here: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean squares of both models' errors and of their difference: each [samples that count]."""
+    tuned, frozen, target = (x[here].float() for x in (tuned, frozen, target))
+    return _mean_square(target - tuned), _mean_square(target - frozen), _mean_square(frozen - tuned)
 
 
 def _mean_square(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .files import write_atomically
 from .objective import AptObjective
 from .step import AptStep
 from .steplog import VALUES, StepLog
+from .units import check_target
 
 logger = logging.getLogger("apt_hooks")
 
@@ -35,6 +36,10 @@ class AptRun:
         augment_space: "image" or "latent", decided.
         seed, rank: where the augmentation's own random stream starts; the trainer's stream is not touched.
         trainer: its name and version, for the log.
+        target: what the model predicts, one of `units.TARGETS`, unless `indicator_space` is "target".
+
+    Raises:
+        AptError: `indicator_space` is not "target", and errors of this target cannot be told as errors of epsilon.
     """
 
     def __init__(
@@ -46,13 +51,22 @@ class AptRun:
         seed: int = 0,
         rank: int = 0,
         trainer: str = "",
+        target: str = "epsilon",
     ) -> None:
+        if objective.config.indicator_space != "target":
+            check_target(target)
         self.objective = objective
+        self.target = target
         self.augment_space = augment_space
         self.step = 0
         self.log = StepLog(log_path, self._about(trainer))
         self._batches = 0
         self._stream = f"{seed}/{rank}"
+
+    @property
+    def indicator_units(self) -> str:
+        """The target whose errors gamma and gap are made of: "epsilon", or `target`."""
+        return self.target if self.objective.config.indicator_space == "target" else "epsilon"
 
     def start_line(self) -> str:
         """One line that says what is on."""
@@ -72,6 +86,8 @@ class AptRun:
             f"augmentation of {self.augment_space}s" if self.objective.augments else "no augmentation",
             f"log {self.log.path}" if self.log.path else "no log",
         ]
+        if self.indicator_units != self.target:
+            parts.insert(-1, f"gamma in {self.indicator_units} units (the model predicts {self.target})")
         return " | ".join(parts)
 
     def generator(self) -> torch.Generator:
@@ -102,6 +118,7 @@ class AptRun:
             "ss_apt_preset": self.objective.config.preset_name or "",
             "ss_apt_config": json.dumps(self._config()),
             "ss_apt_augment_space": self.augment_space,
+            "ss_apt_indicator_units": self.indicator_units,
             "ss_apt_steps": str(self.step),
             "ss_apt_gamma": json.dumps([round(g, 6) for g in self.objective.indicator.gammas.tolist()]),
         }
@@ -118,6 +135,7 @@ class AptRun:
             "config": self._config(),
             "overrides": self.objective.config.overrides(),
             "augment_space": self.augment_space,
+            "indicator_units": self.indicator_units,
             "trainer": trainer,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -137,6 +155,7 @@ class AptRun:
             "format": FORMAT,
             "step": self.step,
             "batches": self._batches,
+            "indicator_units": self.indicator_units,
             "indicator": self.objective.indicator.state_dict(),
         }
         write_atomically(Path(folder) / STATE_FILE, json.dumps(state, indent=1).encode())
@@ -145,7 +164,7 @@ class AptRun:
         """Take over the state of `save`; a folder without one is warned about and changes nothing.
 
         Raises:
-            AptError: the file is broken, or of other bins.
+            AptError: the file is broken, of other bins or of other units.
         """
         path = Path(folder) / STATE_FILE
         if not path.exists():
@@ -159,6 +178,13 @@ class AptRun:
             state = json.loads(path.read_text(encoding="utf-8"))
             if state["format"] != FORMAT:
                 raise AptError(f"has format {state['format']!r}, this apt-hooks reads {FORMAT}; update apt-hooks")
+            units = state.get("indicator_units", self.target)  # as they were before there was a choice
+            if units != self.indicator_units:
+                raise AptError(
+                    f"the saved indicator is of errors of {units}, this run's of {self.indicator_units}: resume with "
+                    f'[apt] indicator_space = "{"target" if units == self.target else "epsilon"}", or delete the saved '
+                    "state to start the indicator anew"
+                )
             step, batches = int(state["step"]), int(state["batches"])
             self.objective.indicator.load_state_dict(state["indicator"])
         except AptError as error:

@@ -292,7 +292,7 @@ def test_check_prints_what_the_section_comes_to_and_marks_overrides(tmp_path: Pa
     assert "  indicator_scale = 100.0" in lines
     section = "[apt]\n" + "\n".join(line.split("  #")[0] for line in lines[1:])
     assert AptConfig.from_mapping(toml.loads(section)["apt"]) == AptConfig(
-        indicator_scale=100.0, num_bins=7, blocks=(2, 3)
+        indicator_scale=100.0, indicator_space="target", num_bins=7, blocks=(2, 3)
     )
 
 

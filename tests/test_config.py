@@ -14,6 +14,7 @@ WRONG_VALUES = {
     "num_bins": [0, -1, 2.0, "10", True, None],
     "ema_alpha": [0, -0.1, 1.01, "0.1", True, math.nan, None],
     "indicator_scale": [0.0, -1, "1000", True, math.inf, None],
+    "indicator_space": ["v", "", 1, True, ["target"], None],
     "loss_weighting": [1, "true", None],
     "augmentation": [1, "true", None],
     "augment_max_probability": [-0.1, 1.1, "0.8", True, math.nan, None],

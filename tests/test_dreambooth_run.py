@@ -33,6 +33,7 @@ import peft
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -377,6 +378,38 @@ def test_the_batches_of_a_step_update_the_indicator_once_an_epochs_incomplete_la
         assert all(torch.equal(gamma, used[0]) for gamma in used)
         wanted.update(*(torch.cat(column) for column in zip(*batches, strict=True)))
     assert wanted.gammas.max() > 0
+
+
+@pytest.mark.parametrize("space", ["auto", "target"])
+def test_gamma_of_a_model_of_v_is_in_epsilon_units(train: Train, monkeypatch: pytest.MonkeyPatch, space: str) -> None:
+    batches: list[tuple[Tensor, ...]] = []
+    add = OverfittingIndicator.add
+    monkeypatch.setattr(OverfittingIndicator, "add", lambda self, *batch: (batches.append(batch), add(self, *batch)))
+    config = f'augmentation = false\nindicator_space = "{space}"'
+    found = train(
+        "one_encoder", "--train_batch_size", "1", config=config, edit=lambda text: text.replace(
+            "tiny.make_scheduler()", 'tiny.make_scheduler("v_prediction")'
+        ),
+    )  # fmt: skip
+    kept = DDPMScheduler().alphas_cumprod
+    assert len(batches) == len(found.lines) == 4
+    for (timestep, tuned, frozen), line in zip(batches, found.lines, strict=True):
+        factor = float(kept[timestep]) if space == "auto" else 1.0
+        assert float(tuned) == pytest.approx(factor * line["loss_tuned"], rel=1e-5)
+        assert float(frozen) == pytest.approx(factor * line["loss_frozen"], rel=1e-5)
+    units = {"auto": "epsilon", "target": "v_prediction"}[space]
+    assert found.metadata()["ss_apt_indicator_units"] == units
+
+
+def test_a_schedule_whose_target_changes_after_the_start_is_refused(train: Train) -> None:
+    change = 'noise_scheduler.register_to_config(prediction_type="v_prediction")\n    '
+    message = refused(
+        train,
+        "one_encoder",
+        config="",
+        edit=lambda text: text.replace("global_step, first", change + "global_step, first"),
+    )
+    assert "predicts epsilon, and now that it predicts v_prediction" in message
 
 
 def test_the_loss_that_is_shown_stays_the_scripts_own(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

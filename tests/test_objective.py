@@ -330,6 +330,28 @@ def test_the_batches_of_a_step_share_one_gamma_and_update_it_once_as_one_batch_w
         assert [found[name][b] for b in (0, 3, 9)] == pytest.approx([expected[name][b] for b in (0, 3, 9)], rel=1e-6)
 
 
+@pytest.mark.parametrize("space", ["auto", "epsilon", "target"])
+def test_the_gap_of_a_model_of_v_is_that_of_its_epsilon(space):
+    kept = torch.tensor([0.99, 0.55, 0.0078, 0.98], dtype=torch.float64)
+    a, s = kept.sqrt()[:, None, None, None], (1 - kept).sqrt()[:, None, None, None]
+    of_v, of_epsilon = Case(), Case()
+    options = {"seen": False, "indicator_space": space, "lambda_dist": 0.0, "lambda_attn": 0.0}
+    measured = make_objective(of_v.unet, of_v.network, **options)
+    wanted = make_objective(of_epsilon.unet, of_epsilon.network, **options)
+    # e = a v + s x_t, of what is predicted and of what should be.
+    step = measured.step(of_v.predict, of_v.target, TIMESTEPS, error_scale=kept.sqrt())
+    wanted.step(
+        lambda: a * of_epsilon.predict() + s * of_epsilon.x, a * of_epsilon.target + s * of_epsilon.x, TIMESTEPS
+    )
+    found, expected = (objective.indicator.gaps[[0, 3, 9]] for objective in (measured, wanted))
+    if space != "target":
+        assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    else:
+        assert found[2] == pytest.approx(float(expected[2]) / 0.0078, rel=1e-4)
+    raw = of_v.per_sample(step.prediction.detach()).mean()
+    assert float(step.values["loss_tuned"]) == pytest.approx(raw.item(), rel=1e-6)
+
+
 def test_a_step_ends_though_its_last_batch_has_no_frozen_pass():
     case = Case()
     objective = make_objective(case.unet, case.network, frozen_every=2)

@@ -32,12 +32,12 @@ GAMMAS = [0.5, 0.25] + [0.0] * 8
 GAPS = [0.004, 0.002, -0.001] + [None] * 7
 
 
-def make_run(folder, *, log="log.jsonl", seed=0, rank=0, augment_space="image", **config):
+def make_run(folder, *, log="log.jsonl", seed=0, rank=0, augment_space="image", target="epsilon", **config):
     """A run around a model without attention, its regularizers off; logs into `folder`."""
     config = AptConfig(lambda_dist=0, lambda_attn=0, **config)
     objective = AptObjective(config, torch.nn.Linear(1, 1), torch.no_grad)
     path = None if log is None else folder / log
-    return AptRun(objective, log_path=path, augment_space=augment_space, seed=seed, rank=rank)
+    return AptRun(objective, log_path=path, augment_space=augment_space, seed=seed, rank=rank, target=target)
 
 
 def make_step(counted=2, **values):
@@ -365,6 +365,41 @@ def test_the_start_line_tells_the_joint_regularizer(tmp_path):
     config = AptConfig.from_mapping({"preset": "sdxl", "regularizer": "joint"})
     run = AptRun(AptObjective(config, unet, network.off), log_path=None, augment_space="latent")
     assert "up-blocks 0, 1: 3 outputs of cross-attention" in run.start_line().split(" | ")
+
+
+@pytest.mark.parametrize(
+    ("space", "target", "units"),
+    [
+        ("auto", "epsilon", "epsilon"),
+        ("auto", "v_prediction", "epsilon"),
+        ("epsilon", "sample", "epsilon"),
+        ("target", "v_prediction", "v_prediction"),
+        ("target", "flow", "flow"),
+    ],
+)
+def test_the_units_of_gamma_are_in_the_metadata_and_where_they_are_not_the_trainers_in_the_start_line(
+    tmp_path, space, target, units
+):
+    run = make_run(tmp_path, target=target, indicator_space=space)
+    assert run.metadata()["ss_apt_indicator_units"] == units
+    said = f"gamma in epsilon units (the model predicts {target})"
+    assert (said in run.start_line().split(" | ")) == (units != target)
+    run.record(make_step())
+    run.close()
+    assert lines(tmp_path / "log.jsonl", "run")[0]["run"]["indicator_units"] == units
+
+
+def test_a_target_of_unknown_units_is_refused_but_where_it_is_measured_as_it_is(tmp_path):
+    with pytest.raises(AptError, match="the model predicts 'flow'"):
+        make_run(tmp_path, target="flow")
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("target", "epsilon"), ("epsilon", "target")])
+def test_a_state_of_other_units_is_refused_and_the_key_that_fits_is_named(tmp_path, saved, resumed):
+    make_run(tmp_path, target="v_prediction", indicator_space=saved).save(tmp_path)
+    assert make_run(tmp_path, target="v_prediction", indicator_space=saved).load(tmp_path)
+    with pytest.raises(AptError, match=f'indicator_space = "{saved}"'):
+        make_run(tmp_path, target="v_prediction", indicator_space=resumed).load(tmp_path)
 
 
 def test_the_start_line_says_what_is_off(tmp_path):

@@ -21,7 +21,7 @@ from sd_scripts_standin import SUBSETS, write_checkout, write_dataset
 from torch import Tensor
 
 from apt_hooks import AptConfig, AptObjective, blocks
-from apt_hooks.integrations.sd_scripts import adapter
+from apt_hooks.integrations.sd_scripts import adapter, trainer
 from apt_hooks.run import STATE_FILE, version
 from apt_hooks.steplog import VALUES
 
@@ -587,6 +587,23 @@ def test_gamma_comes_from_the_raw_losses(train: Train) -> None:
     for seen, line in zip(run.trainer.seen, run.log, strict=True):
         assert line["loss_tuned"] == pytest.approx(float(seen.squares.mean()), rel=1e-5)
         assert seen.indicator[1]["loss_tuned"] == [pytest.approx(float(seen.squares.mean()), rel=1e-5)]
+
+
+@pytest.mark.parametrize(("preset", "units"), [("sd15", "epsilon"), ("sd21", "v_prediction")])
+def test_gamma_of_a_model_of_v_is_in_epsilon_units_but_for_the_papers_sd21(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preset: str, units: str
+) -> None:
+    monkeypatch.setattr(trainer, "check_preset", lambda *_: None)
+    options = {"train_batch_size": 1, "v_parameterization": True, "max_train_steps": 4}
+    run = train({"preset": preset, **WEIGHTS_ONLY, "ema_alpha": 1.0, "num_bins": 1}, spy=Spy, **options)
+    kept = importlib.import_module("library.train_util").NoiseScheduler().alphas_cumprod
+    for seen, line in zip(run.trainer.seen, run.log, strict=True):
+        factor = float(kept[seen.timesteps[0]]) if units == "epsilon" else 1.0
+        assert seen.indicator[-1]["loss_tuned"] == pytest.approx([factor * float(seen.squares)], rel=1e-5)
+        assert line["loss_tuned"] == pytest.approx(float(seen.squares), rel=1e-5)
+    assert run.saved()["metadata"]["ss_apt_indicator_units"] == units
+    said = "gamma in epsilon units (the model predicts v_prediction)"
+    assert (said in capsys.readouterr().out) == (units == "epsilon")
 
 
 def test_the_batches_of_a_step_update_the_indicator_once_and_share_its_gamma(train: Train) -> None:

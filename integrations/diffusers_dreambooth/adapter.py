@@ -22,6 +22,7 @@ from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.objective import AptObjective, Passes, TunedPass
 from apt_hooks.run import AptRun
 from apt_hooks.step import AptStep
+from apt_hooks.units import epsilon_error_scale
 
 from ..accelerate_state import attach
 from ..peft import adapters_off, check_active
@@ -74,6 +75,7 @@ class DreamBoothRun:
         check_preset(config.preset_name, own)
         self._prior = bool(getattr(args, "with_prior_preservation", False))
         self._accelerator = accelerator
+        self._schedule = noise_scheduler
         objective = AptObjective(
             config,
             own,
@@ -90,6 +92,7 @@ class DreamBoothRun:
             seed=torch.initial_seed(),
             rank=accelerator.process_index,
             trainer=f"diffusers {importlib.metadata.version('diffusers')}",
+            target=noise_scheduler.config.prediction_type,
         )
         self.augments = objective.augments
         self.trains_text_encoders = bool(self._text_encoders)
@@ -192,6 +195,7 @@ class DreamBoothRun:
                 timesteps,
                 self._counted(prediction),
                 ends_step=self._accelerator.sync_gradients,
+                error_scale=self._error_scale(timesteps),
             )
             return self._step.weigh(prediction)
 
@@ -232,6 +236,17 @@ class DreamBoothRun:
         given_up = RuntimeError("the step was broken off")
         self._tuned_pass.__exit__(RuntimeError, given_up, None)
         self._passes = self._step = self._frozen = self._tuned = self._frozen_prediction = None
+
+    def _error_scale(self, timesteps: Tensor) -> Tensor | None:
+        predicted = self._schedule.config.prediction_type
+        if predicted != self._run.target:
+            raise AptError(
+                f"the script's schedule said at start that the model predicts {self._run.target}, and now that it "
+                f"predicts {predicted}; set its prediction_type before accelerator.prepare(...)"
+            )
+        if self._run.indicator_units == predicted:
+            return None
+        return epsilon_error_scale(predicted, self._schedule.alphas_cumprod, timesteps)
 
     def _counted(self, samples: Tensor) -> Tensor | None:
         """With prior preservation the second half of a batch are class images, which APT leaves alone."""

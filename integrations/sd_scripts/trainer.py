@@ -23,6 +23,7 @@ from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.objective import AptObjective
 from apt_hooks.run import AptRun
+from apt_hooks.units import epsilon_error_scale
 
 from ..accelerate_state import attach
 from .augment import TimestepSampler, black_latent, moved
@@ -107,6 +108,7 @@ class AptTrainer:
             seed=args.seed,
             rank=accelerator.process_index,
             trainer="sd-scripts",
+            target="v_prediction" if args.v_parameterization else "epsilon",
         )
         self._conditioning: FrozenConditioning | None = None
         if reencoding:
@@ -171,7 +173,7 @@ class AptTrainer:
         self._begin(network, noise_scheduler)
         # Here the trainer has just fetched the last step's loss, so fetching its other numbers waits for nothing.
         self.apt.log.flush()
-        current = _Batch(_counted(batch), ends_step=accelerator.sync_gradients)
+        current = _Batch(_counted(batch), accelerator.sync_gradients, noise_scheduler.alphas_cumprod)
         if self._conditioning is not None:
             models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
             encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
@@ -233,7 +235,12 @@ class AptTrainer:
                     "set [apt] augmentation = false"
                 )
             current.step = self.apt.objective.assess(
-                current.passes, target, timesteps, current.counted, ends_step=current.ends_step
+                current.passes,
+                target,
+                timesteps,
+                current.counted,
+                ends_step=current.ends_step,
+                error_scale=epsilon_error_scale(self.apt.target, current.alphas_cumprod, timesteps),
             )
         return result
 
@@ -300,6 +307,7 @@ class _Batch:
 
     counted: Tensor
     ends_step: bool
+    alphas_cumprod: Tensor  # as `zero_terminal_snr` may have changed them
     frozen_conds: Callable[[list[Tensor]], list[Tensor]] = lambda conds: conds
     timesteps: Any = None  # Tensor, once drawn
     placement: Placement | None = None
