@@ -50,6 +50,13 @@ class AptStep:
             )
         return (per_sample * self.weight.to(per_sample.dtype)).mean() + self.regularizer
 
+    def keep(self, per_sample: Tensor) -> Tensor:
+        """`per_sample`, [batch], whose mean has its own value, to the bit, and the gradient of `loss(per_sample)`.
+
+        For a loop that shows what it differentiates: weighed, a loss falls as gamma rises, however well a LoRA does.
+        """
+        return _OtherGradient.apply(per_sample, self.weight, self.regularizer)
+
     def weigh(self, prediction: Tensor) -> Tensor:
         """The prediction, [batch, ...], with each sample's gradient multiplied by its weight.
 
@@ -72,3 +79,16 @@ class _ScaleGradient(torch.autograd.Function):
         return (gradient * ctx.factor.to(gradient.device).reshape(-1, *[1] * (gradient.ndim - 1))).to(
             gradient.dtype
         ), None
+
+
+class _OtherGradient(torch.autograd.Function):
+    """Identity of losses; its backward is that of `losses * factor + term`."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, factor: Tensor, term: Tensor) -> Tensor:
+        ctx.factor, ctx.term = factor, (term.device, term.dtype)
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        return gradient * ctx.factor.to(gradient.device, gradient.dtype), None, gradient.sum().to(*ctx.term)

@@ -575,6 +575,22 @@ def test_a_loss_that_is_a_mean_already_is_refused():
             step.loss(torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kept_loss_has_its_own_value_and_the_gradient_of_the_weighed_one_to_the_bit(dtype):
+    found = []
+    for kept in (False, True):
+        case = Case()
+        with make_objective(case.unet, case.network, lambda_dist=30.0) as objective:
+            step = objective.step(case.predict, case.target, TIMESTEPS)
+            step.weight = torch.tensor([0.1, 0.7, 1.0, 0.0])
+            per_sample = case.per_sample(step.prediction).to(dtype)
+            loss = step.keep(per_sample).mean() if kept else step.loss(per_sample)
+            assert torch.equal(loss, per_sample.mean()) == kept
+            (loss * 1024.0).backward()  # as a gradient scaler does
+            found.append(case.network.gradient())
+    assert found[0].abs().sum() > 0 and torch.equal(*found)
+
+
 # So small that no sample's weight is close to 0 or to beta: the stand-in's losses are some tenths apart.
 BETA = 4.0
 

@@ -135,6 +135,9 @@ class Seen:
     conds: list[list[Tensor]] = dataclasses.field(default_factory=list)
     squares: Tensor | None = None
     before_weights: Tensor | None = None
+    weights: Tensor | None = None  # by which the gradient of each sample's loss was multiplied
+    regularizer: float = math.nan  # and this one's value
+    regularizer_weight: float = math.nan
     loss: float = math.nan
     indicator: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -186,8 +189,14 @@ class Spy:
         return result
 
     def post_process_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().post_process_loss(*args, **kwargs)
-        self.seen[-1].before_weights = loss.detach()
+        loss, seen = super().post_process_loss(*args, **kwargs), self.seen[-1]
+        seen.before_weights = loss.detach()
+        if seen.is_train and loss.requires_grad:
+            loss.register_hook(lambda gradient: setattr(seen, "weights", gradient * len(gradient)))
+            seen.regularizer = self._batch.step.regularizer.item()
+            if self._batch.step.regularizer.requires_grad:
+                hook = self._batch.step.regularizer.register_hook
+                hook(lambda gradient: setattr(seen, "regularizer_weight", gradient.item()))
         return loss
 
 
@@ -384,7 +393,7 @@ def test_prior_samples_are_neither_augmented_nor_counted_nor_weighted(train: Tra
         assert torch.equal(seen.moved["images"][prior], seen.given["images"][prior])
         assert not (seen.moved["images"][~prior] == seen.given["images"][~prior]).flatten(1).all(dim=1).any()
         # gamma is 1, so that the samples that count weigh nothing and the others all of the loss.
-        assert seen.loss == pytest.approx(float(seen.before_weights[prior].sum() / 4), rel=1e-5)
+        assert seen.weights.tolist() == prior.float().tolist()
         assert line["loss_weight"] == 0.0 and line["augmented"] == 1.0
         assert line["loss_tuned"] == pytest.approx(float(seen.squares[~prior].mean()), rel=1e-5)
 
@@ -562,8 +571,19 @@ def test_the_weight_multiplies_the_loss_after_all_else(train: Train) -> None:
     run = train(WEIGHTS_ONLY, spy=HalfOverfitted, min_snr_gamma=1.0, max_timestep=200)
     for seen in run.trainer.seen:
         assert (seen.before_weights < 0.9 * seen.squares).all(), "min-SNR is to have its say"
-        assert seen.loss == pytest.approx(0.5 * float(seen.before_weights.mean()), rel=1e-5)
+        assert seen.weights.tolist() == pytest.approx([0.5] * len(seen.weights))
     assert [line["loss_weight"] for line in run.log] == [pytest.approx(0.5)] * 3
+
+
+@pytest.mark.parametrize("apt", [{}, {"objective": "dco"}], ids=["apt", "dco"])
+def test_the_loss_shown_is_the_plain_one_to_the_bit(train: Train, apt: dict[str, Any]) -> None:
+    terms = apt or {"augmentation": False, "lambda_dist": 30.0}
+    run = train(terms, spy=Overfitted, subsets=(OWN, UNSEEN), min_snr_gamma=1.0, validate_every_n_steps=2)
+    trained = [seen for seen in run.trainer.seen if seen.is_train]
+    shown = [line["loss/current"] for line in run.tracked if "loss/current" in line]
+    assert shown == [seen.loss for seen in trained] == [float(seen.before_weights.mean()) for seen in trained]
+    plain = train(subsets=(OWN, UNSEEN), min_snr_gamma=1.0, validate_every_n_steps=2, name="plain")
+    assert shown[0] == plain.tracked[0]["loss/current"], "of the first step, which begins from the same weights"
 
 
 def test_dco_weighs_a_sample_by_how_much_better_than_the_base_it_does(train: Train) -> None:
@@ -577,7 +597,7 @@ def test_dco_weighs_a_sample_by_how_much_better_than_the_base_it_does(train: Tra
         if own:
             weight = 100.0 / (1.0 + math.exp(-100.0 * (line["loss_tuned"] - line["loss_frozen"])))
             assert line["loss_weight"] == pytest.approx(weight, rel=1e-3)
-        assert seen.loss == pytest.approx(weight * float(seen.before_weights.mean()), rel=1e-3)
+        assert seen.weights.tolist() == pytest.approx([weight], rel=1e-3)
         assert line["l_attn"] is None and not line["augmented"]
 
 
@@ -634,7 +654,8 @@ def test_the_regularizer_is_added_once_and_for_the_samples_that_count(train: Tra
     for seen, line in zip(run.trainer.seen, run.log, strict=True):
         regularizer = 2.0 * (line["l_mu"] + line["l_sigma"]) + 3.0 * line["l_attn"]
         assert regularizer > 0
-        assert seen.loss == pytest.approx(float(seen.before_weights.mean()) + regularizer * 2 / 3, rel=1e-5)
+        assert seen.regularizer == pytest.approx(regularizer * 2 / 3, rel=1e-5)
+        assert seen.regularizer_weight == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

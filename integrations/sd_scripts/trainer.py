@@ -249,8 +249,8 @@ class AptTrainer:
         step = self._batch.step if self._batch is not None else None
         if step is None:
             return loss
-        # The trainer takes the mean over the batch next, which leaves the regularizer as it is.
-        return loss * step.weight.to(loss.dtype) + step.regularizer
+        # The trainer differentiates the mean of these, and shows it beside the validation loss.
+        return step.keep(loss)
 
     def generate_step_logs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {**super().generate_step_logs(*args, **kwargs), **self.apt.tracker_values()}  # type: ignore[misc]
