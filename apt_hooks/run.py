@@ -61,6 +61,8 @@ class AptRun:
         self.step = 0
         self.log = StepLog(log_path, self._about(trainer))
         self._batches = 0
+        self._resumed = False
+        self._begun_at: int | None = None  # the step behind which this process's first one stands
         self._stream = f"{seed}/{rank}"
 
     @property
@@ -100,8 +102,30 @@ class AptRun:
         self._batches += 1
         self.log.add(step, 0 if placement is None else int(placement.chosen.sum()))
         if ends_step:
+            if self._begun_at is None:
+                self._begun_at = self.step
             self.step += 1
             self.log.end_step(self.step)
+
+    def counted(self, number: int) -> None:
+        """What the trainer itself calls the step that was just recorded; the first one's is what counts.
+
+        A trainer that begins with a later step than the first is followed. One that counts from 1 again after a state
+        was loaded is not: the log goes on behind the state's step, and says which of the trainer's steps that was.
+        """
+        if self.step - 1 != self._begun_at:
+            return
+        self._begun_at = -2  # asked once
+        if self.step == 1 and not self._resumed:
+            self.step = number
+        if number != self.step:
+            logger.info(
+                "apt-hooks: the trainer calls %d what is step %d of the LoRA and of the log, also in the names of its "
+                "files and sample pictures",
+                number,
+                self.step,
+            )
+        self.log.trainer_counts(self.step, number - 1)
 
     def tracker_values(self) -> dict[str, float]:
         """The last step's values as `apt/...` scalars; bins are `apt/gamma/0` and so on."""
@@ -193,7 +217,7 @@ class AptRun:
             raise AptError(
                 f"{path}: no state of apt-hooks ({error!r}); delete it to start the indicator anew"
             ) from error
-        self.step = step
+        self.step, self._resumed = step, True
         self._batches = self.objective.steps = batches
         return True
 

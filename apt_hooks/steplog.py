@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import json
 import logging
 import math
@@ -47,16 +48,18 @@ class StepLog:
     """Writes `step`, `gamma` and `gap` (lists, as its last batch used them) and `VALUES` as jsonl; null: was none.
 
     A step's line is written when the next one begins, or at `flush`, so that the device is not waited for in the middle
-    of a step. Before the first one, and again where a run was resumed, stands a line with the one key `run`.
+    of a step. Before the first one, and again where a run was resumed, stands a line with the one key `run`. A log with
+    steps of an earlier run that are not continued is kept as `NAME.1.jsonl` and so on.
 
     Args:
         path: the file; None keeps the last line for `latest` and writes nothing.
-        about: what `run` holds beside `started` (a time) and `resumed_from` (a step, in a resumed run).
+        about: what `run` holds beside `loaded` and `started` (local times: of this object, of the first step's end),
+            `resumed_from` (a step, in a resumed run) and `trainer_step` (see `trainer_counts`).
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.path = path
-        self._about = dict(about)
+        self._about = {**about, "loaded": _now()}
         self._batches: list[_Batch] = []
         self._ended: tuple[int, int, list[str], Tensor] | None = None
         self._latest: dict[str, Any] | None = None
@@ -83,6 +86,15 @@ class StepLog:
                     sums[name] = sums.get(name, 0.0) + value.to(gammas.device).to(gammas.dtype) * batch.counted
         packed = torch.cat([gammas, gaps, *((value / totals[name])[None] for name, value in sums.items())])
         self._ended = (number, len(gammas), list(sums), packed)
+
+    def trainer_counts(self, first: int, trainer_step: int) -> None:
+        """The first step of this log is `first`, and the trainer's own count before it was `trainer_step`.
+
+        To be called before that step's line is written; without a call the two are taken to agree.
+        """
+        if self._ended is not None and not self._started:
+            self._ended = (first, *self._ended[1:])
+            self._about["trainer_step"] = trainer_step
 
     def latest(self) -> dict[str, Any] | None:
         """The last ended step as its line says it, or None before the first."""
@@ -122,14 +134,19 @@ class StepLog:
         kept: list[str] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            earlier = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         except OSError as error:
-            raise AptError(f"{path.parent}: cannot be made: {error.strerror}") from error
-        if first_step > 1 and path.exists():
-            for text in path.read_text(encoding="utf-8").splitlines():
-                number = _step_number(text)
-                if number is not None and number < first_step:
-                    kept.append(text + "\n")
-        about = {**self._about, "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+            raise AptError(f"{error.filename or path}: cannot be made or read: {error.strerror}") from error
+        dropped = 0
+        for text in earlier:
+            number = _step_number(text)
+            if first_step > 1 and number is not None and number < first_step:
+                kept.append(text + "\n")
+            elif number is not None and '"step"' in text:
+                dropped += 1
+        if dropped:
+            _put_aside(path, dropped)
+        about = {**self._about, "started": _now()}
         if first_step > 1:
             about["resumed_from"] = first_step - 1
         kept.append(json.dumps({"run": about}) + "\n")
@@ -144,3 +161,26 @@ def _step_number(text: str) -> int | None:
         return int(line["run"].get("resumed_from", 0) + 1 if "run" in line else line["step"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _put_aside(path: Path, steps: int) -> None:
+    """Give an earlier run's log the first name that is free, and say so."""
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise AptError(
+            f"{path}: is of an earlier run, and cannot be renamed to {aside.name}: {error.strerror}"
+        ) from error
+    logger.warning(
+        "apt-hooks: %s had %d steps of an earlier run that this one does not continue; it is kept as %s",
+        path,
+        steps,
+        aside.name,
+    )
+
+
+def _now() -> str:
+    """In local time, as the trainers' files have it in their names."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

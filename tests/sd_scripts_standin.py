@@ -320,6 +320,7 @@ import importlib
 import json
 import os
 import random
+import time
 
 import torch
 
@@ -502,7 +503,10 @@ class NetworkTrainer:
         common = (text_encoders, unet, network, vae, noise_scheduler, dtype, dtype, accelerator, args)
         common += (text_encoding_strategy, tokenize_strategy)
         trained = {"train_text_encoder": train_text_encoder, "train_unet": True}
-        global_step, losses = 0, []
+        # As sd-scripts: a resumed run counts from 1 again, but for one that is told to skip up to a step.
+        global_step, losses = args.initial_step if args.skip_until_initial_step else 0, []
+        sampled = (accelerator.device, vae, None, text_encoder, unet)
+        self.sample_images(accelerator, args, 0, 0, *sampled)
         while global_step < args.max_train_steps:
             epoch_and_step[0] += 1
             network.train()
@@ -519,6 +523,7 @@ class NetworkTrainer:
                 if accelerator.sync_gradients:
                     global_step += 1
                     epoch_and_step[1] += 1
+                    self.sample_images(accelerator, args, None, global_step, *sampled)
                     if args.save_every_n_steps and global_step % args.save_every_n_steps == 0:
                         name = f"{args.output_name}-step{global_step}"
                         save_model(f"{name}.pt", global_step)
@@ -533,6 +538,16 @@ class NetworkTrainer:
                 if global_step >= args.max_train_steps:
                     break
         save_model(f"{args.output_name}.pt", global_step)
+
+    def sample_images(self, accelerator, args, epoch, global_step, device, vae, tokenizers, text_encoder, unet):
+        if not args.sample_every_n_steps or global_step % args.sample_every_n_steps or epoch is not None:
+            return
+        folder = os.path.join(args.output_dir, "sample")
+        os.makedirs(folder, exist_ok=True)
+        name = f"{args.output_name}_{global_step:06d}_00_{time.strftime('%Y%m%d%H%M%S', time.localtime())}.png"
+        from PIL import Image
+
+        Image.new("RGB", (8, 8)).save(os.path.join(folder, name))
 
     def validate(self, val_dataloader, common, trained):
         text_encoders, unet, network, vae, noise_scheduler, _, dtype, accelerator, args = common[:9]
@@ -557,7 +572,8 @@ def setup_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", default=None)
     for name, default in {"output_dir": "out", "output_name": "lora", "network_module": "networks.lora"}.items():
         parser.add_argument(f"--{name}", default=default)
-    for name in ("save_every_n_steps", "validate_every_n_steps", "min_timestep", "max_timestep"):
+    whole = "save_every_n_steps sample_every_n_steps validate_every_n_steps initial_step min_timestep max_timestep"
+    for name in whole.split():
         parser.add_argument(f"--{name}", type=int, default=None)
     counts = {"seed": 1, "max_train_steps": 3, "train_batch_size": 2, "gradient_accumulation_steps": 1}
     for name, default in {**counts, "network_dim": 4}.items():
@@ -567,6 +583,7 @@ def setup_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=float, default=default)
     flags = "network_train_unet_only gradient_checkpointing cache_latents cache_latents_to_disk"
     flags += " cache_text_encoder_outputs weighted_captions v_parameterization no_metadata save_state"
+    flags += " skip_until_initial_step"
     for name in (*flags.split(), "torch_compile", "deepspeed"):
         parser.add_argument(f"--{name}", action="store_true")
     return parser

@@ -304,6 +304,30 @@ def test_of_several_pictures_the_newest_is_shown_and_none_of_an_earlier_run(tmp_
     assert found.notes == ["Left out, since an earlier run of that name drew them, by the times in their names: 1."]
 
 
+def test_pictures_are_of_the_logs_steps_where_the_trainer_counted_from_one_again(tmp_path: Path) -> None:
+    log = tmp_path / "a-apt.jsonl"
+    starts = [
+        start(loaded="2026-11-22T10:00:00+05:00", trainer_step=0),
+        start(100, loaded="2026-11-22T12:00:00+05:00", trainer_step=0),
+        start(160, loaded="2026-11-22T14:00:00+05:00", trainer_step=160),
+    ]
+    write(log, [starts[0], step(1), step(100), starts[1], step(101), step(160), starts[2], step(161)])
+    for name in (
+        "000050_00_20261122080000",  # of an earlier run
+        "000050_00_20261122101000", "000100_00_20261122102000",
+        "000150_00_20261122103000",  # drawn before the resumption, from behind the step it went back to
+        "e000000_00_20261122120001", "000050_00_20261122121000", "000060_00_20261122122000",
+        "000170_00_20261122141000",
+    ):  # fmt: skip
+        draw(log, f"a_{name}", "blue" if "20261122121000" in name else "red")
+    run = read_run(log)
+    assert run is not None
+    found = read_samples(log, run.starts)
+    assert found is not None and found.moments == [("step", number) for number in (50, 100, 150, 160, 170)]
+    assert shown(found.pictures[("step", 150), 0]).getpixel((5, 5))[2] > 200
+    assert found.notes == ["Left out, since an earlier run of that name drew them, by the times in their names: 1."]
+
+
 def test_of_many_pictures_an_even_part_is_shown_and_said(tmp_path: Path) -> None:
     log = tmp_path / "a-apt.jsonl"
     for number in range(1, 16):

@@ -161,6 +161,82 @@ def test_a_resumed_run_logs_on_behind_its_step_and_drops_what_came_after_it(tmp_
     assert [(line["step"], line["loss_tuned"]) for line in lines(path)] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
 
 
+def test_no_log_of_an_earlier_run_is_lost_and_a_line_says_where_it_is(tmp_path, caplog):
+    for loss in (1.0, 2.0, 3.0):
+        run = make_run(tmp_path)
+        run.record(make_step(loss_tuned=loss))
+        run.save(tmp_path)
+        run.record(make_step(loss_tuned=loss + 0.5))
+        run.close()
+    resumed = make_run(tmp_path)
+    resumed.load(tmp_path)
+    resumed.record(make_step(loss_tuned=9.0))
+    resumed.close()
+    found = {path.name: [line["loss_tuned"] for line in lines(path)] for path in tmp_path.glob("*.jsonl")}
+    assert found == {
+        "log.1.jsonl": [1.0, 1.5],
+        "log.2.jsonl": [2.0, 2.5],
+        "log.3.jsonl": [3.0, 3.5],  # the resumed run trained the second step anew
+        "log.jsonl": [3.0, 9.0],
+    }
+    assert [message.rpartition(" ")[2] for message in caplog.messages] == [f"log.{i}.jsonl" for i in (1, 2, 3)]
+
+
+def test_a_run_that_goes_on_where_its_log_ends_leaves_one_log(tmp_path):
+    for loss in (1.0, 2.0):
+        run = make_run(tmp_path)
+        if loss == 2.0:
+            run.load(tmp_path)
+        run.record(make_step(loss_tuned=loss))
+        run.save(tmp_path)
+        run.close()
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["log.jsonl"]
+    assert [line["loss_tuned"] for line in lines(tmp_path / "log.jsonl")] == [1.0, 2.0]
+
+
+def test_an_earlier_log_that_cannot_be_put_aside_is_an_error_and_stays(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    run = make_run(tmp_path)
+    run.record(make_step())
+    run.close()
+    before = (tmp_path / "log.jsonl").read_bytes()
+    again = make_run(tmp_path)
+    again.record(make_step())
+    monkeypatch.setattr(type(tmp_path), "rename", refuse)
+    with pytest.raises(AptError, match=r"log\.jsonl: is of an earlier run, .* log\.1\.jsonl: Permission denied"):
+        again.close()
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("resumed", "number", "steps", "trainer"), [
+    (False, 1, [1, 2], 0),
+    (False, 8, [8, 9], 7),
+    (True, 1, [2, 3], 0),
+    (True, 2, [2, 3], 1),
+])  # fmt: skip
+def test_a_trainer_that_begins_later_is_followed_and_one_that_counts_anew_is_told_apart(
+    tmp_path, resumed, number, steps, trainer
+):
+    first = make_run(tmp_path)
+    first.record(make_step())
+    first.save(tmp_path)
+    first.close()
+    run = make_run(tmp_path)
+    if resumed:
+        run.load(tmp_path)
+    run.counted(0)  # before the first step
+    for i in range(2):
+        run.record(make_step())
+        run.counted(number + i)
+        run.counted(number + i)  # and at an epoch's end
+    run.close()
+    written = lines(tmp_path / "log.jsonl", "run")[-1]["run"]
+    assert [line["step"] for line in lines(tmp_path / "log.jsonl")][-2:] == steps and run.step == steps[-1]
+    assert (written.get("resumed_from", 0), written["trainer_step"]) == (steps[0] - 1, trainer)
+
+
 def test_the_log_says_first_what_run_it_is_of_and_again_where_it_was_resumed(tmp_path):
     path, first = tmp_path / "log.jsonl", make_run(tmp_path, ema_alpha=0.5)
     first.record(make_step())
@@ -178,7 +254,8 @@ def test_the_log_says_first_what_run_it_is_of_and_again_where_it_was_resumed(tmp
     assert begun["overrides"]["ema_alpha"] == 0.5
     assert ("resumed_from" in begun, again["resumed_from"]) == (False, 1)
     assert begun["torch"] == torch.__version__
-    assert datetime.datetime.fromisoformat(begun["started"]).utcoffset() == datetime.timedelta(0)
+    loaded, started = (datetime.datetime.fromisoformat(begun[key]) for key in ("loaded", "started"))
+    assert loaded <= started and started.utcoffset() == started.astimezone().utcoffset()
 
 
 def test_saving_writes_the_lines_up_to_its_step_first(tmp_path):

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from apt_hooks import AptConfig, AptObjective, blocks
 from apt_hooks.integrations.sd_scripts import adapter, trainer
+from apt_hooks.read_steplog import read_run
+from apt_hooks.report.samples import read_samples
 from apt_hooks.run import STATE_FILE, version
 from apt_hooks.steplog import VALUES
 
@@ -66,8 +69,7 @@ class Run:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        found = map(json.loads, (self.folder / "lora-apt.jsonl").read_text().splitlines())
-        return [line for line in found if "run" not in line]
+        return read_log(self.folder / "lora-apt.jsonl")
 
     @property
     def tracked(self) -> list[dict[str, Any]]:
@@ -76,6 +78,11 @@ class Run:
     def same_lora(self, other: Run) -> bool:
         one, two = self.saved()["weights"], other.saved()["weights"]
         return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    found = map(json.loads, path.read_text().splitlines())
+    return [line for line in found if "run" not in line]
 
 
 Train = Callable[..., Run]
@@ -807,6 +814,35 @@ def test_a_resumed_run_goes_on_with_the_indicator_and_the_log(train: Train) -> N
     assert [line["step"] for line in again.log] == [1, 2, 3, 4]
     assert again.log[:2] == lines[:2]
     assert again.saved()["metadata"]["ss_apt_steps"] == "4"
+
+
+def test_log_pictures_and_report_of_a_resumed_run_agree(train: Train) -> None:
+    pytest.importorskip("PIL.Image")
+    options = {"ema_alpha": 0.5}, {"sample_every_n_steps": 1}
+    first = train(options[0], **options[1], save_every_n_steps=2, save_state=True)
+    run = read_run(first.folder / "lora-apt.jsonl")
+    assert run is not None and read_samples(run.path, run.starts).moments == [("step", i) for i in (1, 2, 3)]
+    time.sleep(1.1)  # pictures have their second in the name
+    again = train(options[0], **options[1], resume=str(first.folder / "lora-step2-state"), max_train_steps=3)
+    assert [line["step"] for line in again.log] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in read_log(again.folder / "lora-apt.1.jsonl")] == [1, 2, 3]
+    run = read_run(again.folder / "lora-apt.jsonl")
+    found = read_samples(run.path, run.starts)
+    assert found.moments == [("step", i) for i in (1, 2, 3, 4, 5)] and not found.notes
+    names = sorted(path.name[:11] for path in (again.folder / "sample").iterdir())
+    assert names == [f"lora_00000{i}" for i in (1, 1, 2, 2, 3, 3)], "the trainer's own names stay"
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_that_skips_up_to_a_step_counts_on_from_there(train: Train, resumed: bool) -> None:
+    first = train({}, save_every_n_steps=3, save_state=True, max_train_steps=4)
+    state = {"resume": str(first.folder / "lora-step3-state")} if resumed else {}
+    earlier = first.log
+    again = train({}, initial_step=3, skip_until_initial_step=True, max_train_steps=5, **state)
+    assert [line["step"] for line in again.log] == [1, 2, 3, 4, 5]
+    assert again.log[:3] == earlier[:3]
+    assert read_log(again.folder / "lora-apt.1.jsonl") == earlier
+    assert again.saved()["metadata"]["ss_apt_steps"] == "5"
 
 
 def test_a_state_saved_without_apt_is_warned_of_and_starts_anew(train: Train, caplog: pytest.LogCaptureFixture) -> None:

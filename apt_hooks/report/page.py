@@ -55,7 +55,7 @@ def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None])
     empty = [str(logs[name]) for name, run in read.items() if run is None]
     if not runs:
         raise AptError(f"{', '.join(empty)}: no step yet; a run writes a line a step")
-    page = _Page(runs, [read_samples(run.path) for run in runs])
+    page = _Page(runs, [read_samples(run.path, run.starts) for run in runs])
     write_atomically(out, page.html(empty, get_plotlyjs()).encode(errors="replace"))
     steps = sum(run.total for run in runs)
     counts = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {steps} {'step' if steps == 1 else 'steps'}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import datetime
 import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from apt_hooks.errors import AptError
 from apt_hooks.read_steplog import run_name
@@ -38,13 +39,18 @@ class Samples:
     notes: list[str]
 
 
-def read_samples(log: Path) -> Samples | None:
+def read_samples(log: Path, starts: Sequence[dict[str, Any]] = ()) -> Samples | None:
     """The sample pictures of a log's run, evenly chosen where there are many; None where it has none.
+
+    Args:
+        log: the step log, beside which they are looked for.
+        starts: what it says of its run, `Run.starts`: by them steps are the log's, also where the trainer that drew the
+            pictures counted from 1 again. Without, they are the trainer's.
 
     Raises:
         AptError: there are some, and Pillow is missing.
     """
-    files, notes = _find(log)
+    files, notes = _find(log, starts)
     if not files:
         return None
     try:
@@ -68,7 +74,7 @@ def read_samples(log: Path) -> Samples | None:
     return Samples(chosen, rows, pictures, notes)
 
 
-def _find(log: Path) -> tuple[dict[tuple[_Moment, int], Path], list[str]]:
+def _find(log: Path, starts: Sequence[dict[str, Any]]) -> tuple[dict[tuple[_Moment, int], Path], list[str]]:
     """Pictures by moment and prompt; of several the newest, and none that an earlier run of that name left behind."""
     name = run_name(log)
     prefix = f"(?:{re.escape(name)}_)" + ("?" if name == DEFAULT_NAME else "")
@@ -76,12 +82,20 @@ def _find(log: Path) -> tuple[dict[tuple[_Moment, int], Path], list[str]]:
         rf"{prefix}(?P<epoch>e?)(?P<number>\d{{6,}})_(?P<prompt>\d{{2,}})_(?P<time>\d{{14}})(_-?\d+)?\.png"
     )
     found: dict[tuple[_Moment, int], tuple[str, Path]] = {}
-    for path in sorted((log.parent / "sample").glob("*.png")):
-        if match := pattern.fullmatch(path.name):
-            place = (("epoch" if match["epoch"] else "step", int(match["number"])), int(match["prompt"]))
-            found[place] = max(found.get(place, ("", path)), (match["time"], path))
+    begun = _begun(starts)
     newest: dict[tuple[str, int], str] = {}
     kept, older = {}, 0
+    for path in sorted((log.parent / "sample").glob("*.png")):
+        if match := pattern.fullmatch(path.name):
+            moment = ("epoch" if match["epoch"] else "step", int(match["number"]))
+            if begun:
+                starts_before = [start for time, start in begun if time <= match["time"]]
+                if not starts_before:
+                    older += 1
+                    continue
+                moment = _in_the_log(moment, starts_before[-1])
+            place = (moment, int(match["prompt"]))
+            found[place] = max(found.get(place, ("", path)), (match["time"], path))
     for (moment, prompt), (time, path) in sorted(found.items()):
         kind = (moment[0], prompt)
         if time < newest.get(kind, ""):
@@ -95,6 +109,26 @@ def _find(log: Path) -> tuple[dict[tuple[_Moment, int], Path], list[str]]:
         else []
     )
     return kept, notes
+
+
+def _begun(starts: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The starts, and when each was, as pictures' names have it; none where one does not say, as in older logs."""
+    try:
+        times = [datetime.datetime.fromisoformat(start["loaded"]) for start in starts]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [(time.strftime("%Y%m%d%H%M%S"), start) for time, start in zip(times, starts, strict=True)]
+
+
+def _in_the_log(moment: _Moment, start: dict[str, Any]) -> _Moment:
+    """A moment as the log counts it, of a picture drawn by a run that began so."""
+    kind, number = moment
+    step = start.get("resumed_from", 0)
+    if kind == "step":
+        counted = start.get("trainer_step", step)
+        return kind, number + step - (counted if isinstance(counted, int) else step)
+    # Of "epoch 0", before the first step, a resumed run's is what the state had come to.
+    return ("step", step) if step and not number else moment
 
 
 def _evenly(items: Sequence[_Any], most: int) -> list[_Any]:

@@ -106,6 +106,7 @@ class DreamBoothRun:
         self._version = 0
         self._step: AptStep | None = None
         attach(self._run, accelerator)
+        accelerator.register_load_state_pre_hook(lambda models, folder: self._count_from(folder))
         # Behind the script's own hook, which has saved the LoRA by then.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.add_metadata(folder))
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line
@@ -230,6 +231,12 @@ class DreamBoothRun:
         with errors_in_one_line():
             atexit.unregister(self.close)
             self._run.close()
+
+    def _count_from(self, folder: str | Path) -> None:
+        """The scripts take their step from a checkpoint's name; so does the log, where it has no state of APT's."""
+        number = Path(folder).name.rpartition("checkpoint-")[2]
+        if not self._run.step and number.isdecimal():
+            self._run.step = int(number)
 
     def _give_up(self) -> None:
         """Forget a step that the script broke off between the passes, as one does that ran out of memory."""

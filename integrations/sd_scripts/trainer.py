@@ -110,6 +110,8 @@ class AptTrainer:
             trainer="sd-scripts",
             target="v_prediction" if args.v_parameterization else "epsilon",
         )
+        if getattr(args, "skip_until_initial_step", False):
+            self.apt.step = getattr(args, "initial_step", None) or 0  # until a state is loaded that knows better
         self._conditioning: FrozenConditioning | None = None
         if reencoding:
             self._conditioning = FrozenConditioning(self._captions, lora=bool(trained), weighted=args.weighted_captions)
@@ -251,6 +253,13 @@ class AptTrainer:
             return loss
         # The trainer differentiates the mean of these, and shows it beside the validation loss.
         return step.keep(loss)
+
+    def sample_images(
+        self, accelerator: Any, args: argparse.Namespace, epoch: Any, global_step: int, *rest: Any
+    ) -> None:
+        # Called behind every optimizer step, and the one method that is told how the trainer counts.
+        self.apt.counted(global_step)
+        super().sample_images(accelerator, args, epoch, global_step, *rest)  # type: ignore[misc]
 
     def generate_step_logs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {**super().generate_step_logs(*args, **kwargs), **self.apt.tracker_values()}  # type: ignore[misc]
