@@ -42,6 +42,7 @@ class _Batch:
     counted: int
     values: dict[str, Tensor]
     augmented: int
+    device: torch.device
 
 
 class StepLog:
@@ -61,31 +62,43 @@ class StepLog:
         self.path = path
         self._about = {**about, "loaded": _now()}
         self._batches: list[_Batch] = []
-        self._ended: tuple[int, int, list[str], Tensor] | None = None
+        self._ended: tuple[int, int, Tensor] | None = None  # the step, its bins, and gammas, gaps and VALUES in one
         self._latest: dict[str, Any] | None = None
         self._started = False
 
     def add(self, step: AptStep, augmented: int) -> None:
         """One batch, `augmented` of its samples moved; several batches make a step under gradient accumulation."""
         # Not the step itself: it holds on to the graph.
-        self._batches.append(_Batch(step.gammas, step.gaps, step.counted, step.values, augmented))
+        self._batches.append(
+            _Batch(step.gammas, step.gaps, step.counted, step.values, augmented, step.prediction.device)
+        )
 
     def end_step(self, number: int) -> None:
-        """The batches added since the last call are optimizer step `number`, counted from 1."""
+        """The batches added since the last call are optimizer step `number`, counted from 1.
+
+        Where a process group is up, values are over the samples of all its ranks, and every rank has to call this.
+        """
         self.flush()
         batches, self._batches = self._batches, []
-        gammas, gaps = batches[-1].gammas, batches[-1].gaps
+        device = batches[-1].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         # Means over the samples that count, of each value over the batches that have it (`frozen_every`).
-        totals: dict[str, int] = {}
-        sums: dict[str, Tensor] = {}
+        totals = dict.fromkeys(VALUES, 0)
+        sums = {name: torch.zeros((), dtype=dtype, device=device) for name in VALUES}
         for batch in batches:
             if batch.counted:
-                share = gammas.new_full((), batch.augmented / batch.counted)
+                share = torch.full((), batch.augmented / batch.counted, dtype=dtype, device=device)
                 for name, value in {**batch.values, "augmented": share}.items():
-                    totals[name] = totals.get(name, 0) + batch.counted
-                    sums[name] = sums.get(name, 0.0) + value.to(gammas.device).to(gammas.dtype) * batch.counted
-        packed = torch.cat([gammas, gaps, *((value / totals[name])[None] for name, value in sums.items())])
-        self._ended = (number, len(gammas), list(sums), packed)
+                    totals[name] += batch.counted
+                    sums[name] = sums[name] + value.to(device, dtype) * batch.counted
+        counts = torch.tensor(list(totals.values()), dtype=dtype).to(device, non_blocking=True)
+        found = torch.stack([*sums.values()])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            both = torch.stack([found, counts])
+            torch.distributed.all_reduce(both)
+            found, counts = both
+        bins = [x.to(device, dtype) for x in (batches[-1].gammas, batches[-1].gaps)]  # global already
+        self._ended = (number, len(bins[0]), torch.cat([*bins, found / counts]))
 
     def trainer_counts(self, first: int, trainer_step: int) -> None:
         """The first step of this log is `first`, and the trainer's own count before it was `trainer_step`.
@@ -99,15 +112,14 @@ class StepLog:
     def latest(self) -> dict[str, Any] | None:
         """The last ended step as its line says it, or None before the first."""
         if self._ended is not None:
-            number, bins, names, packed = self._ended
+            number, bins, packed = self._ended
             numbers = [n if math.isfinite(n) else None for n in packed.tolist()]  # JSON has no NaN
             gamma, gap = numbers[:bins], numbers[bins : 2 * bins]
-            means = dict(zip(names, numbers[2 * bins :], strict=True))
             self._latest = {
                 "step": number,
                 "gamma": gamma,
                 "gap": gap,
-                **{name: means.get(name) for name in VALUES},
+                **dict(zip(VALUES, numbers[2 * bins :], strict=True)),
             }
             self._ended = None
             self._write(self._latest)

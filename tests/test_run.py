@@ -3,7 +3,10 @@ import gc
 import json
 import logging
 import math
+import os
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +86,33 @@ def test_accumulated_batches_make_one_line_each_weighted_by_its_counted_samples(
     (line,) = lines(tmp_path / "log.jsonl")
     # (1 * 1 + 3 * 5) / 4, (1 * 8 + 3 * 4) / 4, and 2 of 4 counted samples moved.
     assert (line["step"], line["loss_tuned"], line["l_attn"], line["augmented"]) == (1, 4.0, 5.0, 0.5)
+
+
+def _rank(rank, folder):
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's name may not resolve
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    run = make_run(Path(folder), log=None if rank else "log.jsonl", rank=rank)
+    # Rank 0 has one sample that counts, rank 1 has three; then rank 1 has none, and no rank has `l_attn`.
+    run.record(
+        make_step(counted=(1, 3)[rank], loss_tuned=(1.0, 5.0)[rank], l_attn=(None, 4.0)[rank]), moved((1, 0)[rank])
+    )
+    seen = [run.tracker_values()]
+    run.record(make_step(counted=(2, 0)[rank], loss_tuned=7.0, l_attn=None))
+    Path(folder, f"{rank}.json").write_text(json.dumps([*seen, run.tracker_values()]))
+    run.close()
+    torch.distributed.destroy_process_group()
+
+
+def test_values_are_over_the_samples_of_all_ranks(tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    one, two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert one == two
+    first, second = lines(tmp_path / "log.jsonl")
+    assert (first["loss_tuned"], first["augmented"], first["l_attn"]) == (4.0, 0.25, 4.0)
+    assert (second["loss_tuned"], second["l_attn"], second["gamma"]) == (7.0, None, GAMMAS)
+    assert one[0]["apt/loss_tuned"] == 4.0
 
 
 def test_a_value_is_the_mean_over_the_batches_that_have_it(tmp_path):
