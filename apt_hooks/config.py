@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import toml
 
@@ -48,6 +48,9 @@ _NOT_APT = {
     "frozen_every": 1,
 }
 
+_OF_ITS_TERMS = ("augment_max_probability", "zoom_out", "rotation_degrees", "augment_space", "regularizer")
+_OF_ITS_TERMS += ("representation_source", "blocks", "attention_impl")
+
 
 def _key(default: Any, rule: str, accepts: Callable[[Any], bool]) -> Any:
     return dataclasses.field(default=default, metadata={"rule": rule, "accepts": accepts})
@@ -75,7 +78,8 @@ class AptConfig:
 
     Defaults are those of the paper (arXiv 2507.02687) for SDXL; where the paper leaves a value open it is ours, and
     `presets/*.toml` says so beside it. The key `preset` is kept in `preset_name`. With another `objective` than "apt"
-    the keys that switch APT's own terms are off, whatever was given, so that a preset can serve for a baseline too.
+    the keys that switch APT's own terms are off, whatever was given, so that a preset can serve for a baseline too;
+    `ignored` tells which of the user's own keys have come to nothing by that.
 
     Raises:
         AptError: a value breaks the rule of its key, or only one of `identifier` and `class_word` is given.
@@ -107,6 +111,7 @@ class AptConfig:
     attention_impl: Literal["auto", "eager", "triton"] = _choice("auto", "auto", "eager", "triton")
     identifier: str | None = _word()
     class_word: str | None = _word()
+    _given: ClassVar[Mapping[str, Any]] = {}
     preset_name: str | None = _key(None, "the name of a preset", lambda v: v is None or v in preset_names())
 
     def __post_init__(self) -> None:
@@ -173,15 +178,26 @@ class AptConfig:
                     f"The keys are {', '.join(cls.key_names())}; the trainer's own go above [apt]."
                 )
         own = {key: value for key, value in values.items() if key != "preset"}
-        if "preset" not in values:
-            return cls(**own)
-        base = toml.loads(preset_text(values["preset"]))["apt"]
-        return cls(**{**base, **own}, preset_name=values["preset"])
+        if "preset" in values:
+            base = toml.loads(preset_text(values["preset"]))["apt"]
+            config = cls(**{**base, **own}, preset_name=values["preset"])
+        else:
+            config = cls(**own)
+        object.__setattr__(config, "_given", own)
+        return config
 
     @property
     def aligns_attention(self) -> bool:
         """Whether attention maps are compared, for which both models' captions must be of one token length."""
         return self.lambda_attn > 0 and self.regularizer == "separate"
+
+    @property
+    def ignored(self) -> dict[str, Any]:
+        """The keys given beside a preset (`from_mapping`) that the objective takes no notice of, as they were given."""
+        unused = set() if self.objective == "dco" else {"dco_beta"}
+        if self.objective != "apt":
+            unused |= {*_NOT_APT, *_OF_ITS_TERMS}
+        return {key: value for key, value in self._given.items() if key in unused and _NOT_APT.get(key) != value}
 
     def overrides(self) -> dict[str, Any]:
         """The keys whose value differs from the preset's, or from the defaults where no preset is named."""

@@ -74,6 +74,7 @@ class AptRun:
         """One line that says what is on."""
         config, capture = self.objective.config, self.objective.capture
         overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.overrides().items())
+        ignored = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.ignored.items())
         regularizers = "no regularizers"
         if capture is not None:
             blocks, places = ", ".join(map(str, capture.blocks)), len(capture.representation_places)
@@ -86,6 +87,7 @@ class AptRun:
             f"overrides {overrides}" if overrides else "no overrides",
             regularizers,
             f"augmentation of {self.augment_space}s" if self.objective.augments else "no augmentation",
+            *([f'objective "{config.objective}" ignores {ignored}'] if ignored else []),
             f"log {self.log.path}" if self.log.path else "no log",
         ]
         if self.indicator_units != self.target:

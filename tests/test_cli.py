@@ -296,6 +296,12 @@ def test_check_prints_what_the_section_comes_to_and_marks_overrides(tmp_path: Pa
     )
 
 
+def test_check_notes_what_the_objective_ignores(tmp_path: Path) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text('[apt]\npreset = "sd21"\nobjective = "dreambooth"\nlambda_attn = 0.5\n')
+    assert 'note: objective = "dreambooth" ignores lambda_attn = 0.5' in run("check", path).splitlines()
+
+
 # -- presets apply -----------------------------------------------------------------------------------------------------
 
 CONFIGS = {

@@ -175,6 +175,18 @@ def test_with_another_objective_apts_own_terms_are_off_whatever_was_given(object
     assert config.overrides() == {"objective": objective}
 
 
+@pytest.mark.parametrize("objective", ["dco", "dreambooth"])
+def test_keys_of_the_users_own_that_the_objective_drops_are_told_and_no_others(objective):
+    own = {"num_bins": 5, "lambda_attn": 0.5, "zoom_out": [1.0, 2.0], "augmentation": False, "frozen_every": 1}
+    dropped = {"lambda_attn": 0.5, "zoom_out": [1.0, 2.0]}
+    assert AptConfig.from_mapping({"preset": "sdxl", "objective": objective, **own}).ignored == dropped
+    assert AptConfig.from_mapping({"preset": "sdxl", "objective": objective}).ignored == {}
+    assert AptConfig.from_mapping({"preset": "sdxl", **own}).ignored == {}
+    assert AptConfig.from_mapping({"dco_beta": 5, "objective": objective}).ignored == (
+        {} if objective == "dco" else {"dco_beta": 5}
+    )
+
+
 def test_with_apt_as_the_objective_its_own_terms_are_what_was_given():
     config = AptConfig.from_mapping({"preset": "sdxl", "objective": "apt", **GIVEN})
     assert {name: getattr(config, name) for name in OWN_TERMS} == GIVEN

@@ -467,6 +467,18 @@ def test_the_start_line_says_what_is_on(tmp_path):
     ]
 
 
+def test_the_start_line_tells_what_the_objective_ignores(tmp_path):
+    config = AptConfig.from_mapping({"preset": "sdxl", "objective": "dco", "lambda_attn": 0.5, "zoom_out": [1, 2]})
+    run = AptRun(AptObjective(config, torch.nn.Linear(1, 1), torch.no_grad), log_path=None, augment_space="image")
+    assert run.start_line().split(" | ")[2:] == [
+        'overrides objective = "dco", zoom_out = [1.0, 2.0]',
+        "no regularizers",
+        "no augmentation",
+        'objective "dco" ignores lambda_attn = 0.5, zoom_out = [1, 2]',
+        "no log",
+    ]
+
+
 def test_the_start_line_tells_the_joint_regularizer(tmp_path):
     unet, network = make_tuned("output_blocks")
     config = AptConfig.from_mapping({"preset": "sdxl", "regularizer": "joint"})

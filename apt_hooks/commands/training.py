@@ -130,6 +130,8 @@ def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Th
         value = None if key == "preset" else getattr(found, key)
         if value is not None:
             typer.echo(f"  {key} = {json.dumps(value)}{'  # override' if key in overrides else ''}")
+    for key, value in found.ignored.items():
+        typer.echo(f'note: objective = "{found.objective}" ignores {key} = {json.dumps(value)}')
     _note_of_trainer(config, found.preset_name)
 
 
