@@ -151,6 +151,7 @@ class AptObjective:
         counted: Tensor | None = None,
         ends_step: bool = True,
         error_scale: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> AptStep:
         """Both passes and all terms of one batch.
 
@@ -165,6 +166,11 @@ class AptObjective:
             error_scale: [batch], what each sample's error has to be multiplied by to be an error of epsilon
                 (`units.epsilon_error_scale`); the indicator measures that, unless `indicator_space` is "target". None
                 measures the error as it is.
+            mask: as `target`, or with 1 in place of any of its sizes but the first; what each element counts in your
+                loss. Losses are means over what it covers, whatever its size; a sample without any is not measured.
+
+        Raises:
+            AptError: a mask of another shape.
         """
         return self.assess(
             self.passes(predict, predict_frozen, counted),
@@ -173,6 +179,7 @@ class AptObjective:
             counted,
             ends_step=ends_step,
             error_scale=error_scale,
+            mask=mask,
         )
 
     def passes(
@@ -255,6 +262,7 @@ class AptObjective:
         *,
         ends_step: bool = True,
         error_scale: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> AptStep:
         """Losses, indicator and terms from both passes; takes the batch into the indicator. Arguments as in `step`.
 
@@ -272,14 +280,10 @@ class AptObjective:
         weight = self._weight(timesteps, here)
         values: dict[str, Tensor] = {}
         if passes.frozen is not None:
-            loss_tuned, loss_frozen, delta_noise = _losses(passes.tuned, passes.frozen, target, here)
-            values = {
-                "loss_tuned": loss_tuned.mean(),
-                "loss_frozen": loss_frozen.mean(),
-                "delta_noise": delta_noise.mean(),
-            }
+            losses = _Losses.of(passes.tuned, passes.frozen, target, mask, here)
+            loss_tuned, loss_frozen, values = losses.tuned, losses.frozen, losses.means()
             if self._dco:
-                weight[here] = dco_weight(loss_tuned, loss_frozen, self.config.dco_beta)
+                weight[here] = dco_weight(losses.whole(loss_tuned), losses.whole(loss_frozen), self.config.dco_beta)
             if error_scale is not None and self.config.indicator_space != "target":
                 squared = error_scale[here].square()
                 loss_tuned, loss_frozen = squared * loss_tuned, squared * loss_frozen
@@ -361,12 +365,53 @@ def _rows(counted: Tensor | None, device: torch.device | None = None) -> Tensor 
     )
 
 
-@torch.no_grad()
-def _losses(tuned: Tensor, frozen: Tensor, target: Tensor, here: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean squares of both models' errors and of their difference: each [samples that count]."""
-    tuned, frozen, target = (x[here].float() for x in (tuned, frozen, target))
-    return _mean_square(target - tuned), _mean_square(target - frozen), _mean_square(frozen - tuned)
+@dataclasses.dataclass
+class _Losses:
+    """Mean squares of both models' errors and of their difference, of the samples that count: each [samples].
+
+    `covered` is the share of a sample that its mask covers, None without masks; where it is 0 the others are NaN.
+    """
+
+    tuned: Tensor
+    frozen: Tensor
+    delta_noise: Tensor
+    covered: Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, tuned: Tensor, frozen: Tensor, target: Tensor, mask: Tensor | None, here: slice | Tensor) -> _Losses:
+        if mask is not None:
+            fits = mask.ndim == target.ndim and mask.shape[:1] == target.shape[:1]
+            if not fits or any(m not in (1, n) for m, n in zip(mask.shape, target.shape, strict=True)):
+                raise AptError(
+                    f"the mask must be of the target's shape {tuple(target.shape)}, or have 1 in place of any size but "
+                    f"the first; found {tuple(mask.shape)}"
+                )
+            mask = mask.expand_as(target)[here].float()
+        tuned, frozen, target = (x[here].float() for x in (tuned, frozen, target))
+        return cls(
+            _mean_square(target - tuned, mask),
+            _mean_square(target - frozen, mask),
+            _mean_square(frozen - tuned, mask),
+            None if mask is None else mask.flatten(1).mean(dim=1),
+        )
+
+    def means(self) -> dict[str, Tensor]:
+        """Their means over the samples that have a loss, by the names in the log; NaN where none has."""
+        values = {"loss_tuned": self.tuned, "loss_frozen": self.frozen, "delta_noise": self.delta_noise}
+        if self.covered is None:
+            return {name: value.mean() for name, value in values.items()}
+        seen = self.covered > 0
+        return {name: torch.where(seen, value, 0.0).sum() / seen.sum() for name, value in values.items()}
+
+    def whole(self, loss: Tensor) -> Tensor:
+        """A loss as a trainer has it that takes the mean over the whole frame, nothing outside the mask."""
+        return loss if self.covered is None else torch.where(self.covered > 0, loss * self.covered, 0.0)
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    return x.square().flatten(1).mean(dim=1)
+def _mean_square(x: Tensor, mask: Tensor | None) -> Tensor:
+    squares = x.square().flatten(1)
+    if mask is None:
+        return squares.mean(dim=1)
+    weights = mask.flatten(1)
+    return (squares * weights).sum(dim=1) / weights.sum(dim=1)

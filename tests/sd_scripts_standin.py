@@ -433,7 +433,9 @@ class NetworkTrainer:
             is_train=is_train,
         )  # fmt: skip
         loss = (noise_pred.float() - target.float()) ** 2
-        loss = train_util.apply_masked_loss(loss, batch).mean(dim=(1, 2, 3)) * batch["loss_weights"]
+        if args.masked_loss or batch["alpha_masks"] is not None:
+            loss = train_util.apply_masked_loss(loss, batch)
+        loss = loss.mean(dim=(1, 2, 3)) * batch["loss_weights"]
         return self.post_process_loss(loss, args, timesteps, noise_scheduler).mean()
 
     def train(self, args):
@@ -582,7 +584,7 @@ def setup_parser() -> argparse.ArgumentParser:
     for name, default in amounts.items():
         parser.add_argument(f"--{name}", type=float, default=default)
     flags = "network_train_unet_only gradient_checkpointing cache_latents cache_latents_to_disk"
-    flags += " cache_text_encoder_outputs weighted_captions v_parameterization no_metadata save_state"
+    flags += " cache_text_encoder_outputs weighted_captions v_parameterization no_metadata save_state masked_loss"
     flags += " skip_until_initial_step"
     for name in (*flags.split(), "torch_compile", "deepspeed"):
         parser.add_argument(f"--{name}", action="store_true")

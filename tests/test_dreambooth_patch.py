@@ -991,6 +991,32 @@ def test_a_mask_on_both_sides_is_refused_where_the_difference_could_not_be_measu
     assert below == "pred = pred * mask"
 
 
+@pytest.mark.parametrize(
+    ("before", "loss", "told"),
+    [
+        ("", "loss = (error * batch['masks']).mean()", "loss = (error * batch['masks']).mean()"),
+        ("", "error *= interpolate(batch['masks'], size=8)\nloss = error.mean()", "error *= interpolate("),
+        (
+            "masks = batch['masks'].to(device)\nsmall = interpolate(masks)\n",
+            "loss = (error * small).mean()",
+            "* small)",
+        ),
+        ("", "if masked:\n    error = error * batch['masks']\nloss = error.mean()", "error = error * batch['masks']"),
+        ("count = noise.shape[0] + 1\n", "loss = (error * snr_weights(schedule, timesteps)).mean() * count", None),
+        ("", "loss = error.mean()", None),
+    ],
+)
+def test_what_a_loss_takes_of_the_batch_is_told_to_the_run(
+    tmp_path: Path, before: str, loss: str, told: str | None
+) -> None:
+    lines = f"{before}error = mse_loss(pred, target, reduction='none')\n{loss}".replace("\n", "\n" + 16 * " ")
+    new = patched(tmp_path, script().replace("loss = mse_loss(pred, target)", lines))
+    _, made, _ = group(new, "adapter.start(")
+    (start,) = [line for line in made if "adapter.start(" in line]
+    assert ("masked=" in start) == (told is not None)
+    assert told is None or told in start
+
+
 def test_a_second_picture_of_the_batch_is_refused(tmp_path: Path) -> None:
     encode = f"{ENCODE}\nmasked = vae.encode(batch['masked']).latent_dist.sample()"
     refused(tmp_path, script(encode=encode), "looked for one encoding of the images", "`vae.encode(batch['masked'])`")

@@ -47,6 +47,7 @@ from apt_hooks.objective import AptObjective
 
 SCRIPTS = Path(__file__).with_name("dreambooth_scripts")
 WEIGHTS = "pytorch_lora_weights"
+MASKED = 'loss = loss * batch["input_ids"].ge(0).float().mean()\n                '
 NOTHING_ON = "loss_weighting = false\naugmentation = false\nlambda_dist = 0\nlambda_attn = 0"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries beneath; what apt-hooks says is asserted
@@ -378,6 +379,20 @@ def test_the_batches_of_a_step_update_the_indicator_once_an_epochs_incomplete_la
         assert all(torch.equal(gamma, used[0]) for gamma in used)
         wanted.update(*(torch.cat(column) for column in zip(*batches, strict=True)))
     assert wanted.gammas.max() > 0
+
+
+def test_a_mask_that_would_not_move_with_an_augmented_image_is_refused_and_else_told(
+    train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    def masked(text: str) -> str:
+        return text.replace("accelerator.backward(", MASKED + "accelerator.backward(")
+
+    message = refused(train, "one_encoder", config="", edit=masked)
+    assert "set [apt] augmentation = false" in message and "batch['input_ids']" in message
+    for config in ("augmentation = false", "monitor_only = true"):
+        caplog.clear()
+        assert len(train("one_encoder", config=config, edit=masked).lines) == 4
+        assert "gamma is measured over the whole frame" in caplog.text
 
 
 @pytest.mark.parametrize("space", ["auto", "target"])

@@ -352,6 +352,58 @@ def test_the_gap_of_a_model_of_v_is_that_of_its_epsilon(space):
     assert float(step.values["loss_tuned"]) == pytest.approx(raw.item(), rel=1e-6)
 
 
+def masks():
+    """Of four samples: a tenth of the frame, a soft one, all, and nothing; one channel for all."""
+    mask = torch.zeros(4, 1, 8, 8)
+    mask[0, :, :2, :3] = 1.0
+    mask[1] = torch.linspace(0, 1, 64).reshape(8, 8)
+    mask[2] = 1.0
+    return mask
+
+
+@pytest.mark.parametrize("config", [{}, {"objective": "dco", "dco_beta": 3.0}], ids=["apt", "dco"])
+def test_losses_are_means_over_what_the_mask_covers_and_a_sample_without_any_is_not_measured(config):
+    case = Case()
+    case.x, case.target = case.x.detach()[..., :8, :8], case.target[..., :8, :8]
+    mask = masks()
+    objective = make_objective(case.unet, case.network, seen=False, **config)
+    step = objective.step(case.predict, case.target, TIMESTEPS, mask=mask)
+    with torch.no_grad():
+        with case.network.off():
+            frozen = case.predict()
+        tuned = case.predict()
+    losses = {"tuned": case.target - tuned, "frozen": case.target - frozen, "delta": frozen - tuned}
+    means = {k: [float((x[i] ** 2).mean(0)[mask[i, 0] > 0].double() @ mask[i, 0][mask[i, 0] > 0].double())
+                 / float(mask[i].sum()) for i in range(3)] for k, x in losses.items()}  # fmt: skip
+    state = objective.indicator.state_dict()
+    # Samples 0 and 3 share a bin, and sample 3 has no mask.
+    assert [state["loss_tuned"][b] for b in (0, 3, 9)] == pytest.approx(means["tuned"], rel=1e-5)
+    assert [state["loss_frozen"][b] for b in (0, 3, 9)] == pytest.approx(means["frozen"], rel=1e-5)
+    names = {"loss_tuned": "tuned", "loss_frozen": "frozen", "delta_noise": "delta"}
+    found = {name: float(step.values[name]) for name in names}
+    assert found == pytest.approx({name: sum(means[k]) / 3 for name, k in names.items()}, rel=1e-5)
+    if config:  # DCO of the masked trainer's loss, which is a mean over the whole frame
+        whole = [(x.square() * mask).mean(dim=(1, 2, 3)).float() for x in (losses["tuned"], losses["frozen"])]
+        assert torch.allclose(step.weight, dco_weight(*whole, 3.0), rtol=1e-5)
+
+
+def test_where_no_sample_has_a_mask_nothing_is_measured():
+    case = Case()
+    objective = make_objective(case.unet, case.network)
+    before = objective.indicator.state_dict()
+    step = objective.step(case.predict, case.target, TIMESTEPS, mask=torch.zeros_like(case.target))
+    assert objective.indicator.state_dict() == before
+    assert math.isnan(step.values["loss_tuned"])
+    assert torch.isfinite(step.loss(case.per_sample(step.prediction)))
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 1, 8, 8), (4, 1, 3, 8)])
+def test_a_mask_of_another_shape_is_refused(shape):
+    case = Case()
+    with pytest.raises(AptError, match="the mask must be of the target's shape"):
+        make_objective(case.unet, case.network).step(case.predict, case.target, TIMESTEPS, mask=torch.ones(shape))
+
+
 def test_a_step_ends_though_its_last_batch_has_no_frozen_pass():
     case = Case()
     objective = make_objective(case.unet, case.network, frozen_every=2)

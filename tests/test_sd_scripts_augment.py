@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apt_hooks.augmentation import Placement
 from apt_hooks.errors import AptError
-from apt_hooks.integrations.sd_scripts.augment import TimestepSampler, moved
+from apt_hooks.integrations.sd_scripts.augment import LossMask, TimestepSampler, moved
 
 SECOND = Placement(
     scales=torch.tensor([1.0, 3.0]), angles=torch.tensor([0.0, 10.0]), chosen=torch.tensor([False, True])
@@ -85,6 +85,26 @@ def reexported(loss: types.ModuleType) -> types.ModuleType:
     module = types.ModuleType("train_util")
     module.__dict__.update({name: value for name, value in vars(loss).items() if name.startswith("get_")})
     return module
+
+
+def test_a_mask_is_made_by_what_the_trainer_calls_and_where_it_calls_nothing_that_is_told() -> None:
+    module = types.ModuleType("train_network")
+    module.__dict__.update(apply_masked_loss=lambda loss, batch: loss * batch["alpha_masks"][:, None])
+    exec(
+        "class Masking:\n    def process_batch(self, loss, batch):\n        return apply_masked_loss(loss, batch)\n"
+        "class Plain:\n    def process_batch(self, loss, batch):\n        return loss\n",
+        module.__dict__,
+    )
+    args, target = types.SimpleNamespace(masked_loss=False), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    batch = {"alpha_masks": torch.rand(2, 8, 8)}
+    mask = LossMask(module.Masking)(args, batch, target)
+    assert mask is not None and mask.dtype == torch.float32
+    assert torch.equal(mask, batch["alpha_masks"][:, None].expand(2, 4, 8, 8))
+    assert LossMask(module.Masking)(args, {"alpha_masks": None}, target) is None
+    assert LossMask(module.Plain)(args, {}, target) is None
+    for asked, given in ((args, batch), (types.SimpleNamespace(masked_loss=True), {})):
+        with pytest.raises(AptError, match=r"looked for a call of apply_masked_loss\(\)"):
+            LossMask(module.Plain)(asked, given, target)
 
 
 NOISE = "get_noise_noisy_latents_and_timesteps"

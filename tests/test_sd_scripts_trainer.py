@@ -430,6 +430,22 @@ def test_images_and_masks_move_together_and_what_they_uncover_is_black_and_maske
             assert (images[inside[:, None].expand_as(images)] > -1.0).all()
 
 
+@pytest.mark.parametrize("mask", ["alpha", "conditioning", "not asked for"])
+def test_gamma_and_the_log_follow_the_mask_of_the_loss(train: Train, mask: str) -> None:
+    subset = {**OWN, "mask": "alpha" if mask == "alpha" else "conditioning"}
+    run = train(ALWAYS_SMALLER, spy=Overfitted, subsets=(subset,), masked_loss=mask == "conditioning")
+    for seen, line in zip(run.trainer.seen, run.log, strict=True):
+        masks = seen.moved["alpha_masks"] if mask == "alpha" else (seen.moved["conditioning_images"][:, 0] + 1) / 2
+        covered = masks.mean(dim=(1, 2))
+        assert (covered < 0.2).all()
+        # The trainer's own loss is a mean over the whole frame.
+        wanted = seen.before_weights / (1.0 if mask == "not asked for" else covered)
+        assert line["loss_tuned"] == pytest.approx(float(wanted.mean()), rel=1e-4)
+        bins = seen.timesteps[0] // 100
+        for b in set(bins.tolist()):
+            assert seen.indicator[-1]["loss_tuned"][b] == pytest.approx(0.1 * float(wanted[bins == b].mean()), rel=1e-4)
+
+
 def test_the_seed_decides_where_samples_are_moved_to(train: Train) -> None:
     apt = {"augment_max_probability": 1.0}
     runs = [train(apt, spy=Overfitted, train_batch_size=4, seed=s, name=f"{i}") for i, s in enumerate((1, 1, 2))]

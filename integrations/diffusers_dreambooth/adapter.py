@@ -34,11 +34,16 @@ WEIGHTS = "pytorch_lora_weights"
 """The name under which diffusers saves a LoRA."""
 
 
-def start(args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_scheduler: Any) -> DreamBoothRun | None:
+def start(
+    args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_scheduler: Any, masked: str | None = None
+) -> DreamBoothRun | None:
     """The run for `--apt_config` or `--apt_preset`; None where the configuration has `enabled = false`.
 
     To be called once the accelerator has prepared the models and before it loads a checkpoint. Ends the program with
     one line where the configuration or the script's arguments rule APT out.
+
+    Args:
+        masked: the line by which the script's loss takes in something else of the batch, such as a mask.
     """
     with errors_in_one_line():
         file, preset = (getattr(args, name, None) for name in ("apt_config", "apt_preset"))
@@ -52,6 +57,8 @@ def start(args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_sch
             logger.info("apt-hooks: [apt] enabled = false, training without APT")
             return None
         _check(args, config, accelerator, unet)
+        if masked is not None:
+            _check_mask(masked, config)
         return DreamBoothRun(config, args, accelerator, unet, noise_scheduler)
 
 
@@ -270,6 +277,15 @@ class DreamBoothRun:
 def _one_each(timesteps: Tensor, samples: Tensor) -> Tensor:
     """A timestep for each sample, where a script may have drawn one for all."""
     return timesteps.reshape(-1).expand(len(samples)) if timesteps.numel() == 1 else timesteps
+
+
+def _check_mask(line: str, config: AptConfig) -> None:
+    if config.augmentation and not config.monitor_only:
+        raise AptError(
+            f"the loss takes in something else of the batch, in `{line}`: a mask would not be moved with an augmented "
+            "image; set [apt] augmentation = false"
+        )
+    logger.warning("apt-hooks: gamma is measured over the whole frame, without what the loss takes in by `%s`", line)
 
 
 def _check(args: argparse.Namespace, config: AptConfig, accelerator: Any, unet: nn.Module) -> None:

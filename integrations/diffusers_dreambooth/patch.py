@@ -130,6 +130,7 @@ def _places(found: Script, statements: Statements) -> Places:
     for name in frozen.perhaps:
         repeated += [f'if "{name}" in locals():', f"    {frozen.prefix}{name} = {name}"]
     repeated += text + _source([frozen.call])
+    masked = f", masked={found.factor!r}" if found.factor else ""
     step = f", step={found.step}" if found.step else ""
     return [
         before(
@@ -148,7 +149,7 @@ def _places(found: Script, statements: Statements) -> Places:
             '        raise SystemExit(f"--apt_config and --apt_preset need apt-hooks, not found here ({e}): '
             f'{patching.install_hint()}")',
             f"    {RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}, "
-            f"{found.schedule})",
+            f"{found.schedule}{masked})",
         ),
         before(
             found.encode,

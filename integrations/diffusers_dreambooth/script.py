@@ -15,7 +15,7 @@ from apt_hooks.errors import AptError
 from .arguments import find_arguments, find_parser
 from .repeats import FrozenCopy, Step, early_draw, frozen_copy
 from .target import comparison
-from .tree import Tree, assigned, called, listed, missing, owner, read, without_casts
+from .tree import Tree, assigned, called, first_line, listed, missing, owner, read, without_casts
 
 PRIOR = "with_prior_preservation"
 
@@ -33,6 +33,7 @@ class Script:
         call, prediction: the statement that calls the U-Net, and the name of what it returns.
         frozen: the same asked of the base model.
         target, compare: name of the target, and the first statement that does anything with it or with the prediction.
+        factor: the first statement that takes something else of the batch, such as a mask, into the loss (its source).
         loss, backward: name of the loss, and the statement that differentiates it.
         log, step: the statement that logs to the trackers, and the source of its step.
         loop: the outermost loop of the training.
@@ -56,6 +57,7 @@ class Script:
     frozen: FrozenCopy
     target: str
     compare: ast.stmt
+    factor: str | None
     loss: str
     backward: ast.stmt
     log: ast.stmt
@@ -136,6 +138,7 @@ class _Finder:
             frozen=frozen_copy(step, self._text_encoders(), {self.tree.index(self.suite, c) for c in self.noising}),
             target=target,
             compare=self.suite[at_compare],
+            factor=self._factor(at_compare, {images.split("[")[0], timesteps, target, *noise}),
             loss=ast.unparse(self.backward.args[0]),
             backward=self.tree.statement(self.backward),
             log=log,
@@ -214,6 +217,29 @@ class _Finder:
         if len(names) != 1:
             raise self._missing("one name for the U-Net's prediction", ", ".join(sorted(names)))
         return of_noisy, names.pop()
+
+    def _factor(self, at_compare: int, others: set[str]) -> str | None:
+        """What the batch holds beside the images and the text, where the loss is made of it.
+
+        Args:
+            at_compare: place of the first statement of the loss.
+            others: names that are made of the batch too, and are in every loss.
+        """
+        loop = self.loops[0]
+        if not isinstance(loop, ast.For):
+            return None
+        others = others | assigned(self.suite[self.at_encode]) | assigned(self.suite[self.at_call])
+        batch = assigned(loop.target)
+        before = [n for s in self.suite[:at_compare] for n in ast.walk(s) if isinstance(n, (ast.Assign, ast.AugAssign))]
+        for statement in before:
+            if batch & read(statement):
+                batch = batch | (assigned(statement) - others)
+        end = self.tree.index(self.suite, self.backward)
+        for statement in self.suite[at_compare:end]:
+            if batch & read(statement):
+                parts = [n for n in ast.walk(statement) if isinstance(n, (ast.Assign, ast.AugAssign))]
+                return first_line(next((part for part in parts if batch & read(part)), statement))
+        return None
 
     def _check_prior(self) -> None:
         """The class half of a batch is told by the scripts' own argument, which a user may have renamed."""

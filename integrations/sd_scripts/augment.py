@@ -13,7 +13,7 @@ from torch import Tensor
 from apt_hooks.augmentation import Placement
 from apt_hooks.errors import AptError
 
-from .checkout import NOISING, SAMPLER
+from .checkout import MASKING, NOISING, SAMPLER
 
 
 class TimestepSampler:
@@ -31,9 +31,8 @@ class TimestepSampler:
 
     def __init__(self, trainer: type) -> None:
         method = "get_noise_pred_and_target"
-        own = [inspect.unwrap(vars(kind)[method]) for kind in trainer.__mro__ if method in vars(kind)]
-        found = [noising for function in own if (noising := _reached(function, NOISING)) is not None]
-        self._globals: dict[str, Any] = found[0].__globals__ if found else {}
+        noising = _called_by(trainer, method, NOISING)
+        self._globals: dict[str, Any] = {} if noising is None else noising.__globals__
         if SAMPLER not in self._globals:
             raise AptError(
                 f"{trainer.__name__}.{method}: looked for a call of {NOISING}(), which calls {SAMPLER}(), to augment "
@@ -56,6 +55,39 @@ class TimestepSampler:
             yield
         finally:
             self._globals[SAMPLER] = sampler
+
+
+class LossMask:
+    """The mask that the trainer's loss is multiplied by, as the trainer itself makes it.
+
+    Args:
+        trainer: its class, whose `process_batch`, or that of a class below, masks the loss.
+    """
+
+    def __init__(self, trainer: type) -> None:
+        self._apply = _called_by(trainer, "process_batch", MASKING)
+
+    def __call__(self, args: Any, batch: dict[str, Any], target: Tensor) -> Tensor | None:
+        """The factor of each element of a loss of `target`'s shape; None where the trainer masks nothing.
+
+        Raises:
+            AptError: the trainer was told to mask, and what does it was not found.
+        """
+        if not getattr(args, "masked_loss", False) and batch.get("alpha_masks") is None:
+            return None
+        if self._apply is None:
+            raise AptError(
+                f"the loss is masked, and process_batch was looked for a call of {MASKING}(), by which the indicator "
+                "is masked alike; it is not there. Leave masked_loss and alpha_mask out"
+            )
+        mask: Tensor = self._apply(torch.ones_like(target, dtype=torch.float32), batch)
+        return mask
+
+
+def _called_by(trainer: type, method: str, name: str) -> Any:
+    """What a trainer's method, or that of a class below, calls by this name; None where none calls such."""
+    own = [inspect.unwrap(vars(kind)[method]) for kind in trainer.__mro__ if method in vars(kind)]
+    return next((found for function in own if (found := _reached(function, name)) is not None), None)
 
 
 def _reached(function: Any, name: str) -> Any:

@@ -18,6 +18,7 @@ from ..patching import Places, Statements, strip
 
 SCRIPTS = ("train_network.py", "sdxl_train_network.py")
 NOISING, SAMPLER, READER = "get_noise_noisy_latents_and_timesteps", "get_timesteps", "read_config_from_file"
+MASKING = "apply_masked_loss"
 SUPPORTED = "sd-scripts 0.10.0 to 0.11.1 can be patched: update it, or `git checkout 6721028` in it (0.11.1)"
 
 # What the adapter overrides or calls: the parameters it relies on, by name and in this order.

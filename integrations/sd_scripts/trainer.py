@@ -26,7 +26,7 @@ from apt_hooks.run import AptRun
 from apt_hooks.units import epsilon_error_scale
 
 from ..accelerate_state import attach
-from .augment import TimestepSampler, black_latent, moved
+from .augment import LossMask, TimestepSampler, black_latent, moved
 from .conditioning import ClassCaptions, FrozenConditioning, TextEncoders
 from .lora import LoraSwitch
 
@@ -117,6 +117,7 @@ class AptTrainer:
             self._conditioning = FrozenConditioning(self._captions, lora=bool(trained), weighted=args.weighted_captions)
         self._vae = vae
         self._black = None
+        self._loss_mask = LossMask(type(self))
         if objective.augments:
             self._sampler = TimestepSampler(type(self))
         if space == "latent" and objective.augments:
@@ -184,6 +185,7 @@ class AptTrainer:
             if self.apt.objective.augments:
                 batch = self._augment(batch, current, args, noise_scheduler, accelerator.device)
                 stack.enter_context(self._sampler.drawn(current.timesteps))
+            current.mask = functools.partial(self._loss_mask, args, batch)
             self._batch = current
             try:
                 loss = process(batch)
@@ -243,6 +245,7 @@ class AptTrainer:
                 current.counted,
                 ends_step=current.ends_step,
                 error_scale=epsilon_error_scale(self.apt.target, current.alphas_cumprod, timesteps),
+                mask=current.mask(target),
             )
         return result
 
@@ -318,6 +321,7 @@ class _Batch:
     ends_step: bool
     alphas_cumprod: Tensor  # as `zero_terminal_snr` may have changed them
     frozen_conds: Callable[[list[Tensor]], list[Tensor]] = lambda conds: conds
+    mask: Callable[[Tensor], Tensor | None] = lambda target: None
     timesteps: Any = None  # Tensor, once drawn
     placement: Placement | None = None
     passes: Any = None  # Passes, from the call of the U-Net on
