@@ -420,13 +420,15 @@ class Run:
         self.told: list[tuple[str, str]] = []
         self.started: list[tuple[Any, ...]] = []
 
-    def augment(self, images: Value, timesteps: Value) -> Value:
-        self.given = timesteps
+    def augment(self, images: Value, timesteps: Value, *drawn: Any) -> Value:
+        self.given, self.drawn = timesteps, drawn
         self.told.append(("augment", repr((images, timesteps))))
         return Value(f"augmented {images}", images.shape)
 
-    def timesteps(self, timesteps: Value) -> Value:
-        return timesteps if self.given is None else self.given
+    def timesteps(self, timesteps: Value, *drawn: Any) -> Any:
+        if self.given is not None:
+            timesteps, drawn = self.given, self.drawn
+        return (timesteps, *drawn) if drawn else timesteps
 
     def frozen_due(self) -> bool:
         return True
@@ -668,14 +670,35 @@ def test_timesteps_used_before_they_are_complete_are_refused(tmp_path: Path) -> 
     refused(tmp_path, text, "looked for `timesteps` complete before it is used", "found `noisy = scheduler.add_noise(")
 
 
-@pytest.mark.parametrize("sampler", ["sampler.sample(len(latents))", "density(len(latents)), 1"])
-def test_weights_that_are_drawn_with_the_timesteps_are_refused(tmp_path: Path, sampler: str) -> None:
-    text = script(draw=f"timesteps, w = {sampler}").replace("mse_loss(pred, target)", "mse_loss(pred, target) * w")
-    refused(tmp_path, text, "looked for a draw whose only random result is `timesteps`", "found `w`, used later")
+TOGETHER = {  # and what the U-Net is given of the first draw, whose timesteps are of random1
+    "two results": ("timesteps, w = rand(len(latents)), rand(len(latents))", "random2"),
+    "a helper's second": (
+        "timesteps, w = (lambda u: (u, Value(f'huber of {u}')))(rand(len(latents)))",
+        "huber of random1",
+    ),
+    "what the timesteps are made from": ("w = rand(len(latents))\ntimesteps = w * 1000", "random1"),
+}
 
 
-def test_a_draw_of_which_more_than_the_timesteps_is_used_later_is_refused(tmp_path: Path) -> None:
-    draw = "u = rand(len(latents))\ntimesteps = u * 1000"
+@pytest.mark.parametrize(("draw", "given"), TOGETHER.values(), ids=TOGETHER)
+def test_what_is_drawn_with_the_timesteps_is_that_of_the_same_draw(workshop: Workshop, draw: str, given: str) -> None:
+    text = script(draw=draw, call="pred = unet(noisy, timesteps, weight=w)[0]")
+    workshop.check_passes(text)
+    world, run = workshop.train(text, augments=True)
+    first = dict(reversed(world.calls))
+    assert "random1" in run.told[0][1]
+    assert [first[phase].endswith(f"[('weight', {given})])") for phase in ("frozen", "tuned")] == [True, True], first
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        "u = rand(len(latents))\nprint(u)\ntimesteps = u * 1000",
+        "if args.half:\n    timesteps, u = rand(len(latents)), 1\nelse:\n    timesteps = rand(len(latents))",
+    ],
+    ids=["used before it can be replaced", "perhaps without a value"],
+)
+def test_what_is_drawn_with_the_timesteps_and_cannot_be_kept_is_refused(tmp_path: Path, draw: str) -> None:
     text = script(draw=draw, call="pred = unet(noisy, timesteps, weight=u)[0]")
     refused(tmp_path, text, "looked for a draw whose only random result is `timesteps`", "found `u`, used later")
 
@@ -1029,6 +1052,41 @@ def test_halves_of_a_batch_under_another_argument_are_refused(tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("chunk", ["torch.chunk(model_pred, 2, dim=1)", "model_pred.chunk(2, 1)"])
+def test_a_variance_that_is_cut_off_is_no_half_of_a_batch(tmp_path: Path, chunk: str) -> None:
+    cut = "                if model_pred.shape[1] == 6:\n                    model_pred, _ = " + chunk + "\n\n"
+    before = "                if noise_scheduler.config.prediction_type == "
+    prior = source("one_encoder").partition("                if args.with_prior_preservation:\n")[2]
+    prior = prior.partition("                else:\n")[0]
+    text = source(
+        "one_encoder",
+        (before + '"epsilon"', cut + before + '"epsilon"'),
+        (
+            "                if args.with_prior_preservation:\n" + prior,
+            "                if False:\n                    pass\n",
+        ),
+        ("with_prior_preservation=args.with_prior_preservation", ""),
+    )
+    assert "args.with_prior_preservation" not in text
+    assert "model_pred, _ = " in patched(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "chunk", ["model_pred.chunk(2)", "torch.chunk(model_pred, 2)", "model_pred.chunk(2, dim=axis)"]
+)
+def test_halves_are_found_however_they_are_made(tmp_path: Path, chunk: str) -> None:
+    edits = ("with_prior_preservation", "with_class_images"), ("torch.chunk(model_pred, 2, dim=0)", chunk)
+    refused(tmp_path, source("one_encoder", *edits), "looked for the argument `with_prior_preservation`", chunk)
+
+
+def test_a_script_that_logs_to_no_tracker_is_patched(workshop: Workshop) -> None:
+    text = script()
+    (log,) = re.findall(r"^.*accelerator\.log\(.*$", text, flags=re.MULTILINE)
+    text = text.replace(log + "\n", "")
+    assert "tracker_values" not in patched(workshop.folder, text)
+    workshop.check_passes(text)
+
+
 def test_text_encoders_may_be_looped_over(workshop: Workshop) -> None:
     text = script().replace(
         "    for epoch in", "    for model in (unet, text_encoder):\n        pass\n    for epoch in"
@@ -1261,7 +1319,6 @@ MISSING = {
                         "found `F.mse_loss(my_pred.float(), target.float(), reduction='mean')` in line "),
     "no target": (" target = noise", " goal = noise", "the assignment of the target `target` beside the U-Net's call",
                   "found none"),
-    "no log": ("accelerator.log(", "print(", "the log to the trackers, `accelerator.log(...)`", "none"),
     "no saving of states": ("accelerator.save_state(", "print(", "a call of accelerator.save_state(...)", "none"),
     "no loading of states": ("accelerator.load_state(", "print(", "a call of accelerator.load_state(...)", "none"),
     "no LoRA saved": ("save_lora_weights(\n            save_directory=", "save(\n            save_directory=",

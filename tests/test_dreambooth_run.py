@@ -468,6 +468,22 @@ def test_class_images_are_neither_augmented_nor_counted(
     assert found.lines[-1]["augmented"] == 1.0 and found.lines[-1]["loss_weight"] == 0.0
 
 
+def test_a_weight_that_is_drawn_with_the_timesteps_is_of_those_that_the_step_uses(train: Train) -> None:
+    """A helper that gives both, as `timesteps, huber_c = ...`; the loss is taken of neither if they do not belong."""
+    draw = "timesteps = torch.randint(\n                    0, noise_scheduler.config.num_train_timesteps, (bsz,), "
+    draw += "device=model_input.device\n                )"
+    loss = "                accelerator.backward(loss)"
+    check = "                assert torch.equal(doubled, 2 * timesteps)\n"
+
+    def edit(text: str) -> str:
+        assert draw in text and loss in text
+        helper = draw.replace("timesteps = ", "timesteps, doubled = (lambda t: (t, 2 * t))(") + ")"
+        return text.replace(draw, helper).replace(loss, check + loss)
+
+    found = train("one_encoder", edit=edit, config="")
+    assert len(found.lines) == 4
+
+
 def test_the_timesteps_of_the_augmentation_are_those_of_the_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[int]] = []
     used: list[list[int]] = []

@@ -105,6 +105,7 @@ class DreamBoothRun:
         self.trains_text_encoders = bool(self._text_encoders)
         self._tuned_pass = contextlib.ExitStack()
         self._timesteps: Tensor | None = None
+        self._drawn: tuple[Any, ...] = ()
         self._placement: Placement | None = None
         self._frozen: Features | None = None
         self._tuned: TunedPass | None = None
@@ -118,18 +119,24 @@ class DreamBoothRun:
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.add_metadata(folder))
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line
 
-    def augment(self, images: Tensor, timesteps: Tensor) -> Tensor:
-        """`images` ([batch, channels, height, width] in [-1, 1]), some zoomed out and rotated."""
+    def augment(self, images: Tensor, timesteps: Tensor, *drawn: Any) -> Tensor:
+        """`images` ([batch, channels, height, width] in [-1, 1]), some zoomed out and rotated.
+
+        `drawn` is what the script draws together with the timesteps, such as their weights.
+        """
         with errors_in_one_line():
+            self._drawn = drawn
             self._timesteps = timesteps.clone()  # which the script may change in place, and then again
             self._placement = self._run.objective.draw_augmentation(
                 _one_each(timesteps, images), self._counted(images), self._run.generator()
             )
             return self._placement.apply(images, -1.0)
 
-    def timesteps(self, timesteps: Tensor) -> Tensor:
-        """Those that `augment` was told, in place of those that the script drew since."""
-        return timesteps if self._timesteps is None else self._timesteps.to(timesteps.device)
+    def timesteps(self, timesteps: Tensor, *drawn: Any) -> Any:
+        """Those that `augment` was told, in place of those drawn since; a tuple with what was drawn with them."""
+        if self._timesteps is not None:
+            timesteps, drawn = self._timesteps.to(timesteps.device), self._drawn
+        return (timesteps, *drawn) if drawn else timesteps
 
     def frozen_due(self) -> bool:
         """Whether this step has a `frozen_pass`, and `begin_tuned_pass` after it."""
@@ -215,6 +222,7 @@ class DreamBoothRun:
                 return loss
             self._run.record(step, self._placement, ends_step=self._accelerator.sync_gradients)
             self._placement = self._timesteps = None
+            self._drawn = ()
             # The objective's is for a mean over the whole batch; prior preservation adds the means of two halves.
             regularizer = step.regularizer * (2 if self._prior else 1)
             return loss + (regularizer - regularizer.detach())

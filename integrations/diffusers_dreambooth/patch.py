@@ -132,6 +132,8 @@ def _places(found: Script, statements: Statements) -> Places:
     repeated += text + _source([frozen.call])
     masked = f", masked={found.factor!r}" if found.factor else ""
     step = f", step={found.step}" if found.step else ""
+    tracked = f"    {found.accelerator}.log({RUN}.tracker_values(){step})"
+    drawn = ", ".join([found.timesteps, *found.drawn_with])
     return [
         before(
             found.parse,
@@ -155,9 +157,9 @@ def _places(found: Script, statements: Statements) -> Places:
             found.encode,
             f"if {RUN} is not None and {RUN}.augments:  # the timesteps first: the augmentation depends on them",
             *_indented(_source(found.draw_copy)),
-            f"    {found.images} = {RUN}.augment({found.images}, {found.timesteps})",
+            f"    {found.images} = {RUN}.augment({found.images}, {drawn})",
         ),
-        after(found.draw, guard, f"    {found.timesteps} = {RUN}.timesteps({found.timesteps})"),
+        after(found.draw, guard, f"    {drawn} = {RUN}.timesteps({drawn})"),
         before(
             found.call,
             f"if {RUN} is not None and {RUN}.frozen_due():",
@@ -172,7 +174,7 @@ def _places(found: Script, statements: Statements) -> Places:
             f"    {found.prediction} = {RUN}.assess({found.prediction}, {found.target}, {found.timesteps})",
         ),
         before(found.backward, guard, f"    {found.loss} = {RUN}.regularized({found.loss})"),
-        after(found.log, guard, f"    {found.accelerator}.log({RUN}.tracker_values(){step})"),
+        *([after(found.log, guard, tracked)] if found.log is not None else []),
         after(found.loop, guard, f"    {RUN}.close()"),
         after(found.save, guard, f"    {RUN}.add_metadata({found.folder})"),
     ]

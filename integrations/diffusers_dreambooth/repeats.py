@@ -58,8 +58,11 @@ class FrozenCopy:
     perhaps: tuple[str, ...]
 
 
-def early_draw(step: Step, timesteps: str, images: str) -> tuple[int, tuple[ast.stmt, ...]]:
-    """Where the timesteps are complete, and what draws the same ones before the images are encoded.
+def early_draw(step: Step, timesteps: str, images: str) -> tuple[int, tuple[ast.stmt, ...], tuple[str, ...]]:
+    """Where the timesteps are complete, what draws them before the images are encoded, and what comes with them.
+
+    The last are names of the draw's other results that the step goes on with, such as weights of the timesteps, which
+    have to be those of the first draw too.
 
     The augmentation depends on the timesteps, and the VAE on the augmentation; the scripts draw last. So what the
     draw is made from is gathered backwards; where it asks the latents for batch size or device, the images know
@@ -70,7 +73,7 @@ def early_draw(step: Step, timesteps: str, images: str) -> tuple[int, tuple[ast.
     if not any(timesteps in assigned(suite[i]) for i in drawing):
         raise missing(step.script, f"the draw of `{timesteps}` before the U-Net is called", "none beside the call")
     if drawing[-1] < at_encode:
-        return drawing[-1], ()
+        return drawing[-1], (), ()
     wanted = f"a draw of `{timesteps}` that takes no more than batch size and device from the latents"
     latents = made_from(suite[at_encode : step.at_call], assigned(suite[at_encode]))
     chosen: set[int] = set()
@@ -88,7 +91,7 @@ def early_draw(step: Step, timesteps: str, images: str) -> tuple[int, tuple[ast.
     ask = AskOther(latents, images)
     copies = tuple(ask.of(suite[i]) for i in sorted(chosen))
     _check_draw(step, chosen, copies, timesteps, wanted, ask.unlike)
-    return drawing[-1], copies
+    return drawing[-1], copies, _drawn_with(step, chosen, timesteps)
 
 
 def _check_draw(
@@ -107,15 +110,20 @@ def _check_draw(
     older = changed(*own) - assigned(*own) - {timesteps}
     if older:
         raise missing(step.script, f"a draw of `{timesteps}` that changes nothing older", f"it changing `{min(older)}`")
+
+
+def _drawn_with(step: Step, chosen: set[int], timesteps: str) -> tuple[str, ...]:
+    """Of what is drawn a second time, the names besides the timesteps that are used later."""
+    own = [step.suite[i] for i in sorted(chosen)]
     drawn = [s for s in own if any(isinstance(n, ast.Call) and called(n) not in _SURE for n in ast.walk(s))]
     random = made_from(own, assigned(*drawn)) - {timesteps}
-    others = [s for i, s in enumerate(step.suite) if i > min(chosen) and i not in chosen]
-    if random & needs(others):
-        raise missing(
-            step.script,
-            f"a draw whose only random result is `{timesteps}`",
-            f"`{min(random & needs(others))}`, used later",
-        )
+    later = [s for i, s in enumerate(step.suite) if i > max(chosen)]
+    between = [s for i, s in enumerate(step.suite) if min(chosen) < i < max(chosen) and i not in chosen]
+    # Used before they can be replaced, or perhaps without a value.
+    lost = (random & needs(between)) | ((random & needs(later)) - surely_assigned(own))
+    if lost:
+        raise missing(step.script, f"a draw whose only random result is `{timesteps}`", f"`{min(lost)}`, used later")
+    return tuple(sorted(random & needs(later)))
 
 
 def frozen_copy(step: Step, text_encoders: set[str], noising: set[int]) -> FrozenCopy:

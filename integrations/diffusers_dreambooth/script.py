@@ -30,12 +30,13 @@ class Script:
         prepare: after it, the accelerator has wrapped the U-Net, and the schedule is made.
         encode: the statement to augment `images` before, a name or a subscript, which the VAE then encodes.
         draw, draw_copy, timesteps: the statement that draws the timesteps, what draws them before `encode`, their name.
+        drawn_with: names of what else is drawn with them, and used.
         call, prediction: the statement that calls the U-Net, and the name of what it returns.
         frozen: the same asked of the base model.
         target, compare: name of the target, and the first statement that does anything with it or with the prediction.
         factor: the first statement that takes something else of the batch, such as a mask, into the loss (its source).
         loss, backward: name of the loss, and the statement that differentiates it.
-        log, step: the statement that logs to the trackers, and the source of its step.
+        log, step: the statement that logs to the trackers, if there is one, and the source of its step.
         loop: the outermost loop of the training.
         save, folder: after it, the LoRA is saved, in this folder (source).
     """
@@ -52,6 +53,7 @@ class Script:
     draw: ast.stmt
     draw_copy: tuple[ast.stmt, ...]
     timesteps: str
+    drawn_with: tuple[str, ...]
     call: ast.stmt
     prediction: str
     frozen: FrozenCopy
@@ -60,7 +62,7 @@ class Script:
     factor: str | None
     loss: str
     backward: ast.stmt
-    log: ast.stmt
+    log: ast.stmt | None
     step: str | None
     loop: ast.stmt
     save: ast.stmt
@@ -114,7 +116,7 @@ class _Finder:
         self._check_prior()
         images, timesteps = self._images(), self._timesteps()
         step = Step(self.name, self.suite, self.at_encode, self.at_call)
-        at_draw, draw_copy = early_draw(step, timesteps, images)
+        at_draw, draw_copy, drawn_with = early_draw(step, timesteps, images)
         noise = {name for call in self.noising for name in read(*call.args[1:2])}
         target, at_compare = comparison(step, self.prediction, noise, self.noising)
         log, log_step = self._log()
@@ -133,6 +135,7 @@ class _Finder:
             draw=self.suite[at_draw],
             draw_copy=draw_copy,
             timesteps=timesteps,
+            drawn_with=drawn_with,
             call=self.suite[self.at_call],
             prediction=self.prediction,
             frozen=frozen_copy(step, self._text_encoders(), {self.tree.index(self.suite, c) for c in self.noising}),
@@ -243,7 +246,8 @@ class _Finder:
 
     def _check_prior(self) -> None:
         """The class half of a batch is told by the scripts' own argument, which a user may have renamed."""
-        halved = [c for c in self.tree.calls(self.function, "chunk") if c.args and self.prediction in read(c.args[0])]
+        chunks = self.tree.calls(self.function, "chunk")
+        halved = [c for c in chunks if self.prediction in read(c.func, *c.args[:1]) and _along_the_batch(c)]
         asked = {n.attr for n in ast.walk(self.function) if isinstance(n, ast.Attribute)}
         if halved and PRIOR not in asked:
             raise self._missing(
@@ -301,10 +305,10 @@ class _Finder:
                 others.add(counted.id)
         return self.prepared - others - {self.unet, owner(self.encoding)}
 
-    def _log(self) -> tuple[ast.stmt, str | None]:
+    def _log(self) -> tuple[ast.stmt | None, str | None]:
         found = [call for call in self.tree.calls(self.loops[0], "log") if owner(call) == self.accelerator]
         if not found:
-            raise self._missing(f"the log to the trackers, `{self.accelerator}.log(...)` in the training loop", "none")
+            return None, None  # a script without trackers; APT's own log needs none
         call = found[-1]
         steps = [keyword.value for keyword in call.keywords if keyword.arg == "step"] + call.args[1:2]
         return self.tree.statement(call), ast.unparse(steps[0]) if steps else None
@@ -326,3 +330,13 @@ class _Finder:
 
     def _missing(self, wanted: str, found: str) -> AptError:
         return missing(self.name, wanted, found)
+
+
+def _along_the_batch(chunk: ast.Call) -> bool:
+    """Whether a call of `torch.chunk` or of a tensor's own may take the batch apart, and not its channels."""
+    given = [keyword.value for keyword in chunk.keywords if keyword.arg == "dim"]
+    given += chunk.args[2 if owner(chunk) == "torch" else 1 :]
+    try:
+        return not given or ast.literal_eval(given[0]) in (0, -4)
+    except ValueError:  # a variable
+        return True
