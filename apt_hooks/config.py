@@ -48,8 +48,10 @@ _NOT_APT = {
     "frozen_every": 1,
 }
 
-_OF_ITS_TERMS = ("augment_max_probability", "zoom_out", "rotation_degrees", "augment_space", "regularizer")
-_OF_ITS_TERMS += ("representation_source", "blocks", "attention_impl")
+_OF_ITS_TERMS = (
+    *("augment_max_probability", "zoom_out", "rotation_degrees", "augment_space"),
+    *("regularizer", "representation_source", "blocks", "attention_impl"),
+)
 
 
 def _key(default: Any, rule: str, accepts: Callable[[Any], bool]) -> Any:
