@@ -144,7 +144,7 @@ def install_hint() -> str:
     vcs = found.get("vcs_info")
     url = f"{vcs['vcs']}+{found['url']}@{vcs['commit_id']}" if vcs else found["url"]
     # It becomes part of an f-string in the trainer's file.
-    return f"pip install {url}".translate(str.maketrans({c: f"%{ord(c):02X}" for c in "\"'{}\\"}))
+    return f"pip install {url}".translate({ord(c): f"%{ord(c):02X}" for c in "\"'{}\\"})
 
 
 def _is_python(content: bytes) -> bool:

@@ -234,9 +234,9 @@ class _Finder:
         others = others | assigned(self.suite[self.at_encode]) | assigned(self.suite[self.at_call])
         batch = assigned(loop.target)
         before = [n for s in self.suite[:at_compare] for n in ast.walk(s) if isinstance(n, (ast.Assign, ast.AugAssign))]
-        for statement in before:
-            if batch & read(statement):
-                batch = batch | (assigned(statement) - others)
+        for assignment in before:
+            if batch & read(assignment):
+                batch = batch | (assigned(assignment) - others)
         end = self.tree.index(self.suite, self.backward)
         for statement in self.suite[at_compare:end]:
             if batch & read(statement):

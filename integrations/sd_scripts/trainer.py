@@ -283,6 +283,8 @@ class AptTrainer:
 
     @contextlib.contextmanager
     def _lora_off(self) -> Iterator[None]:
+        if self._switch is None:
+            raise RuntimeError("a frozen pass before the first batch")
         with self._switch.off():
             yield
 
