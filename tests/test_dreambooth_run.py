@@ -451,9 +451,9 @@ def test_class_images_are_neither_augmented_nor_counted(
         batches.append((images.clone(), augment(self, images, timesteps)))
         return batches[-1][1]
 
-    def spied_assess(self: AptObjective, *args: Any) -> Any:
+    def spied_assess(self: AptObjective, *args: Any, **options: Any) -> Any:
         counted.append(args[-1].tolist())
-        step = assess(self, *args)
+        step = assess(self, *args, **options)
         assert step.weight[2:].tolist() == [1.0, 1.0] and step.counted == 2
         return step
 
@@ -496,9 +496,11 @@ def test_the_timesteps_of_the_augmentation_are_those_of_the_step(train: Train, m
         drawn.append(timesteps.tolist())
         return draw(self, timesteps, *rest)
 
-    def spied_assess(self: AptObjective, passes: Any, target: Tensor, timesteps: Tensor, *rest: Any) -> Any:
+    def spied_assess(
+        self: AptObjective, passes: Any, target: Tensor, timesteps: Tensor, *rest: Any, **options: Any
+    ) -> Any:
         used.append(timesteps.tolist())
-        return assess(self, passes, target, timesteps, *rest)
+        return assess(self, passes, target, timesteps, *rest, **options)
 
     def spied_scheduler(*args: Any) -> Any:
         scheduler = make(*args)
