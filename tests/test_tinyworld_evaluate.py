@@ -20,6 +20,8 @@ CONCEPT = CONCEPTS[6]
 class StubPipeline:
     """Draws its noise, or what `draw` makes of the prompts; remembers what it was asked for. Encodes nothing."""
 
+    components = ("unet",)
+
     def __init__(self, draw=None):
         self.draw, self.asked = draw, []
         self.vae = SimpleNamespace(
@@ -28,9 +30,9 @@ class StubPipeline:
             decode=lambda latents: SimpleNamespace(sample=latents),
         )
 
-    def __call__(self, prompts, *, latents, **_):
-        self.asked.append((prompts, latents))
-        images = self.draw(prompts) if self.draw else F.interpolate(latents[:, :3], size=64)
+    def __call__(self, prompt, *, latents, **_):
+        self.asked.append((prompt, latents))
+        images = self.draw(prompt) if self.draw else F.interpolate(latents[:, :3], size=64)
         return SimpleNamespace(images=images)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from apt_hooks.errors import AptError
 from apt_hooks.tinyworld import fit, pretrain
+from apt_hooks.tinyworld.model import load_pipeline, sample
 from apt_hooks.tinyworld.render import render
 from apt_hooks.tinyworld.world import draw_scenes
 
@@ -32,9 +33,9 @@ def small(monkeypatch):
     monkeypatch.setattr(pretrain, "_mixed", lambda device: contextlib.nullcontext())
 
 
-def run(monkeypatch, work, unet_steps=2):
-    options = [f"--{name}-steps={steps}" for name, steps in STEPS.items()]
-    arguments = ["pretrain", f"--work={work}", "--scenes=40", f"--steps={unet_steps}", "--device=cpu", *options]
+def run(monkeypatch, work, *more, steps=2):
+    options = [f"--{name}-steps={count}" for name, count in STEPS.items()]
+    arguments = ["pretrain", f"--work={work}", "--scenes=40", f"--steps={steps}", "--device=cpu", *options, *more]
     monkeypatch.setattr(sys, "argv", arguments)
     pretrain.main()
 
@@ -79,7 +80,72 @@ def test_a_stopped_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch
     assert not kept["decoder.conv_in.weight"] and not kept["decoder.conv_out.weight"]
 
     with pytest.raises(AptError, match=r"unet\.pt is of .*'steps': 2.*asked is .*'steps': 3"):
-        run(monkeypatch, tmp_path / "stopped", unet_steps=3)
+        run(monkeypatch, tmp_path / "stopped", steps=3)
+
+
+TRANSFORMER_ALONE = ("--model=transformer", "--denoiser-only")
+
+
+def test_the_transformer_goes_on_to_any_number_of_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "FALL_FROM", 1)
+    run(monkeypatch, tmp_path / "whole", *TRANSFORMER_ALONE, steps=3)
+    for steps in (1, 3):
+        run(monkeypatch, tmp_path / "extended", *TRANSFORMER_ALONE, steps=steps)
+    whole, extended = weights(tmp_path / "whole"), weights(tmp_path / "extended")
+    assert whole.keys() == {"transformer"}
+    assert all(torch.equal(tensor, extended["transformer"][name]) for name, tensor in whole["transformer"].items())
+    written = {path.name for path in (tmp_path / "whole/pipeline").iterdir()}
+    assert written == {"transformer", "scheduler", "training.json"}
+    history = json.loads((tmp_path / "extended/pipeline/training.json").read_text())
+    assert history["transformer"]["steps"] == 3 and not history.keys() & {"text_encoder", "autoencoder", "decoder"}
+
+    with pytest.raises(AptError, match=r"transformer\.pt is of 3 steps, asked are 2"):
+        run(monkeypatch, tmp_path / "extended", *TRANSFORMER_ALONE, steps=2)
+    # Those of the packaged autoencoder are not those of one that is to be trained.
+    with pytest.raises(AptError, match=r"latents\.pt is of .*packaged"):
+        run(monkeypatch, tmp_path / "extended", "--model=transformer", steps=3)
+
+
+def test_the_packaged_parts_are_what_a_denoiser_alone_learns_from(tmp_path, monkeypatch):
+    asked = {}
+
+    def seen(denoiser, parts, latents, *rest):
+        asked.update(latents=latents, parts={name: parts[name].state_dict() for name in ("vae", "text_encoder")})
+        return train(denoiser, parts, latents, *rest)
+
+    train = pretrain._train_denoiser
+    monkeypatch.setattr(pretrain, "_train_denoiser", seen)
+    run(monkeypatch, tmp_path, *TRANSFORMER_ALONE, steps=1)
+    packaged = load_pipeline()
+    for name, state in asked["parts"].items():
+        assert all(torch.equal(tensor, state[key]) for key, tensor in getattr(packaged, name).state_dict().items())
+    stored = torch.load(tmp_path / "latents.pt", weights_only=True)["data"]["latents"]
+    assert torch.equal(asked["latents"], stored * packaged.vae.config.scaling_factor)
+
+
+def test_a_transformer_comes_about_from_nothing(tmp_path, monkeypatch):
+    run(monkeypatch, tmp_path, "--model=transformer")
+    assert weights(tmp_path).keys() == {"text_encoder", "transformer", "vae"}
+    pipeline = load_pipeline(tmp_path / "pipeline")
+    assert sample(pipeline, ["a photo of a red ball"], seed=0, steps=1).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(("endless", "shares"), [(True, (1.0, 6**-0.5)), (False, (0.962, 0.146))])
+def test_a_learning_rate_without_end_falls_with_the_root_of_the_step(tmp_path, monkeypatch, endless, shares):
+    """Of a loss with slope 1 Adam takes steps as long as the learning rate."""
+    monkeypatch.setattr(fit, "FALL_FROM", 200)
+    monkeypatch.setattr(fit, "CHECKPOINT_EVERY", 100_000)
+    module, way = torch.nn.Linear(1, 1, bias=False), []
+    torch.nn.init.zeros_(module.weight)
+
+    def loss(g):
+        way.append(module.weight.item())
+        return module.weight.sum(), {}
+
+    fit.fit("line", {"line": module}, 1600, 1e-3, loss, tmp_path, {}, seed=0, endless=endless)
+    lengths = [(way[i] - way[i + 1]) / 1e-3 for i in (200, 1200)]
+    # A hundredth is added at all times.
+    assert lengths == pytest.approx([share + 0.01 for share in shares], rel=0.03)
 
 
 def test_captions_leave_color_and_size_out_at_times_and_hold_rare_words():

@@ -4,7 +4,7 @@ Apart from the hook library, which does not import it; needs `apt-hooks[demo]`.
 
 Scene, Concept              what can be shown, and what is personalized     world.py, concepts.py
 render                      their pictures                                  render.py: subjects.py, scenery.py
-load_pipeline, sample       the model                                       model.py: pretrain.py, card.py
+load_pipeline, sample       the models, U-Net and transformer               model.py, denoisers.py: pretrain.py, card.py
 load_judges                 what scores pictures                            judges.py: train_judges.py; metrics.py
 lora, train                 a LoRA by each method                           personalize.py
 Examination                 its scores                                      evaluate.py

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import errors_in_one_line
 from ..pictures import draw_grid
+from .denoisers import DENOISERS, Denoiser
 from .evaluate import agreement
 from .judges import load_judges
-from .model import GUIDANCE, SAMPLING_STEPS, WEIGHTS, load_pipeline, sample
+from .model import PIPELINES, denoiser_of, load_pipeline, sample
 from .world import held_out_scenes
 
 CAPTIONS = 256
@@ -19,7 +20,7 @@ CAPTIONS = 256
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=WEIGHTS / "pipeline")
+    parser.add_argument("folder", type=Path, nargs="?", default=PIPELINES["unet"])
     write_card(parser.parse_args().folder)
 
 
@@ -31,23 +32,29 @@ def write_card(folder: Path, seed: int = 0) -> None:
     captions = [scene.caption() for scene in scenes[:64]]
     draw_grid(folder / "samples.png", sample(pipeline, captions, seed=seed), columns=8)
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    sizes = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in _PARTS}
-    (folder / "README.md").write_text(_text(record, sizes, shares, captions), encoding="utf-8")
+    denoiser = denoiser_of(pipeline.components)
+    parts = [_size(pipeline, folder, part) for part in ("vae", "text_encoder", denoiser.part)]
+    (folder / "README.md").write_text(_text(record, denoiser, parts, shares, captions), encoding="utf-8")
 
 
-_PARTS = ("vae", "text_encoder", "unet")
+def _size(pipeline: Any, folder: Path, part: str) -> str:
+    count = sum(p.numel() for p in getattr(pipeline, part).parameters())
+    return f"{part} {count / 1e6:.2f} M" + ("" if (folder / part).exists() else " (that of the U-Net's pipeline)")
 
 
-def _text(record: dict[str, Any], sizes: dict[str, int], shares: dict[str, float], captions: list[str]) -> str:
-    parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in sizes.items())
+def _text(
+    record: dict[str, Any], denoiser: Denoiser, parts: list[str], shares: dict[str, float], captions: list[str]
+) -> str:
+    steps = f"{denoiser.sampling_steps} steps of {denoiser.sampler}"
     lines = [
         "# The tiny world's model",
         "",
         "A text-to-image pipeline of diffusers for 64x64 pictures of a procedural world (`apt_hooks.tinyworld.world`),",
-        f"in float16. Parameters: {parts}.",
+        f"in float16. Parameters: {', '.join(parts)}.",
+        *denoiser.remarks,
         "",
-        f"Made by `python -m apt_hooks.tinyworld.pretrain` with seed {record['seed']} on {record['device']}, torch "
-        f"{record['torch']}; this card by `python -m apt_hooks.tinyworld.card`.",
+        f"Made by `python -m apt_hooks.tinyworld.pretrain{record.get('options', '')}` with seed {record['seed']} on "
+        f"{record['device']}, torch {record['torch']}; this card by `python -m apt_hooks.tinyworld.card`.",
         "",
         "## Data",
         "",
@@ -57,14 +64,14 @@ def _text(record: dict[str, Any], sizes: dict[str, int], shares: dict[str, float
         "",
         "| part | steps | batch | minutes | loss at the end |",
         "|---|---|---|---|---|",
-        *(_training_row(name, record[name]) for name in ("text_encoder", "autoencoder", "unet", "decoder")),
+        *(_training_row(name, record[name]) for name in _STAGES if name in record),
         "",
         " ".join(["Losses over the steps are in `training.json`.", *record.get("notes", ())]),
         "",
         "## What it draws",
         "",
         f"Share of {CAPTIONS} captions of held-out combinations whose picture shows what was asked, read by the",
-        f"attribute classifier; one picture a caption, guidance {GUIDANCE}, {SAMPLING_STEPS} steps of DPM-Solver++:",
+        f"attribute classifier; one picture a caption, guidance {denoiser.guidance}, {steps}:",
         "",
         "| " + " | ".join(shares) + " |",
         "|---" * len(shares) + "|",
@@ -78,6 +85,9 @@ def _text(record: dict[str, Any], sizes: dict[str, int], shares: dict[str, float
         "",
     ]
     return "\n".join(lines)
+
+
+_STAGES = ("text_encoder", "autoencoder", *DENOISERS, "decoder")
 
 
 def _training_row(name: str, stage: dict[str, Any]) -> str:

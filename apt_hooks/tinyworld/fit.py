@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import AptError
 
 CHECKPOINT_EVERY = 200
+FALL_FROM = 2000
 
 
 def fit(
@@ -28,6 +29,7 @@ def fit(
     *,
     seed: int,
     ema: float | None = None,
+    endless: bool = False,
 ) -> dict[str, Any]:
     """Train `modules` in place to their (averaged) weights; returns what the card tells of it.
 
@@ -37,12 +39,14 @@ def fit(
         loss: what to differentiate, and what to log, drawn with the generator that it is given.
         settings: what the training depends on beside steps and seed.
         ema: decay of the averaged weights; None takes the last ones.
+        endless: the learning rate does not depend on `steps`, so that a checkpoint may go on to any number of them:
+            the average stands in for a decay to nothing. Otherwise it falls as a cosine.
 
     Raises:
-        AptError: the checkpoint is of other settings.
+        AptError: the checkpoint is of other settings, or of more steps.
     """
     path = work / f"{name}.pt"
-    settings = {"steps": steps, "seed": seed, **settings}
+    settings = {**({} if endless else {"steps": steps}), "seed": seed, **settings}
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=1e-2)
     average = [p.detach().clone() for p in parameters] if ema else parameters
@@ -55,11 +59,14 @@ def fit(
             for into, values in ((parameters, saved["parameters"]), (average, saved["average"])):
                 for p, value in zip(into, values, strict=True):
                     p.copy_(value)
+    if record["steps"] > steps:
+        raise AptError(f"{path} is of {record['steps']} steps, asked are {steps}: give at least as many")
     recent: list[dict[str, float]] = []
     since = time.monotonic()
     for step in track(range(record["steps"], steps), description=name):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-5
+            fall = _root(step) if endless else 0.5 + 0.5 * math.cos(math.pi * step / steps)
+            group["lr"] = lr * min(1.0, (step + 1) / 200) * fall + 1e-5
         value, shown = loss(torch.Generator().manual_seed(seed * 1_000_003 + step))
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -82,6 +89,11 @@ def fit(
         with torch.no_grad():
             torch._foreach_copy_(parameters, average)
     return record
+
+
+def _root(step: int) -> float:
+    """Decay of a learning rate without end: 1/sqrt(step) from a step on (Karras et al. 2023, arXiv 2312.02696)."""
+    return math.sqrt(FALL_FROM / max(step, FALL_FROM))
 
 
 def cached(path: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any:

@@ -1,10 +1,12 @@
-"""The tiny world's model: a diffusers pipeline of 6 M parameters, and where its weights lie."""
+"""The tiny world's models: diffusers pipelines of 6 M parameters, and where their weights lie."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,14 @@ from torch import Tensor
 
 from ..errors import AptError, why_not_imported
 from ..integrations.quiet import quiet
+from .denoisers import DENOISERS, LATENT_CHANNELS, LATENT_SIZE, TEXT_WIDTH, UNET, Denoiser
 from .world import vocabulary
 
 WEIGHTS = Path(__file__).with_name("weights")
-LATENT_CHANNELS = 4
-TEXT_WIDTH = 128
+PIPELINES = {"unet": WEIGHTS / "pipeline", "transformer": WEIGHTS / "transformer"}
+"""Where the pretrained models are, by the denoiser's name."""
 TOKENS = 20
-GUIDANCE = 4.0
-SAMPLING_STEPS = 10
+GUIDANCE, SAMPLING_STEPS = UNET.guidance, UNET.sampling_steps
 
 
 def new_tokenizer() -> Any:
@@ -69,9 +71,9 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
     return list(merges)
 
 
-def new_model(tokenizer: Any) -> dict[str, Any]:
-    """All parts with random weights: `vae`, `text_encoder`, `unet`, `tokenizer`, `scheduler`."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+def new_model(tokenizer: Any, denoiser: Denoiser = UNET) -> dict[str, Any]:
+    """All parts with random weights: `vae`, `text_encoder`, the denoiser by its name, `tokenizer`, `scheduler`."""
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
     vae = AutoencoderKL(
@@ -83,18 +85,7 @@ def new_model(tokenizer: Any) -> dict[str, Any]:
         norm_num_groups=8,
         sample_size=64,
     )
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 96, 128),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=16,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(2, 3, 4),
-    )
+    module = denoiser.new()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -109,33 +100,47 @@ def new_model(tokenizer: Any) -> dict[str, Any]:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    # Stable Diffusion's noise schedule.
-    scheduler = DDPMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        steps_offset=1,
-    )
     return {
         "vae": vae,
         "text_encoder": text_encoder,
-        "unet": unet,
+        denoiser.part: module,
         "tokenizer": tokenizer,
-        "scheduler": scheduler,
+        "scheduler": denoiser.new_scheduler(),
     }
 
 
-def save_pipeline(parts: dict[str, Any], folder: Path) -> None:
-    """Write a folder that `StableDiffusionPipeline.from_pretrained` reads, in float16."""
-    from diffusers import StableDiffusionPipeline
+def denoiser_of(names: Iterable[str]) -> Denoiser:
+    """The kind of denoiser by the names of a model's parts.
 
-    pipeline: Any = StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    Raises:
+        AptError: there is none among them.
+    """
+    found = sorted(names)
+    for name, denoiser in DENOISERS.items():
+        if name in found:
+            return denoiser
+    raise AptError(f"looked for one of the parts {', '.join(DENOISERS)}, found {', '.join(found) or 'none'}")
+
+
+def save_pipeline(parts: dict[str, Any], folder: Path) -> None:
+    """Write all parts into a folder that `load_pipeline` reads, in float16."""
+    pipeline = denoiser_of(parts).pipeline(parts)
     pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
     _make_readable_for_older_releases(folder, parts["tokenizer"])
+    _make_public(folder)
+
+
+def save_denoiser(parts: dict[str, Any], folder: Path) -> None:
+    """Write denoiser and scheduler alone, in float16: `load_pipeline` takes the rest from the packaged pipeline."""
+    name = denoiser_of(parts).part
+    parts[name].to("cpu", torch.float16).save_pretrained(folder / name, safe_serialization=True)
+    parts["scheduler"].save_pretrained(folder / "scheduler")
+    _make_public(folder)
+
+
+def _make_public(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def _make_readable_for_older_releases(folder: Path, tokenizer: Any) -> None:
@@ -158,38 +163,47 @@ def _make_readable_for_older_releases(folder: Path, tokenizer: Any) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config.update({key: "float32" for key in ("dtype", "torch_dtype") if key in config})
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o644)
 
 
 def load_pipeline(folder: Path | None = None) -> Any:
-    """The pretrained pipeline in float32 on the CPU; `training_scheduler` beside its own keeps the noise schedule.
+    """A pretrained pipeline in float32 on the CPU; `training_scheduler` beside its own keeps the noise schedule.
 
     Args:
-        folder: as `save_pipeline` wrote it; None takes the one that comes with the package.
+        folder: one of `PIPELINES`, or as `save_pipeline` or `save_denoiser` wrote it; None takes the U-Net's.
 
     Raises:
         AptError: diffusers, or another package that it takes, is missing; a folder without a pipeline.
     """
-    folder = folder or WEIGHTS / "pipeline"
-    if not (folder / "model_index.json").exists():
-        raise AptError(f"{folder}: looked for a pipeline, found no model_index.json; `pretrain` writes one")
+    folder = folder or PIPELINES["unet"]
     try:
+        denoiser = denoiser_of(path.name for path in folder.glob("*"))
+    except AptError as error:
+        raise AptError(f"{folder}: {error}; `pretrain` writes a pipeline") from None
+    try:
+        import diffusers
         import diffusers.utils.logging as diffusers_logging
+        import transformers
         import transformers.utils.logging as transformers_logging
 
         with quiet(diffusers_logging), quiet(transformers_logging):
-            from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+            classes = {part: getattr(diffusers, name) for part, name in denoiser.classes.items()}
+            classes["vae"] = diffusers.AutoencoderKL
+            classes |= {"text_encoder": transformers.CLIPTextModel, "tokenizer": transformers.CLIPTokenizer}
     # A library beneath that does not fit is a RuntimeError.
     except (ImportError, RuntimeError) as error:
         why = why_not_imported(error)
         raise AptError(f'the tiny world needs diffusers ({why}): pip install "apt-hooks[demo]"') from error
     with quiet(diffusers_logging), quiet(transformers_logging):
-        pipeline: Any = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
-    pipeline.training_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        lent = {"vae", "text_encoder", "tokenizer"} - {path.name for path in folder.glob("*")}
+        parts = {
+            part: of.from_pretrained((PIPELINES["unet"] if part in lent else folder) / part)
+            for part, of in classes.items()
+        }
+        pipeline: Any = denoiser.pipeline(parts).to(torch.float32)
+    pipeline.training_scheduler = parts["scheduler"]
+    pipeline.scheduler = denoiser.sampling_scheduler(parts["scheduler"])
     pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
+    for part in (pipeline.vae, getattr(pipeline, denoiser.part), pipeline.text_encoder):
         part.requires_grad_(False).eval()
     return pipeline
 
@@ -221,17 +235,27 @@ def token_numbers(tokenizer: Any, texts: list[str]) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    pipeline: Any, prompts: list[str], *, seed: int, guidance_scale: float = GUIDANCE, steps: int = SAMPLING_STEPS
+    pipeline: Any,
+    prompts: list[str],
+    *,
+    seed: int,
+    guidance_scale: float | None = None,
+    steps: int | None = None,
 ) -> Tensor:
-    """One picture a prompt: [prompts, 3, 64, 64], from 0 to 1. The noise depends on the seed and the place alone."""
-    noise = torch.randn(len(prompts), LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(seed))
+    """One picture a prompt: [prompts, 3, 64, 64], from 0 to 1. The noise depends on the seed and the place alone.
+
+    Guidance and steps are the denoiser's own if not given.
+    """
+    denoiser = denoiser_of(pipeline.components)
+    shape = (len(prompts), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     pictures = []
     for i in range(0, len(prompts), 64):
         shown = pipeline(
-            prompts[i : i + 64],
+            **denoiser.asked(prompts[i : i + 64], functools.partial(encode_texts, pipeline)),
             latents=noise[i : i + 64],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            num_inference_steps=steps or denoiser.sampling_steps,
+            guidance_scale=denoiser.guidance if guidance_scale is None else guidance_scale,
             output_type="pt",
         )
         pictures.append(shown.images.clamp(0, 1))

@@ -1,9 +1,14 @@
 """Pretrains the tiny world's model: `python -m apt_hooks.tinyworld.pretrain --work DIR`.
 
 First the text encoder, which learns to read the attributes out of captions (Stable Diffusion's comes pretrained too);
-then the autoencoder; then the U-Net on its latents, under the frozen text encoder; last the decoder alone. All leave
-checkpoints in DIR from which a stopped run goes on; every step draws from a random stream of its own, so that nothing
-depends on where it was stopped.
+then the autoencoder; then the denoiser on its latents, under the frozen text encoder: the U-Net, or with `--model
+transformer` the other; last the decoder alone. All leave checkpoints in DIR from which a stopped run goes on; every
+step draws from a random stream of its own, so that nothing depends on where it was stopped. The transformer's learning
+rate depends on the step alone: it goes on with more `--steps` whenever one likes, and what a stopped run has reached is
+written by asking for that many.
+
+With `--denoiser-only` text encoder and autoencoder are those of the pipeline that comes with the package, and the
+folder that is written leaves them out.
 """
 
 from __future__ import annotations
@@ -25,63 +30,82 @@ from torch.nn import functional as F
 from ..augmentation import ZoomOutRotate
 from ..errors import errors_in_one_line
 from .card import write_card
+from .denoisers import DENOISERS, TEXT_WIDTH, Denoiser
 from .fit import cached, fit
 from .judges import ATTRIBUTES, attribute_labels
-from .model import TEXT_WIDTH, new_model, new_tokenizer, save_pipeline, token_numbers
+from .model import load_pipeline, new_model, new_tokenizer, save_denoiser, save_pipeline, token_numbers
 from .render import render
 from .world import RARE_WORDS, Scene, draw_scenes
 
 VAE_SCENES = 12_000
 ZOOMED_OUT = 0.04
-"""Share of the U-Net's pictures that are zoomed out on black, as APT's augmentation makes them."""
-ZOOMED_OUT_BELOW = 600
-"""They are shown below this timestep only: the model can then denoise such a picture, and draws none by itself."""
+"""Share of the denoiser's pictures that are zoomed out on black, as APT's augmentation makes them."""
 ZOOM_OUT = ZoomOutRotate((1.0, 3.0), 15.0)
-MAX_WEIGHT = 30.0
-"""Bound of the loss's weight; it acts from timestep 812 on."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     parser.add_argument("--out", type=Path, help="folder of the finished pipeline; WORK/pipeline if not given")
+    parser.add_argument("--model", choices=DENOISERS, default="unet", help="the denoiser; unet if not given")
+    parser.add_argument("--denoiser-only", action="store_true", help="keep text encoder and autoencoder of the package")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--text-steps", type=int, default=800)
     parser.add_argument("--vae-steps", type=int, default=2400)
-    parser.add_argument("--steps", type=int, default=4600, help="of the U-Net, 32 scenes each")
+    defaults = ", ".join(f"{denoiser.training_steps} for {name}" for name, denoiser in DENOISERS.items())
+    parser.add_argument("--steps", type=int, help=f"of the denoiser, 32 scenes each; if not given {defaults}")
     parser.add_argument("--decoder-steps", type=int, default=1600)
     args = parser.parse_args()
+    denoiser = DENOISERS[args.model]
+    if args.steps is None:
+        args.steps = denoiser.training_steps
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    parts = new_model(new_tokenizer())
+    parts = new_model(new_tokenizer(), denoiser)
     history: dict[str, Any] = {"seed": args.seed, "device": _device_name(args.device), "torch": torch.__version__}
-    history["data"] = [
-        f"Autoencoder: {VAE_SCENES} scenes, half of them with patterned subjects and parts (none of the numbered "
-        "concepts), 15 % zoomed out and rotated on black.",
-        f"U-Net: {args.scenes} scenes with plain subjects, two captions drawn for each; every eighth combination of "
-        f"kind, color and background is held out. {100 * ZOOMED_OUT:g} % are zoomed out and rotated on black, and "
-        f"shown below timestep {ZOOMED_OUT_BELOW} only. Text encoder: the first caption of each.",
-        "Captions: color and size are each left out of 15 %, a word without a meaning (sks, ohwx) is put before the "
-        "noun in 25 %; 10 % of the captions of a step of the U-Net are empty.",
-    ]
+    history["options"] = f" --model {args.model}{' --denoiser-only' if args.denoiser_only else ''}"
+    history["data"] = _data(denoiser, args)
     scenes = draw_scenes(args.scenes, args.seed)
     rng = random.Random(args.seed)
     captions = [[caption(scene, rng) for _ in range(2)] for scene in scenes]
-    history["text_encoder"] = _train_text_encoder(parts, scenes, captions, args)
-    history["autoencoder"] = _train_vae(parts["vae"], args)
+    if args.denoiser_only:
+        packaged = load_pipeline()
+        parts.update({name: getattr(packaged, name).to(args.device) for name in ("vae", "text_encoder")})
+    else:
+        history["text_encoder"] = _train_text_encoder(parts, scenes, captions, args)
+        history["autoencoder"] = _train_vae(parts["vae"], args)
     latents, zoomed_out = _latents(parts["vae"], scenes, args)
-    history["unet"] = _train_unet(parts, latents, zoomed_out, captions, args)
-    history["decoder"] = _train_vae(parts["vae"], args, decoder_only=True)
+    history[args.model] = _train_denoiser(denoiser, parts, latents, zoomed_out, captions, args)
+    if not args.denoiser_only:
+        history["decoder"] = _train_vae(parts["vae"], args, decoder_only=True)
     out = args.out or args.work / "pipeline"
-    save_pipeline(parts, out)
+    (save_denoiser if args.denoiser_only else save_pipeline)(parts, out)
     (out / "training.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
     write_card(out)
     print(f"{out}: the pipeline and its card")
 
 
 # Data.
+
+
+def _data(denoiser: Denoiser, args: argparse.Namespace) -> list[str]:
+    """What the card says of it."""
+    autoencoder = (
+        f"Autoencoder: {VAE_SCENES} scenes, half of them with patterned subjects and parts (none of the numbered "
+        "concepts), 15 % zoomed out and rotated on black."
+    )
+    return [
+        *([] if args.denoiser_only else [autoencoder]),
+        f"{denoiser.title[0].upper()}{denoiser.title[1:]}: {args.scenes} scenes with plain subjects, two captions "
+        "drawn for each; every eighth combination of kind, color and background is held out. "
+        f"{100 * ZOOMED_OUT:g} % are zoomed out and rotated on black, and shown below timestep "
+        f"{denoiser.zoomed_out_below} only."
+        + ("" if args.denoiser_only else " Text encoder: the first caption of each."),
+        "Captions: color and size are each left out of 15 %, a word without a meaning (sks, ohwx) is put before the "
+        f"noun in 25 %; 10 % of the captions of a step of the {denoiser.title} are empty.",
+    ]
 
 
 def render_all(scenes: list[Scene], seed: int) -> Tensor:
@@ -184,13 +208,16 @@ def _latents(vae: Any, scenes: list[Scene], args: argparse.Namespace) -> tuple[T
         return {"latents": torch.cat(encoded), "zoomed_out": torch.cat(chosen)}
 
     settings = {"scenes": len(scenes), "seed": args.seed, "vae_steps": args.vae_steps, "zoomed_out": ZOOMED_OUT}
+    if args.denoiser_only:
+        settings["vae_steps"] = "packaged"
     stored = cached(args.work / "latents.pt", settings, encode)
-    scale = 1.0 / stored["latents"].std().item()
-    vae.register_to_config(scaling_factor=scale)
-    return stored["latents"] * scale, stored["zoomed_out"]
+    if not args.denoiser_only:
+        vae.register_to_config(scaling_factor=1.0 / stored["latents"].std().item())
+    return stored["latents"] * vae.config.scaling_factor, stored["zoomed_out"]
 
 
-def _train_unet(
+def _train_denoiser(
+    denoiser: Denoiser,
     parts: dict[str, Any],
     latents: Tensor,
     zoomed_out: Tensor,
@@ -198,12 +225,8 @@ def _train_unet(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     batch = 32
-    unet, text, tokenizer, schedule = (parts[k] for k in ("unet", "text_encoder", "tokenizer", "scheduler"))
-    unet.to(args.device).train()
-    # Where a picture's coarse traits are decided, at high noise, the loss of epsilon hardly tells them: weighted as
-    # the loss of v is, 1 + 1/SNR (Salimans & Ho 2022, arXiv 2202.00512, section 4), up to a bound.
-    alpha_bar = schedule.alphas_cumprod
-    weights = (1 / alpha_bar).clamp(max=MAX_WEIGHT).to(args.device)
+    module, text, tokenizer, scheduler = (parts[k] for k in (denoiser.part, "text_encoder", "tokenizer", "scheduler"))
+    module.to(args.device).train()
     ids = torch.stack([token_numbers(tokenizer, list(version)) for version in zip(*captions, strict=True)])
     empty = token_numbers(tokenizer, [""])[0]
 
@@ -212,18 +235,28 @@ def _train_unet(
         version = torch.randint(len(ids), (batch,), generator=g)
         words = torch.where(torch.rand(batch, 1, generator=g) < 0.1, empty, ids[version, rows]).to(args.device)
         clean = latents[rows].to(args.device)
-        noise, timesteps = _normal(clean, g), torch.randint(1000, (batch,), generator=g)
-        timesteps = torch.where(zoomed_out[rows], timesteps * ZOOMED_OUT_BELOW // 1000, timesteps).to(args.device)
-        noisy = schedule.add_noise(clean, noise, timesteps)
+        noised = denoiser.noised(scheduler, clean, _normal(clean, g), zoomed_out[rows], g)
         with _mixed(args.device):
-            predicted = unet(noisy, timesteps, text(words)[0]).sample.float()
-        off = (predicted - noise).square().mean((1, 2, 3))
-        weighted = (off * weights[timesteps]).mean()
+            condition = denoiser.condition(text(words)[0], g)
+            predicted = denoiser.predict(module, noised.latents, noised.timesteps, condition).float()
+        off = (predicted - noised.target).square().mean((1, 2, 3))
+        weighted = (off * noised.weight).mean()
         return weighted, {"weighted": weighted.item(), "mse": off.mean().item()}
 
-    settings = {"scenes": args.scenes, "zoomed_out": ZOOMED_OUT, "zoomed_out_below": ZOOMED_OUT_BELOW}
-    settings["max_weight"] = MAX_WEIGHT
-    record = fit("unet", {"unet": unet}, args.steps, 1e-3, loss, args.work, settings, seed=args.seed, ema=0.999)
+    settings = {"scenes": args.scenes, "zoomed_out": ZOOMED_OUT, "zoomed_out_below": denoiser.zoomed_out_below}
+    settings |= denoiser.settings
+    record = fit(
+        denoiser.part,
+        {denoiser.part: module},
+        args.steps,
+        denoiser.learning_rate,
+        loss,
+        args.work,
+        settings,
+        seed=args.seed,
+        ema=0.999,
+        endless=denoiser.endless,
+    )
     return {"batch": batch, **record}
 
 
