@@ -191,7 +191,7 @@ class Transformer(Denoiser):
     sampler = "Euler's method"
     guidance = 4.0
     sampling_steps = 10
-    training_steps = 12000
+    training_steps = 8200
     # After 110 seconds of one core the loss on other pictures was 0.545, with 1e-3 it was 0.582.
     learning_rate = 2e-3
     endless = True
@@ -235,7 +235,8 @@ class Transformer(Denoiser):
 
         Ours: it tells all of the text, which CLIP's does not, and attention would have little left to do. Pretraining
         leaves it out of half the pictures, as Stable Diffusion 3's leaves out each text encoder at times (Esser et al.
-        2024, arXiv 2403.03206).
+        2024, arXiv 2403.03206). What came of it draws as well without the mean (0.975 of what 256 captions ask, both
+        times) and by the mean alone at chance.
         """
         pooled = text.mean(1)
         if g is not None:
