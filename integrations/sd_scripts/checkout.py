@@ -260,7 +260,10 @@ class Checkout:
         """The file that defines what `source` calls by this name, and its name there; followed through the imports."""
         owner, _, name = dotted.rpartition(".")
         defined = {*source.functions(), *(c.name for c in source.classes())}
-        if (not owner and name in defined) or (key := f"{source.name}:{dotted}") in seen:
+        if not owner and name in defined:
+            return source, name
+        key = f"{source.name}:{dotted}"
+        if key in seen:  # two files that import it from each other
             return source, name
         module, taken = source.imports().get(owner or name, (None, None))
         # `from library import train_util` takes a module, `from library.args import read_config_from_file` a function.

@@ -107,8 +107,12 @@ def _patched(folder: Path, contents: Contents, merged: Contents) -> Contents:
 
 def _read(folder: Path) -> tuple[Contents, Contents]:
     """The files that may hold inserted lines; and those that git could not merge, without them and merged."""
+    # In the order in which they are written: a script is patched only once what it calls is there.
+    paths = [*sorted(folder.glob("library/**/*.py")), *sorted(folder.glob("*.py"))]
     try:
-        contents = {name: (folder / name).read_bytes() for name in SCRIPTS}
+        for name in SCRIPTS:
+            (folder / name).stat()
+        contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     except OSError as error:
         found = folder / "sd-scripts"
         place = found if (found / SCRIPTS[0]).exists() else "PATH"
@@ -116,10 +120,6 @@ def _read(folder: Path) -> tuple[Contents, Contents]:
             f"{folder.resolve()}: looked for kohya's sd-scripts, that is {' and '.join(SCRIPTS)}; "
             f"{Path(error.filename).name}: {error.strerror}; cd there, or `apt-hooks patch sd-scripts {place}`"
         ) from error
-    others = [*sorted(folder.glob("library/**/*.py")), *sorted(folder.glob("*.py"))]
-    # In the order in which they are written: a script is patched only once what it calls is there.
-    names = [path.relative_to(folder).as_posix() for path in others]
-    contents = {name: contents.get(name) or (folder / name).read_bytes() for name in names}
     merged = {}
     for name, content in contents.items():
         if re.search(rb"^<{7} ", content, re.MULTILINE) and re.search(rb"^>{7} ", content, re.MULTILINE):

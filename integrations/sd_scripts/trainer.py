@@ -26,9 +26,10 @@ from apt_hooks.run import AptRun
 from apt_hooks.units import epsilon_error_scale
 
 from ..accelerate_state import attach
-from .augment import LossMask, TimestepSampler, black_latent, moved
+from .augment import black_latent, moved
 from .conditioning import ClassCaptions, FrozenConditioning, TextEncoders
 from .lora import LoraSwitch
+from .trainer_functions import LossMask, TimestepSampler
 
 logger = logging.getLogger("apt_hooks")
 
