@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ class Placement:
     scales: Tensor
     angles: Tensor
     chosen: Tensor
+
+    def covered(self, size: Sequence[int]) -> Tensor:
+        """What is content once samples of `size`, (height, width), were moved, and not what that has uncovered.
+
+        Returns:
+            [batch, 1, height, width], float32, on the CPU: the share of each position that the content covers.
+        """
+        return self.apply(torch.ones(len(self.chosen), 1, *size), 0.0)
 
     def apply(self, content: Tensor, fill: float | Tensor) -> Tensor:
         """Move the chosen samples and fill what they uncover; the others stay bit for bit.
@@ -99,6 +108,34 @@ class ZoomOutRotate:
     ) -> Tensor:
         """Move every sample: `content` as in `Placement.apply`; black is -1 in images scaled to [-1, 1]."""
         return self.draw(torch.ones(len(content)), generator).apply(content, fill)
+
+
+def covered_at(covered: Tensor, shape: Sequence[int]) -> Tensor:
+    """`Placement.covered` as it is at the positions of latents or hidden states of the same pictures.
+
+    Args:
+        covered: [batch, 1, height, width].
+        shape: [batch, ..., height, width], or [batch, positions, channels] of a picture whose sides were halved,
+            rounding up, some number of times.
+
+    Returns:
+        [batch, 1, ..., height, width], or [batch, positions, 1]; on the device of `covered`.
+
+    Raises:
+        AptError: the positions are those of no such picture.
+    """
+    if len(shape) > 3:
+        shrunk = F.interpolate(covered, size=tuple(shape[-2:]), mode="area")
+        return shrunk.reshape(len(shrunk), *[1] * (len(shape) - 3), *shape[-2:])
+    height, width = covered.shape[2:]
+    while height * width > shape[1] and height * width > 1:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != shape[1]:
+        raise AptError(
+            f'[apt] augment_border = "ignore" looks for {shape[1]} positions in pictures of {covered.shape[2]}x'
+            f'{covered.shape[3]} whose sides are halved, and there is none with as many: set it to "learn"'
+        )
+    return F.interpolate(covered, size=(height, width), mode="area").flatten(2).transpose(1, 2)
 
 
 def _zoom_out_and_rotate(sample: Tensor, scale: float, angle: float, fill: float | Tensor) -> Tensor:

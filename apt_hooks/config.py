@@ -49,7 +49,7 @@ _NOT_APT = {
 }
 
 _OF_ITS_TERMS = (
-    *("augment_max_probability", "zoom_out", "rotation_degrees", "augment_space"),
+    *("augment_max_probability", "zoom_out", "rotation_degrees", "augment_space", "augment_border"),
     *("regularizer", "representation_source", "blocks", "attention_impl"),
 )
 
@@ -101,6 +101,7 @@ class AptConfig:
     zoom_out: tuple[float, float] = _key((1.0, 3.0), "[low, high] with 1 <= low <= high", _is_zoom_range)
     rotation_degrees: float = _key(15.0, "a number from 0 to 180", lambda v: _is_number(v) and 0 <= v <= 180)
     augment_space: Literal["auto", "image", "latent"] = _choice("auto", "auto", "image", "latent")
+    augment_border: Literal["learn", "ignore"] = _choice("learn", "learn", "ignore")
     lambda_dist: float = _at_least_zero(1.0)
     lambda_attn: float = _at_least_zero(1.0)
     regularizer: Literal["separate", "joint"] = _choice("separate", "separate", "joint")

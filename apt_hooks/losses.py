@@ -94,17 +94,28 @@ def representation_loss(h: Tensor, h_frozen: Tensor) -> tuple[Tensor, Tensor]:
     return statistics_loss(representation_statistics(h), frozen)
 
 
-def representation_statistics(h: Tensor) -> Tensor:
+def representation_statistics(h: Tensor, weights: Tensor | None = None) -> Tensor:
     """Channel-wise mean and standard deviation over positions: [2, batch, channels] from either shape of `h`.
 
     All that the frozen pass has to keep of a hidden state: 2 numbers a channel.
+
+    Args:
+        h: as in `representation_loss`.
+        weights: [batch, positions, 1] or [batch, 1, height, width], what each position counts; None: all alike.
     """
     if h.ndim not in (3, 4):
         raise AptError(
             f"h must be [batch, positions, channels] or [batch, channels, height, width]; found {tuple(h.shape)}"
         )
     with torch.autocast(h.device.type, enabled=False):
-        variance, mean = torch.var_mean(full_precision(h), dim=1 if h.ndim == 3 else (2, 3), correction=0)
+        positions = 1 if h.ndim == 3 else (2, 3)
+        if weights is None:
+            variance, mean = torch.var_mean(full_precision(h), dim=positions, correction=0)
+        else:
+            h, shares = full_precision(h), weights / weights.sum(positions, keepdim=True)
+            mean = (shares * h).sum(positions, keepdim=True)
+            variance = (shares * (h - mean).square()).sum(positions)
+            mean = mean.reshape(variance.shape)
         # The square root has no gradient at 0; a constant channel gets none, not NaN.
         return torch.stack([mean, variance.clamp_min(1e-12).sqrt()])
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from .augmentation import Placement, ZoomOutRotate
+from .augmentation import Placement, ZoomOutRotate, covered_at
 from .capture import FeatureCapture, Features
 from .config import AptConfig
 from .contributions import ObservedPass
@@ -21,7 +21,7 @@ from .indicator import OverfittingIndicator
 from .losses import dco_weight
 from .reach import Watches
 from .regularizers import Regularizers, frozen_reduction
-from .step import AptStep
+from .step import AptStep, scale_gradient
 
 
 @dataclasses.dataclass
@@ -89,6 +89,7 @@ class AptObjective:
             config.num_bins, num_train_timesteps, config.ema_alpha, config.indicator_scale
         )
         self.augmentation = ZoomOutRotate(config.zoom_out, config.rotation_degrees)
+        self._augmented: tuple[Placement, torch.Size] | None = None  # by `augment`, for `step`
         self.steps = 0
         """Batches assessed; every `frozen_every`-th has a frozen pass."""
         self.capture: FeatureCapture | None = None
@@ -138,8 +139,22 @@ class AptObjective:
         fill: float | Tensor = -1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`images` ([batch, channels, height, width], black = `fill`), some of them zoomed out and rotated."""
-        return self.draw_augmentation(timesteps, generator=generator).apply(images, fill)
+        """`images` ([batch, channels, height, width], black = `fill`), some of them zoomed out and rotated.
+
+        `step` then knows what was uncovered.
+        """
+        placement = self.draw_augmentation(timesteps, generator=generator)
+        self._augmented = placement, images.shape[-2:]
+        return placement.apply(images, fill)
+
+    def covered(self, placement: Placement | None, size: Sequence[int]) -> Tensor | None:
+        """What of a batch is to be learned from: `Placement.covered` of its images (or latents) of `size`.
+
+        For `passes` and `assess`; None where nothing was moved, or the border is learned as well.
+        """
+        if placement is None or self.config.augment_border == "learn" or not bool(placement.chosen.any()):
+            return None
+        return placement.covered(size)
 
     def step(
         self,
@@ -172,14 +187,17 @@ class AptObjective:
         Raises:
             AptError: a mask of another shape.
         """
+        augmented, self._augmented = self._augmented, None
+        covered = None if augmented is None else self.covered(*augmented)
         return self.assess(
-            self.passes(predict, predict_frozen, counted),
+            self.passes(predict, predict_frozen, counted, covered),
             target,
             timesteps,
             counted,
             ends_step=ends_step,
             error_scale=error_scale,
             mask=mask,
+            covered=covered,
         )
 
     def passes(
@@ -187,13 +205,17 @@ class AptObjective:
         predict: Callable[[], Tensor],
         predict_frozen: Callable[[], Tensor] | None = None,
         counted: Tensor | None = None,
+        covered: Tensor | None = None,
     ) -> Passes:
-        """The frozen pass and the tuned pass; for loops that know the target only later. Arguments as in `step`."""
+        """The frozen pass and the tuned pass; for loops that know the target only later.
+
+        Arguments as in `step` and, `covered`, in `assess`.
+        """
         if not self.frozen_due or (counted is not None and not bool(counted.any())):
             return Passes(predict())
-        with self.frozen_pass() as features:
+        with self.frozen_pass(covered) as features:
             frozen = (predict_frozen or predict)()
-        with self.tuned_pass(features, counted) as tuned_pass:
+        with self.tuned_pass(features, counted, covered) as tuned_pass:
             tuned = predict()
         return self.join(tuned, frozen, tuned_pass)
 
@@ -203,7 +225,7 @@ class AptObjective:
         return self.steps % self.config.frozen_every == 0
 
     @contextlib.contextmanager
-    def frozen_pass(self) -> Iterator[Features | None]:
+    def frozen_pass(self, covered: Tensor | None = None) -> Iterator[Features | None]:
         """Inside, the U-Net is the base model and is read; for loops that cannot hand over calls to `passes`."""
         with contextlib.ExitStack() as stack:
             watch = self._watches.of_frozen_pass(self.frozen_modules, self.trained)
@@ -211,21 +233,25 @@ class AptObjective:
             stack.enter_context(watch)
             features = None
             if self.capture is not None:
-                reduce = frozen_reduction(self.config.regularizer, self.config.attention_impl)
+                reduce = frozen_reduction(self.config.regularizer, self.config.attention_impl, covered)
                 features = stack.enter_context(self.capture.record(reduce))
             yield features
 
     @contextlib.contextmanager
-    def tuned_pass(self, features: Features | None, counted: Tensor | None = None) -> Iterator[TunedPass | None]:
-        """Inside, the pass that is differentiated is compared with what `frozen_pass` read."""
+    def tuned_pass(
+        self, features: Features | None, counted: Tensor | None = None, covered: Tensor | None = None
+    ) -> Iterator[TunedPass | None]:
+        """Inside, the pass that is differentiated is compared with what `frozen_pass` read, of the same `covered`."""
         with (
             self._watches.of_tuned_pass(self.frozen_modules, self.trained),
-            self._compared(features, counted) as passed,
+            self._compared(features, counted, covered) as passed,
         ):
             yield passed
 
     @contextlib.contextmanager
-    def _compared(self, features: Features | None, counted: Tensor | None) -> Iterator[TunedPass | None]:
+    def _compared(
+        self, features: Features | None, counted: Tensor | None, covered: Tensor | None
+    ) -> Iterator[TunedPass | None]:
         if self.capture is None or features is None:
             yield None
             return
@@ -235,6 +261,7 @@ class AptObjective:
             len(self.capture.representation_places),
             regularizer=self.config.regularizer,
             rows=_rows(counted),
+            covered=covered,
             impl=self.config.attention_impl,
             differentiable=torch.is_grad_enabled() and not self.config.monitor_only,
         )
@@ -263,8 +290,14 @@ class AptObjective:
         ends_step: bool = True,
         error_scale: Tensor | None = None,
         mask: Tensor | None = None,
+        covered: Tensor | None = None,
     ) -> AptStep:
         """Losses, indicator and terms from both passes; takes the batch into the indicator. Arguments as in `step`.
+
+        Args:
+            covered: [batch, 1, height, width] of the images or of the latents, what of each sample to learn from
+                (`covered`). The rest has no part in losses, indicator and channel statistics, and
+                `AptStep.prediction` no gradient there. None: all.
 
         Raises:
             AptError: predictions and target differ in shape, or timesteps are none of the schedule's. What only a
@@ -272,6 +305,8 @@ class AptObjective:
         """
         self._deferred.look()
         _check_shapes(passes, target)
+        if covered is not None:
+            covered = covered_at(covered, target.shape).to(target.device, non_blocking=True)
         batch, rows = len(timesteps), _rows(counted, timesteps.device)
         here = slice(None) if rows is None else rows
         count = batch if rows is None else len(rows)
@@ -280,6 +315,8 @@ class AptObjective:
         weight = self._weight(timesteps, here)
         values: dict[str, Tensor] = {}
         if passes.frozen is not None:
+            if covered is not None:
+                mask = covered if mask is None else mask * covered
             losses = _Losses.of(passes.tuned, passes.frozen, target, mask, here)
             loss_tuned, loss_frozen, values = losses.tuned, losses.frozen, losses.means()
             if self._dco:
@@ -303,7 +340,8 @@ class AptObjective:
         if not self.config.monitor_only:
             regularizer = self._regularizer(passes.terms, share, regularizer)
         values.update({name: term.detach() for name, term in passes.terms.items()})
-        return AptStep(passes.tuned, weight, regularizer, gammas, gaps, count, values)
+        prediction = passes.tuned if covered is None else scale_gradient(passes.tuned, covered)
+        return AptStep(prediction, weight, regularizer, gammas, gaps, count, values)
 
     def _weight(self, timesteps: Tensor, here: slice | Tensor) -> Tensor:
         """What each sample's loss is multiplied by before the passes are compared: [batch]."""

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .augmentation import covered_at
 from .capture import AttentionLayer, Features
 from .contributions import Contribution, Factors, Kind
 from .errors import AptError
@@ -19,12 +20,16 @@ from .ops.channel_statistics import mean_and_deviation
 from .ops.choice import Impl
 
 
-def frozen_reduction(regularizer: Literal["separate", "joint"], impl: Impl) -> Callable[[Kind, Tensor], Tensor]:
+def frozen_reduction(
+    regularizer: Literal["separate", "joint"], impl: Impl, covered: Tensor | None = None
+) -> Callable[[Kind, Tensor], Tensor]:
     """What a frozen pass keeps of each place (`FeatureCapture.record`): where statistics are compared, those alone
-    of a hidden state."""
+    of a hidden state, of what is `covered` (`Regularizers`)."""
 
     def reduce(kind: Kind, output: Tensor) -> Tensor:
-        return mean_and_deviation(output, impl=impl) if (kind, regularizer) == ("hidden", "separate") else output
+        if (kind, regularizer) != ("hidden", "separate"):
+            return output
+        return mean_and_deviation(output, _weights(covered, output), impl=impl)
 
     return reduce
 
@@ -42,6 +47,7 @@ class Regularizers:
         places: number of representation places.
         regularizer: "separate", attention maps and channel statistics; "joint", the cross-attentions' outputs.
         rows: the samples that count; None: all.
+        covered: [batch, 1, height, width], what of each picture the channel statistics are of; None: all.
         differentiable: whether to compute gradients.
     """
 
@@ -53,6 +59,7 @@ class Regularizers:
         *,
         regularizer: Literal["separate", "joint"] = "separate",
         rows: Tensor | None = None,
+        covered: Tensor | None = None,
         impl: Impl = "auto",
         differentiable: bool = True,
     ) -> None:
@@ -61,6 +68,7 @@ class Regularizers:
         self._places = places
         self._regularizer = regularizer
         self._rows = rows
+        self._covered = covered
         self._impl = impl
         self._differentiable = differentiable
         self._waiting: dict[int, dict[Kind, tuple[Tensor, _Scaled]]] = {}
@@ -124,9 +132,11 @@ class Regularizers:
 
     def _representation(self, i: int, output: Tensor) -> _OfStatistics:
         if output.shape not in self._statistics:
-            self._statistics[output.shape] = _Statistics(output.shape, self._places, self._rows)
+            weights = _weights(self._covered, output)
+            weights = None if weights is None else _chosen(weights, self._rows)
+            self._statistics[output.shape] = _Statistics(output.shape, self._places, self._rows, weights)
         statistics, frozen = self._statistics[output.shape], self._frozen.hidden.pop(i)
-        tuned = mean_and_deviation(_chosen(output, self._rows), impl=self._impl)
+        tuned = mean_and_deviation(_chosen(output, self._rows), statistics.weights, impl=self._impl)
         if frozen.shape[1:] != (len(output), tuned.shape[2]):
             raise AptError(
                 "the hidden states of both models must have one shape; found statistics of "
@@ -177,12 +187,14 @@ class _Statistics:
         tuned: [2, samples that count, channels] a place, means and deviations.
         frozen: [2, batch, channels] a place.
         rows: the samples that count; None: all.
+        weights: of the positions of these samples (`representation_statistics`); None: all alike.
     """
 
-    def __init__(self, shape: torch.Size, places: int, rows: Tensor | None) -> None:
+    def __init__(self, shape: torch.Size, places: int, rows: Tensor | None, weights: Tensor | None) -> None:
         self.tuned: list[Tensor] = []
         self.frozen: list[Tensor] = []
         self.rows = rows
+        self.weights = weights
         self._shape = shape
         self._all_places = places
         self._gradients: tuple[Tensor | None, Tensor | None, Sequence[tuple[Tensor, Tensor]]] | None = None
@@ -197,7 +209,10 @@ class _Statistics:
         return self._difference.square().mean(dim=(0, 2, 3)) * (len(self.tuned) / self._all_places)
 
     def gradient(self, number: int, l_mu: Tensor | None, l_sigma: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(a, b) such that the gradient of a place's hidden state h is a + b * h; by the derivatives of the loss."""
+        """(a, b) such that the gradient of a place's hidden state h is a + b * h; by the derivatives of the loss.
+
+        With weights that is each position's for a weight that is the mean of all.
+        """
         known = self._gradients
         if known is None or known[0] is not l_mu or known[1] is not l_sigma:
             known = self._gradients = l_mu, l_sigma, self._all_gradients(l_mu, l_sigma)
@@ -226,8 +241,11 @@ class _OfStatistics:
     def __call__(self, upstream: Tensor, output: Tensor | None, factors: Factors) -> Tensor:
         assert output is not None  # it was asked for
         offset, slope = self.statistics.gradient(self.number, factors.get("l_mu"), factors.get("l_sigma"))
-        rows = self.statistics.rows
-        return _plus(upstream, _chosen(output, rows), slope, rows, offset)
+        rows, weights, output = self.statistics.rows, self.statistics.weights, _chosen(output, self.statistics.rows)
+        if weights is None:
+            return _plus(upstream, output, slope, rows, offset)
+        relative = weights / weights.mean(dim=1 if output.ndim == 3 else (2, 3), keepdim=True)
+        return _plus(upstream, torch.addcmul(offset, output, slope), relative, rows)
 
 
 def _plus(upstream: Tensor, x: Tensor, factor: Tensor, rows: Tensor | None, offset: Tensor | None = None) -> Tensor:
@@ -236,6 +254,10 @@ def _plus(upstream: Tensor, x: Tensor, factor: Tensor, rows: Tensor | None, offs
         return upstream.index_copy(0, rows, _plus(upstream.index_select(0, rows), x, factor, None, offset))
     start = upstream if offset is None else upstream + offset
     return torch.addcmul(start, x, factor).to(upstream.dtype)
+
+
+def _weights(covered: Tensor | None, output: Tensor) -> Tensor | None:
+    return None if covered is None else covered_at(covered, output.shape).to(output.device, non_blocking=True)
 
 
 def _chosen(x: Tensor, rows: Tensor | None, dim: int = 0) -> Tensor:

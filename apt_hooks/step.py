@@ -16,7 +16,8 @@ class AptStep:
     """What one step adds to a training loss.
 
     Attributes:
-        prediction: the tuned model's output; take the trainer's loss from this tensor.
+        prediction: the tuned model's output, without gradient where an augmentation's border is ignored; take the
+            trainer's loss from this tensor.
         weight: [batch], the factor of each sample's loss: `1 - gamma` of a sample that counts, else 1; with the
             objective "dco" `dco_weight`.
         regularizer: scalar, `lambda_dist * (l_mu + l_sigma) + lambda_attn * l_attn` or `lambda_joint * l_joint`, to be
@@ -63,11 +64,16 @@ class AptStep:
         For a loop whose loss is a mean already: every loss that is a sum over the samples gets the gradient of the
         weighted one, and keeps its value.
         """
-        return _ScaleGradient.apply(prediction, self.weight)
+        return scale_gradient(prediction, self.weight.reshape(-1, *[1] * (prediction.ndim - 1)))
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """`x`, whose gradient is multiplied by `factor`, of a shape that broadcasts to its own."""
+    return _ScaleGradient.apply(x, factor)
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """Identity; its backward multiplies by a factor a sample."""
+    """Identity; its backward multiplies by a factor."""
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, factor: Tensor) -> Tensor:
@@ -76,9 +82,7 @@ class _ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient * ctx.factor.to(gradient.device).reshape(-1, *[1] * (gradient.ndim - 1))).to(
-            gradient.dtype
-        ), None
+        return (gradient * ctx.factor.to(gradient.device)).to(gradient.dtype), None
 
 
 class _OtherGradient(torch.autograd.Function):

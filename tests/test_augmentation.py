@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from apt_hooks import AptError, ZoomOutRotate
-from apt_hooks.augmentation import Placement
+from apt_hooks.augmentation import Placement, covered_at
 
 
 def placement(scale=1.0, angle=0.0, chosen=(True,)):
@@ -175,3 +175,23 @@ def test_a_placement_for_another_batch_is_refused():
 def test_a_range_that_is_empty_or_zooms_in_is_refused(kwargs, key):
     with pytest.raises(AptError, match=f"^{key} must be"):
         ZoomOutRotate(**kwargs)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16, 12), (2, 16, 1, 16, 12), (2, 16 * 12, 7)])
+def test_what_is_covered_shrinks_with_the_picture(shape):
+    found = placement(scale=2.0, chosen=(True, False)).covered((128, 96))
+    at = covered_at(found, shape)
+    assert (
+        at.shape == (2, *shape[1:-1], 1) if len(shape) == 3 else at.shape == (2, *[1] * (len(shape) - 3), *shape[-2:])
+    )
+    plane = at.reshape(2, 16, 12)
+    assert bool((plane[1] == 1).all())
+    wanted = torch.zeros(16, 12)
+    wanted[4:12, 3:9] = 1
+    assert torch.equal(plane[0], wanted)
+
+
+def test_positions_that_are_those_of_no_such_picture_are_refused():
+    found = placement(scale=2.0).covered((128, 96))
+    with pytest.raises(AptError, match='augment_border = "ignore" looks for 100 positions in pictures of 128x96'):
+        covered_at(found, (1, 100, 7))

@@ -21,6 +21,7 @@ WRONG_VALUES = {
     "zoom_out": [[0.9, 2.0], [3.0, 1.0], [1.0], [1.0, 2.0, 3.0], 2.0, ["1", "3"], [True, 2.0], [1.0, math.inf], None],
     "rotation_degrees": [-1, 181, "15", True, None],
     "augment_space": ["pixels", 1, True, ["image"], None],
+    "augment_border": ["black", 1, True, None],
     "lambda_dist": [-0.1, "1", True, math.nan, math.inf, None],
     "lambda_attn": [-0.1, "1", True, math.nan, math.inf, None],
     "regularizer": ["both", True, None],

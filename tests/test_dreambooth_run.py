@@ -468,6 +468,31 @@ def test_class_images_are_neither_augmented_nor_counted(
     assert found.lines[-1]["augmented"] == 1.0 and found.lines[-1]["loss_weight"] == 0.0
 
 
+@pytest.mark.parametrize("border", ["learn", "ignore"])
+@pytest.mark.parametrize("name", SCRIPTS_NAMES)
+def test_a_border_that_is_ignored_gets_no_gradient_but_that_of_the_class_images(
+    train: Train, monkeypatch: pytest.MonkeyPatch, name: str, border: str
+) -> None:
+    gradients: list[Tensor] = []
+    assess = AptObjective.assess
+
+    def spied(self: AptObjective, passes: Any, *rest: Any, **options: Any) -> Any:
+        passes.tuned.register_hook(gradients.append)
+        return assess(self, passes, *rest, **options)
+
+    monkeypatch.setattr(AptObjective, "assess", spied)
+    monkeypatch.setattr(OverfittingIndicator, "gamma", lambda self, timesteps: torch.full((len(timesteps),), 0.9))
+    config = (
+        f'augment_max_probability = 1.0\nzoom_out = [3.0, 3.0]\nrotation_degrees = 0\naugment_border = "{border}"\n'
+    )
+    config += "lambda_dist = 0\nlambda_attn = 0"
+    found = train(name, "--with_prior_preservation", config=config)
+    assert len(gradients) == 4 and any(line["augmented"] for line in found.lines)
+    learned = [gradient[:, :, 0].flatten(1).any(dim=1).tolist() for gradient in gradients]
+    assert all(all(samples[2:]) for samples in learned)
+    assert all(all(samples) for samples in learned) == (border == "learn")
+
+
 def test_a_weight_that_is_drawn_with_the_timesteps_is_of_those_that_the_step_uses(train: Train) -> None:
     """A helper that gives both, as `timesteps, huber_c = ...`; the loss is taken of neither if they do not belong."""
     draw = "timesteps = torch.randint(\n                    0, noise_scheduler.config.num_train_timesteps, (bsz,), "

@@ -292,3 +292,13 @@ def test_no_gradient_of_dco_reaches_the_frozen_model():
 def test_dco_passes_gradcheck():
     tuned, frozen = (torch.rand(4, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
     torch.autograd.gradcheck(lambda tuned: dco_loss(tuned, frozen, 3.0), tuned.requires_grad_())
+
+
+def test_weighted_statistics_are_those_of_the_positions_that_count():
+    h = torch.randn(2, 12, 5, dtype=torch.float64)
+    weights = torch.zeros(2, 12, 1, dtype=torch.float64)
+    weights[:, 3:9] = 0.5
+    wanted = torch.stack([h[:, 3:9].mean(dim=1), h[:, 3:9].std(dim=1, correction=0)])
+    torch.testing.assert_close(representation_statistics(h, weights), wanted)
+    as_map = h.transpose(1, 2).reshape(2, 5, 3, 4)
+    torch.testing.assert_close(representation_statistics(as_map, weights.reshape(2, 1, 3, 4)), wanted)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apt_hooks import AptConfig, AptError, AptObjective, AptStep
+from apt_hooks.augmentation import Placement
 from apt_hooks.losses import dco_loss, dco_weight
 
 TIMESTEPS = torch.tensor([50, 350, 950, 70])
@@ -109,6 +110,96 @@ def composed(case, layout, lambda_dist, lambda_attn):
         "delta_noise": float((frozen - tuned.detach()).square().mean()),
     }
     return loss.detach(), case.network.gradient(), values
+
+
+def weighted_statistics(h, weights):
+    """(means, deviations) of [batch, positions, channels]."""
+    shares = weights / weights.sum(dim=1, keepdim=True)
+    mean = (shares * h).sum(dim=1)
+    return mean, ((shares * h.square()).sum(dim=1) - mean.square()).sqrt()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
+@pytest.mark.parametrize("counted", [None, COUNTED])
+def test_a_border_that_is_ignored_has_no_part_in_loss_indicator_and_channel_statistics(layout, checkpointing, counted):
+    config = {"lambda_dist": 0.7, "lambda_attn": 0.0, "augment_border": "ignore"}
+    placement = Placement(torch.tensor([2.0, 2.0, 1.6, 1.0]), torch.zeros(4), torch.tensor([True, True, True, False]))
+    here = torch.arange(4) if counted is None else counted.nonzero().flatten()
+
+    case = Case(layout)
+    height, width = case.x.shape[2:]
+    covered = placement.covered((8 * height, 8 * width)).double()
+
+    def at(height, width):
+        return torch.nn.functional.adaptive_avg_pool2d(covered[here], (height, width))
+
+    with torch.no_grad(), case.network.off():
+        frozen, read_frozen = case.features(STEMS[layout])
+    tuned, read = case.features(STEMS[layout])
+    case.network.zero_grad()
+    terms = []
+    for stem in STEMS[layout]:
+        h, h_frozen = read[f"{stem}.attn1"][here], read_frozen[f"{stem}.attn1"][here]
+        side = math.isqrt(h.shape[1] * height // width)
+        weights = at(side, h.shape[1] // side).reshape(len(here), -1, 1)
+        pairs = zip(weighted_statistics(h, weights), weighted_statistics(h_frozen, weights), strict=True)
+        terms.append(sum((a - b).square().mean() for a, b in pairs))
+    weight = torch.ones(4).double()
+    weight[here] = 1 - gamma_of(TIMESTEPS)[here].double()
+    errors = (tuned - case.target).square() * torch.nn.functional.adaptive_avg_pool2d(covered, (height, width))
+    share = len(here) / 4
+    wanted = (weight * errors.mean(dim=(1, 2, 3))).mean() + share * 0.7 * sum(terms) / len(terms)
+    wanted.backward()
+    wanted_gradient = case.network.gradient()
+
+    case = Case(layout, checkpointing)
+    with make_objective(case.unet, case.network, **config) as objective:
+        found = objective.covered(placement, (8 * height, 8 * width))
+        passes = objective.passes(case.predict, counted=counted, covered=found)
+        step = objective.assess(passes, case.target, TIMESTEPS, counted, covered=found)
+        step.loss(case.per_sample(step.prediction)).backward()
+    assert relative_difference(case.network.gradient(), wanted_gradient) < 1e-5
+    # What the indicator takes in is the mean over what is covered, whatever its size.
+    mask = at(height, width).expand(-1, tuned.shape[1], -1, -1)
+    for name, prediction in (("loss_tuned", tuned), ("loss_frozen", frozen)):
+        squares = (prediction.detach() - case.target)[here].square() * mask
+        mean = (squares.sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))).mean()
+        assert float(step.values[name]) == pytest.approx(float(mean), rel=1e-5)
+
+
+def test_where_nothing_is_uncovered_ignoring_the_border_changes_no_bit():
+    nowhere = Placement(torch.ones(4), torch.zeros(4), torch.zeros(4, dtype=torch.bool))
+    case = Case()
+    with make_objective(case.unet, case.network, augment_border="ignore") as objective:
+        assert objective.covered(nowhere, (64, 64)) is None and objective.covered(None, (64, 64)) is None
+    _, loss, gradient = Case().run(augment_border="ignore")
+    _, wanted_loss, wanted = Case().run(augment_border="learn")
+    assert torch.equal(loss, wanted_loss) and torch.equal(gradient, wanted)
+
+
+def test_a_border_that_is_learned_covers_everything():
+    case = Case()
+    moved = Placement(torch.full((4,), 2.0), torch.zeros(4), torch.ones(4, dtype=torch.bool))
+    with make_objective(case.unet, case.network, augment_border="learn") as objective:
+        assert objective.covered(moved, (64, 64)) is None
+
+
+@pytest.mark.parametrize("border", ["learn", "ignore"])
+def test_a_step_knows_what_augment_has_uncovered(border):
+    case = Case()
+    config = {"augment_border": border, "zoom_out": (2.0, 2.0), "rotation_degrees": 0.0, "augment_max_probability": 1.0}
+    with make_objective(case.unet, case.network, seen=False, **config) as objective:
+        objective.indicator.update(TIMESTEPS, torch.zeros(4), torch.full((4,), 1.0))  # gamma 1: each is augmented
+        images = torch.zeros(4, 3, 8 * case.x.shape[2], 8 * case.x.shape[3])
+        assert (objective.augment(images, TIMESTEPS) == -1).flatten(1).any(dim=1).all()
+        step = objective.step(case.predict, case.target, TIMESTEPS)
+        corner = torch.autograd.grad(step.prediction[:, :, 0, 0].sum(), list(case.network.parameters()))
+        assert any(g.any() for g in corner) == (border == "learn")
+        # What was augmented is forgotten by the next step.
+        step = objective.step(case.predict, case.target, TIMESTEPS)
+        corner = torch.autograd.grad(step.prediction[:, :, 0, 0].sum(), list(case.network.parameters()))
+        assert any(g.any() for g in corner)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

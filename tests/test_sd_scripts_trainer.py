@@ -504,6 +504,32 @@ def test_cached_latents_are_zoomed_out_of_what_the_vae_encodes_black_to_and_that
     assert run.saved()["metadata"]["ss_apt_augment_space"] == "latent"
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("border", ["learn", "ignore"])
+@pytest.mark.parametrize("trainers", ["0.10", "0.11"], indirect=True)
+def test_a_border_that_is_ignored_gets_no_gradient_but_that_of_the_prior_samples(
+    train: Train, monkeypatch: pytest.MonkeyPatch, border: str, cached: bool
+) -> None:
+    gradients: list[tuple[Tensor, Tensor]] = []
+    assess = AptObjective.assess
+
+    def spied(self: AptObjective, passes: Any, target: Tensor, timesteps: Tensor, counted: Any, **options: Any) -> Any:
+        step = assess(self, passes, target, timesteps, counted, **options)
+        passes.tuned.register_hook(lambda gradient: gradients.append((gradient, counted)))
+        return step
+
+    monkeypatch.setattr(AptObjective, "assess", spied)
+    apt = {**ALWAYS_SMALLER, "augment_border": border, "lambda_dist": 0.0, "lambda_attn": 0.0, "loss_weighting": False}
+    train(apt, spy=Overfitted, cache_latents=cached, subsets=({**OWN}, {**OWN, "is_reg": True}))
+    assert len(gradients) == 3 and any(not counted.all() for _, counted in gradients)
+    for gradient, counted in gradients:
+        inside = torch.zeros(16, 16, dtype=torch.bool)
+        inside[5:11, 5:11] = True
+        learns = gradient[:, :, ~inside].flatten(1).any(dim=1)
+        assert learns.tolist() == [border == "learn" or not own for own in counted.tolist()]
+        assert gradient[:, :, inside].flatten(1).any(dim=1).all()
+
+
 @pytest.mark.parametrize("apt", [{"monitor_only": True}, {"augmentation": False}])
 def test_without_augmentation_cached_latents_are_not_spoken_of(
     train: Train, apt: dict[str, Any], capsys: pytest.CaptureFixture[str]

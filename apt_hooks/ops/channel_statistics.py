@@ -14,19 +14,20 @@ CHUNK = 2**22
 """Numbers that the eager way casts at a time: 16 MiB in float32."""
 
 
-def mean_and_deviation(h: Tensor, *, impl: Impl = "auto") -> Tensor:
+def mean_and_deviation(h: Tensor, weights: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
     """`losses.representation_statistics` without a graph: [2, batch, channels] in float32 (float64 if given that).
 
     Args:
         h: [batch, positions, channels] or [batch, channels, height, width].
+        weights: as there; with weights the plain way is taken, whatever `impl` is.
         impl: "eager" casts and merges pieces of the positions; "triton" is a kernel for CUDA that reads `h` once;
             "auto" takes Triton's where it can.
 
     Raises:
         AptError: another shape; or `impl` is "triton", and it cannot be used.
     """
-    if h.ndim not in (3, 4):
-        return representation_statistics(h)  # which says what is wrong
+    if h.ndim not in (3, 4) or weights is not None:  # the plain way also says what is wrong
+        return representation_statistics(h.detach(), weights)
     if takes_triton(impl, h.device, functools.partial(_trial, h.dtype, h.ndim)):
         from .channel_statistics_triton import mean_and_deviation as fused
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..errors import AptError
 from .concepts import IDENTIFIER, Concept
 from .judges import Judges, identity_score, text_score
-from .metrics import frechet_distance, precision_recall
+from .metrics import black_frames, frechet_distance, precision_recall
 from .model import decode_latents, encode_images, sample
 from .world import BACKGROUNDS, PLACES, SECONDS, SIZES, STYLES, Scene, random_scene
 
-METRICS = ("frechet", "precision", "recall", "text", "identity")
+METRICS = ("frechet", "precision", "recall", "text", "identity", "black_frames")
 ASKED = ("kind", "size", "place", "background", "style", "second")
 """What the prompts ask for; the concept's own color is left to it."""
 
@@ -90,6 +90,7 @@ class Examination:
         }
         scores = {"frechet": frechet_distance(self._base, features), "precision": precision, "recall": recall}
         scores |= {name: values.mean().item() for name, values in of_each.items()}
+        scores["black_frames"] = black_frames(pictures).mean().item()
         return Judgement(pictures, scores, {name: values.std(correction=0).item() for name, values in of_each.items()})
 
 

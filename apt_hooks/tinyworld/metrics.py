@@ -97,3 +97,18 @@ def auc(positive: Tensor, negative: Tensor) -> float:
         raise AptError(f"auc: needs scores on both sides, got {positive.numel()} and {negative.numel()}")
     # The sign of a difference is 1, 0 (a tie) or -1.
     return (0.5 + 0.5 * (positive[:, None] - negative[None]).sign().double()).mean().item()
+
+
+def black_frames(pictures: Tensor) -> Tensor:
+    """Which pictures stand in a black frame, as a zoomed-out one does: [pictures], 1.0 or 0.0.
+
+    That is, at least half of the outermost two pixels on all sides is black. None of the tiny world's own pictures is
+    (its night is blue), nor of what its autoencoder makes of them.
+
+    Args:
+        pictures: [pictures, 3, height, width], from 0 to 1.
+    """
+    border = torch.ones(pictures.shape[-2:], dtype=torch.bool, device=pictures.device)
+    border[2:-2, 2:-2] = False
+    black = pictures.amax(dim=1)[:, border] < 0.15
+    return (black.float().mean(dim=1) >= 0.5).float()

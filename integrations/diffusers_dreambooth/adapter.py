@@ -107,6 +107,7 @@ class DreamBoothRun:
         self._timesteps: Tensor | None = None
         self._drawn: tuple[Any, ...] = ()
         self._placement: Placement | None = None
+        self._covered: Tensor | None = None
         self._frozen: Features | None = None
         self._tuned: TunedPass | None = None
         self._frozen_prediction: Tensor | None = None
@@ -130,6 +131,7 @@ class DreamBoothRun:
             self._placement = self._run.objective.draw_augmentation(
                 _one_each(timesteps, images), self._counted(images), self._run.generator()
             )
+            self._covered = self._run.objective.covered(self._placement, images.shape[-2:])
             return self._placement.apply(images, -1.0)
 
     def timesteps(self, timesteps: Tensor, *drawn: Any) -> Any:
@@ -153,7 +155,7 @@ class DreamBoothRun:
                 for encoder in self._text_encoders:
                     handle = encoder.register_forward_pre_hook(lambda module, _: called.add(module))
                     stack.callback(handle.remove)
-                self._frozen = stack.enter_context(self._run.objective.frozen_pass())
+                self._frozen = stack.enter_context(self._run.objective.frozen_pass(self._covered))
                 yield
             if len(called) < len(self._text_encoders):
                 raise AptError(
@@ -167,7 +169,7 @@ class DreamBoothRun:
         with errors_in_one_line():
             self._frozen_prediction, frozen = frozen_prediction, self._frozen
             self._frozen = None
-            passing = self._run.objective.tuned_pass(frozen, self._counted(frozen_prediction))
+            passing = self._run.objective.tuned_pass(frozen, self._counted(frozen_prediction), self._covered)
             self._tuned = self._tuned_pass.enter_context(passing)
 
     def end_tuned_pass(self, prediction: Tensor) -> Tensor:
@@ -211,8 +213,9 @@ class DreamBoothRun:
                 self._counted(prediction),
                 ends_step=self._accelerator.sync_gradients,
                 error_scale=self._error_scale(timesteps),
+                covered=self._covered,
             )
-            return self._step.weigh(prediction)
+            return self._step.weigh(self._step.prediction)
 
     def regularized(self, loss: Tensor) -> Tensor:
         """The loss with the regularizers' gradient and its own value, which stays comparable with other runs'."""
@@ -221,7 +224,7 @@ class DreamBoothRun:
             if step is None:  # a batch that the script did not ask the U-Net about
                 return loss
             self._run.record(step, self._placement, ends_step=self._accelerator.sync_gradients)
-            self._placement = self._timesteps = None
+            self._placement = self._timesteps = self._covered = None
             self._drawn = ()
             # The objective's is for a mean over the whole batch; prior preservation adds the means of two halves.
             regularizer = step.regularizer * (2 if self._prior else 1)

@@ -223,7 +223,10 @@ class AptTrainer:
         if current is None or current.passes is not None:
             return predict(text_conds)
         current.passes = self.apt.objective.passes(
-            lambda: predict(text_conds), lambda: predict(current.frozen_conds(text_conds)), current.counted
+            lambda: predict(text_conds),
+            lambda: predict(current.frozen_conds(text_conds)),
+            current.counted,
+            current.covered,
         )
         return current.passes.tuned
 
@@ -247,7 +250,10 @@ class AptTrainer:
                 ends_step=current.ends_step,
                 error_scale=epsilon_error_scale(self.apt.target, current.alphas_cumprod, timesteps),
                 mask=current.mask(target),
+                covered=current.covered,
             )
+            if current.covered is not None:
+                result = (current.step.prediction, *result[1:])
         return result
 
     def post_process_loss(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -299,6 +305,8 @@ class AptTrainer:
         )
         if self.apt.augment_space == "image" and batch.get("images") is None:
             self._go_on_in_latent_space(device)
+        content = batch["images" if self.apt.augment_space == "image" else "latents"]
+        current.covered = self.apt.objective.covered(current.placement, content.shape[-2:])
         return moved(batch, current.placement, images=self.apt.augment_space == "image")
 
     def _close(self) -> None:
@@ -327,6 +335,7 @@ class _Batch:
     mask: Callable[[Tensor], Tensor | None] = lambda target: None
     timesteps: Any = None  # Tensor, once drawn
     placement: Placement | None = None
+    covered: Tensor | None = None
     passes: Any = None  # Passes, from the call of the U-Net on
     step: Any = None  # AptStep, from the target on
 
