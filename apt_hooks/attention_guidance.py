@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .capture import AttentionLayer, FeatureCapture, Features
+from .capture import FeatureCapture, Features
 from .contributions import Kind
 from .errors import AptError
+from .hooks.layout import AttentionPoint
 from .losses import full_precision
 from .ops.attention_alignment import AttentionAlignment
 
@@ -37,7 +38,7 @@ class AttentionRecording:
         steps: by the number of the denoising step, from 0.
     """
 
-    layers: tuple[AttentionLayer, ...]
+    layers: tuple[AttentionPoint, ...]
     steps: dict[int, Features] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -65,7 +66,7 @@ class AttentionRecording:
         return sum(x.numel() * x.element_size() for x in kept)
 
 
-def attention_distance(layers: Sequence[AttentionLayer], features: Features, reference: Features) -> Tensor:
+def attention_distance(layers: Sequence[AttentionPoint], features: Features, reference: Features) -> Tensor:
     """How far the attention maps of a batch are from a reference's: a sum over samples, so that no sample's gradient
     depends on the others.
 
@@ -87,7 +88,9 @@ def attention_distance(layers: Sequence[AttentionLayer], features: Features, ref
                 "guidance needs the recorded run's batch, picture size and token length; queries and keys of "
                 f"{layer.name} are {found}, recorded were {recorded}"
             )
-        options = {"heads": layer.heads, "scale": layer.scale, "differentiated": True}
+        masks = [of.masks[i].to(q.device) for of in (features, reference) if i in of.masks]
+        mask = torch.stack(masks).all(dim=0) if masks else None
+        options = {"heads": layer.heads, "scale": layer.scale, "mask": mask, "differentiated": True}
         terms.append(AttentionAlignment.apply(q, k, *wanted, options) / layer.heads)
     return torch.stack(terms).sum()
 

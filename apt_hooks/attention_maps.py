@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .capture import AttentionLayer, Features
+from .capture import Features
+from .hooks.layout import AttentionPoint
 from .losses import attention_map
 
 
 @torch.no_grad()
-def token_maps(layers: Sequence[AttentionLayer], features: Features, size: tuple[int, int]) -> Tensor:
+def token_maps(layers: Sequence[AttentionPoint], features: Features, size: tuple[int, int]) -> Tensor:
     """What share of each position's attention each token gets: mean over heads and layers, brought to one size.
 
     Args:
@@ -25,7 +26,9 @@ def token_maps(layers: Sequence[AttentionLayer], features: Features, size: tuple
     """
     total = torch.zeros(())
     for i, layer in enumerate(layers):
-        weights = attention_map(features.queries[i], features.keys[i], layer.heads, layer.scale).mean(dim=1)
+        weights = attention_map(
+            features.queries[i], features.keys[i], layer.heads, layer.scale, features.masks.get(i)
+        ).mean(dim=1)
         height = round((weights.shape[1] * size[0] / size[1]) ** 0.5)
         maps = weights.transpose(1, 2).unflatten(2, (height, -1))
         maps = F.interpolate(maps, size=size, mode="bilinear")
@@ -34,7 +37,7 @@ def token_maps(layers: Sequence[AttentionLayer], features: Features, size: tuple
 
 
 @torch.no_grad()
-def attention_shift(layers: Sequence[AttentionLayer], features: Features, base: Features) -> Tensor:
+def attention_shift(layers: Sequence[AttentionPoint], features: Features, base: Features) -> Tensor:
     """The share of a model's attention that lies elsewhere than the base model's, for the same latents and prompt.
 
         mean over layers, heads, positions of  1/2 sum over tokens of |A - A_base|
@@ -47,6 +50,12 @@ def attention_shift(layers: Sequence[AttentionLayer], features: Features, base: 
     """
     shares = []
     for i, layer in enumerate(layers):
-        own, wanted = (attention_map(f.queries[i], f.keys[i], layer.heads, layer.scale) for f in (features, base))
+        own, wanted = (
+            attention_map(f.queries[i], f.keys[i], layer.heads, layer.scale, f.masks.get(i)) for f in (features, base)
+        )
         shares.append((own - wanted).abs().sum(dim=-1).mean(dim=(1, 2)) / 2)
     return torch.stack(shares).mean(dim=0)
+
+
+def _map(layer: AttentionPoint, features: Features, i: int) -> Tensor:
+    return attention_map(features.queries[i], features.keys[i], layer.heads, layer.scale, features.masks.get(i))

@@ -35,21 +35,28 @@ class Placement:
         """
         return self.apply(torch.ones(len(self.chosen), 1, *size), 0.0)
 
-    def apply(self, content: Tensor, fill: float | Tensor) -> Tensor:
+    def apply(self, content: Tensor, fill: float | Tensor, dims: str = "bchw") -> Tensor:
         """Move the chosen samples and fill what they uncover; the others stay bit for bit.
 
         Args:
-            content: [batch, channels, height, width], for masks with a channel too; any floating dtype. Packed latents,
-                [batch, positions, channels], have to be unpacked.
+            content: of any floating dtype. Packed latents, [batch, positions, channels], have to be unpacked.
             fill: value of the uncovered area, or one value a channel: [channels].
+            dims: what its dimensions are, a letter each: batch first, height and width last, between them channels,
+                if there are any, and frames, which move alike: "bchw", "bhw" (a mask), "bcfhw".
 
         Returns:
             The shape, dtype and device of `content`; the input itself where no sample is chosen.
+
+        Raises:
+            AptError: `content` has other dimensions than said, or the batch is another.
         """
-        if content.ndim != 4:
+        if dims not in ("bchw", "bhw", "bcfhw"):
+            raise AptError(f'dims must be "bchw", "bhw" or "bcfhw"; found "{dims}"')
+        if content.ndim != len(dims):
+            names = {"b": "batch", "c": "channels", "f": "frames", "h": "height", "w": "width"}
             raise AptError(
-                f"what is moved must be [batch, channels, height, width]; found {tuple(content.shape)}: unpack packed "
-                "latents, give a mask a channel"
+                f"what is moved must be [{', '.join(names[d] for d in dims)}]; found {tuple(content.shape)}: unpack "
+                "packed latents, or say its dimensions"
             )
         if len(content) != len(self.chosen):
             raise AptError(f"the placement is for {len(self.chosen)} samples; found a batch of {len(content)}")
@@ -57,7 +64,9 @@ class Placement:
             return content
         result = content.clone()
         for i in torch.nonzero(self.chosen).flatten().tolist():
-            result[i] = _zoom_out_and_rotate(content[i], float(self.scales[i]), float(self.angles[i]), fill)
+            planes = content[i].reshape(content.shape[1] if "c" in dims else 1, -1, *content.shape[-2:])
+            moved = _zoom_out_and_rotate(planes, float(self.scales[i]), float(self.angles[i]), fill)
+            result[i] = moved.reshape(content[i].shape)
         return result
 
 
@@ -139,15 +148,15 @@ def covered_at(covered: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _zoom_out_and_rotate(sample: Tensor, scale: float, angle: float, fill: float | Tensor) -> Tensor:
-    """One sample, [channels, height, width].
+    """One sample, [channels, frames, height, width].
 
     Shrinking comes first and with an antialiasing filter: sampling one pixel in three, as one affine warp would, puts
     moire into the picture that the model then learns. On CPU half precision has no such filter, hence float32.
     """
     height, width = sample.shape[-2:]
-    background = torch.as_tensor(fill, dtype=torch.float32, device=sample.device).reshape(-1, 1, 1)
+    background = torch.as_tensor(fill, dtype=torch.float32, device=sample.device).reshape(-1, 1, 1, 1)
     # Relative to the background, so that "nothing there" is zero for the padding, the filter and the warp.
-    content = sample.float() - background
+    content = (sample.float() - background).flatten(0, 1)
     down, across = _margin(height, scale), _margin(width, scale)
     if down or across:
         size = (height - 2 * down, width - 2 * across)
@@ -161,7 +170,7 @@ def _zoom_out_and_rotate(sample: Tensor, scale: float, angle: float, fill: float
         )
         grid = F.affine_grid(matrix[None], [1, *content.shape], align_corners=False)
         content = F.grid_sample(content[None], grid, padding_mode="zeros", align_corners=False)[0]
-    return (content + background).to(sample.dtype)
+    return (content.reshape(sample.shape) + background).to(sample.dtype)
 
 
 def _margin(side: int, scale: float) -> int:

@@ -1,9 +1,10 @@
-"""Reading queries, keys and hidden states out of a running U-Net, and adding to their gradients there."""
+"""Reading queries, keys and hidden states out of a running denoiser, and adding to their gradients there."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -12,20 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .blocks import select_up_blocks
-from .contributions import AddGradient, Awaited, Contribution, Gate, Kind, Node, ObservedPass, Place
+from .contributions import AddGradient, Awaited, Contribution, Gate, Kind, Node, ObservedPass, Place, Through
 from .errors import AptError
-
-Source = Literal["self_attention", "cross_attention", "block"]
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionLayer:
-    """A cross-attention layer: its name in the U-Net, its number of heads, and the factor of its scores."""
-
-    name: str
-    heads: int
-    scale: float
+from .hooks.layout import AttentionPoint, HiddenPoint, Layout, Source, Tap, Told, layout_of
 
 
 @dataclasses.dataclass
@@ -35,40 +25,44 @@ class Features:
     Attributes:
         queries, keys: of each cross-attention layer, [batch, queries, heads * channels] and
             [batch, tokens, heads * channels].
-        hidden: of each representation place, [batch, positions, channels] or [batch, channels, height, width].
+        hidden: of each hidden state, [batch, positions, channels] or [batch, channels, height, width].
+        masks: of those layers that have one, [batch, tokens], bool: which tokens take part.
     """
 
     queries: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     keys: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     hidden: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    masks: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
 
-Observer = Callable[[Kind, int, Tensor], Contribution | None]
-"""Told a place and its output without graph, as it is computed; None adds nothing to its gradient."""
+Observer = Callable[[Kind, int, Tensor, Tensor | None], Contribution | None]
+"""Told a place, what is read there, without graph, as it is computed, and of keys their mask, if any; None adds nothing
+to its gradient."""
 
 
 class FeatureCapture:
-    """Hooks on the up-blocks of a U-Net.
+    """Hooks on the points of a denoiser.
 
     A pass is read inside `with capture.record() as features:`, and observed inside `with capture.regularize(...)`,
     where what a regularizer adds to the gradient is known as soon as a layer has run, so that neither maps nor keys and
     queries of both models are kept for it. Otherwise the hooks return at once: sampling and validation go unread. The
-    attention backend stays the user's: queries and keys are the outputs of `to_q` and `to_k`.
+    attention backend stays the user's: queries and keys are outputs of modules.
 
     Gradient checkpointing: a layer that is observed gets a node that adds the gradient, in the first pass where that
     has a graph, and in a recomputation. A gradient that no recomputation has come for is an error at the next pass or
     `verify`. Selective checkpointing (`context_fn`) is not supported: what an observer computes would count as the
     layer's.
 
-    A context manager; `close()` may be called any number of times and leaves the U-Net as it was.
+    A context manager; `close()` may be called any number of times and leaves the model as it was.
 
     Args:
-        unet: a diffusers U-Net, or one of sd-scripts'.
-        blocks: up-blocks by place, 0 the lowest resolution; "auto" as in `select_up_blocks`.
+        model: the denoiser, of a known architecture (`hooks/architectures`) unless a layout is given.
+        blocks: their numbers, for U-Nets up-blocks, 0 the lowest resolution; "auto": the architecture's choice.
         representation_source: "self_attention" takes the output of each self-attention layer (the paper's overview
-            figure), "block" each up-block's hidden state before its upsampler (its supplement: 32x32 and 64x64),
+            figure), "block" each block's hidden state, before its upsampler (its supplement: 32x32 and 64x64),
             "cross_attention" the output of each cross-attention.
         attention, representation: which of the two to read at all.
+        layout: the points, in place of those of the architecture.
 
     Raises:
         AptError: nothing to read was found.
@@ -76,34 +70,30 @@ class FeatureCapture:
 
     def __init__(
         self,
-        unet: nn.Module,
+        model: nn.Module,
         blocks: Literal["auto"] | Sequence[int] = "auto",
         representation_source: Source = "self_attention",
         *,
         attention: bool = True,
         representation: bool = True,
+        layout: Layout | None = None,
     ) -> None:
-        up_blocks = select_up_blocks(unet, blocks)
-        self.blocks: tuple[int, ...] = tuple(block.index for block in up_blocks)
-        self.layers: tuple[AttentionLayer, ...] = ()
-        self.representation_places: tuple[str, ...] = ()
+        self.layout = layout_of(model, blocks, representation_source) if layout is None else layout
+        self.layers: tuple[AttentionPoint, ...] = tuple(self.layout.attention) if attention else ()
+        self.hidden: tuple[HiddenPoint, ...] = tuple(self.layout.hidden) if representation else ()
         self._observe: Callable[[Place, Tensor], Node | None] | None = None
         self._awaited = Awaited()
         self._traceable = True
         self._handles: list[RemovableHandle] = []
-        cross = [layer for block in up_blocks for layer in block.cross_attention] if attention else []
-        self.layers = tuple(AttentionLayer(name, int(m.heads), float(m.scale)) for name, m in cross)  # type: ignore[arg-type]
-        for i, (_, module) in enumerate(cross):
-            self._hook(module.to_q, ("queries", i))
-            self._hook(module.to_k, ("keys", i))
-        if representation:
-            if representation_source == "block":
-                places = [(block.end, block.upsamples) for block in up_blocks]
-            else:
-                places = [(layer, False) for block in up_blocks for layer in getattr(block, representation_source)]
-            self.representation_places = tuple(name for (name, _), _ in places)
-            for i, ((_, module), of_input) in enumerate(places):
-                self._hook(module, ("hidden", i), of_input=of_input)
+        self._told: dict[Told, Any] = {}
+        """What the pass that is being read has told so far."""
+        for told in {told: None for point in (*self.layers, *self.hidden) for told in point.told}:
+            self._listen(told)
+        for i, point in enumerate(self.layers):
+            self._hook(point.queries, ("queries", i))
+            self._hook(point.keys, ("keys", i))
+        for i, hidden in enumerate(self.hidden):
+            self._hook(hidden.tap, ("hidden", i))
 
     @contextlib.contextmanager
     def record(self, reduce: Callable[[Kind, Tensor], Tensor] | None = None) -> Iterator[Features]:
@@ -125,7 +115,11 @@ class FeatureCapture:
                     "would reach it: use AptObjective or regularize(), or read under torch.no_grad()"
                 )
             kind, i = place
-            getattr(features, kind)[i] = output if reduce is None else reduce(kind, output)
+            told = self._told_to(place)
+            read = self._read(place, told, output)
+            getattr(features, kind)[i] = read if reduce is None else reduce(kind, read)
+            if (mask := self._mask(place, told)) is not None:
+                features.masks[i] = mask
 
         with self._observed(observe):
             yield features
@@ -141,12 +135,16 @@ class FeatureCapture:
 
         def observe(place: Place, output: Tensor) -> Node | None:
             if place in shown:
-                raise AptError(f"{self._name(place)} ran twice in one pass; call the U-Net once, with the whole batch")
+                raise AptError(f"{self._name(place)} ran twice in one pass; call the model once, with the whole batch")
             shown.add(place)
-            contribution = observer(*place, output.detach())
+            told = self._told_to(place)
+            read = self._read(place, told, output.detach())
+            contribution = observer(*place, read, self._mask(place, told))
             severed = not torch.is_grad_enabled()
             if contribution is None or not (severed or output.requires_grad):
                 return None
+            if self._tap(place).read is not None:
+                contribution = Through(contribution, functools.partial(self._read, place, told), read.shape)
             node = Node(self._awaited, place, contribution, observed.factors, severed)
             observed.nodes.append(node)
             return node
@@ -213,24 +211,58 @@ class FeatureCapture:
             yield
         finally:
             self._observe = None
+            self._told.clear()
         self._check_complete(seen)
 
-    def _hook(self, module: Any, place: Place, *, of_input: bool = False) -> None:
+    def _listen(self, told: Told) -> None:
+        def listen(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._observe is not None:
+                self._told[told] = told.of_call(args, kwargs)
+
+        self._handles.append(told.module.register_forward_pre_hook(listen, with_kwargs=True))
+
+    def _hook(self, tap: Tap, place: Place) -> None:
         def attend_input(_module: nn.Module, args: tuple[Any, ...]) -> Any:
             node = self._attend(place, args[0]) if args else None
             return None if node is None else (AddGradient.apply(args[0], node), *args[1:])
 
         def attend(_module: nn.Module, _args: Any, output: Any) -> Any:
-            node = self._attend(place, output[0] if isinstance(output, tuple) else output)
+            outputs, here = (output, tap.select) if isinstance(output, tuple) else ((output,), 0)
+            node = self._attend(place, outputs[here])
             if node is None:
                 return None
-            if isinstance(output, tuple):
-                return (AddGradient.apply(output[0], node), *output[1:])
-            return AddGradient.apply(output, node)
+            added = AddGradient.apply(outputs[here], node)
+            return (*outputs[:here], added, *outputs[here + 1 :]) if isinstance(output, tuple) else added
 
-        # An upsampler's input, and not the output of the layer before it, which sd-scripts wraps in an object.
-        handle = module.register_forward_pre_hook(attend_input) if of_input else module.register_forward_hook(attend)
+        module = tap.module
+        handle = (
+            module.register_forward_pre_hook(attend_input) if tap.of_input else module.register_forward_hook(attend)
+        )
         self._handles.append(handle)
+
+    def _tap(self, place: Place) -> Tap:
+        kind, i = place
+        return self.hidden[i].tap if kind == "hidden" else getattr(self.layers[i], kind)
+
+    def _told_to(self, place: Place) -> tuple[Any, ...]:
+        kind, i = place
+        point: AttentionPoint | HiddenPoint = self.hidden[i] if kind == "hidden" else self.layers[i]
+        for told in point.told:
+            if told not in self._told:
+                raise AptError(
+                    f"{self._name(place)} ran without a call of the {type(told.module).__name__} around it, which "
+                    "tells how to read it: call the whole model within the pass"
+                )
+        return tuple(self._told[told] for told in point.told)
+
+    def _read(self, place: Place, told: tuple[Any, ...], tensor: Tensor) -> Tensor:
+        read = self._tap(place).read
+        return tensor if read is None else read(tensor, told)
+
+    def _mask(self, place: Place, told: tuple[Any, ...]) -> Tensor | None:
+        kind, i = place
+        mask = self.layers[i].mask if kind == "keys" else None
+        return None if mask is None else mask(told)
 
     def _attend(self, place: Place, tensor: Tensor) -> Node | None:
         """The node to put behind a place, if any."""
@@ -254,7 +286,7 @@ class FeatureCapture:
 
     def _check_complete(self, seen: set[Place]) -> None:
         wanted: list[Place] = [(kind, i) for i in range(len(self.layers)) for kind in ("queries", "keys")]
-        wanted += [("hidden", i) for i in range(len(self.representation_places))]
+        wanted += [("hidden", i) for i in range(len(self.hidden))]
         missing = [self._name(place) for place in wanted if place not in seen]
         if missing:
             raise AptError(
@@ -265,6 +297,4 @@ class FeatureCapture:
 
     def _name(self, place: Place) -> str:
         kind, i = place
-        if kind == "hidden":
-            return self.representation_places[i]
-        return self.layers[i].name + (".to_q" if kind == "queries" else ".to_k")
+        return self.hidden[i].name if kind == "hidden" else self._tap(place).name

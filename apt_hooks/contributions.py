@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -129,3 +129,40 @@ class AddGradient(torch.autograd.Function):
         added = node.contribution(upstream, output, node.factors)
         node.contribution.gradient = None
         return added, None
+
+
+@dataclasses.dataclass
+class Through:
+    """A contribution to what is read of a tensor, as one to the tensor itself.
+
+    Attributes:
+        contribution: to what `read` makes of it, of `shape`.
+        read: linear, so that its gradient needs no value.
+    """
+
+    contribution: Contribution
+    read: Callable[[Tensor], Tensor]
+    shape: torch.Size
+
+    @property
+    def gradient(self) -> Tensor | None:
+        return self.contribution.gradient
+
+    @gradient.setter
+    def gradient(self, gradient: Tensor | None) -> None:
+        self.contribution.gradient = gradient
+
+    @property
+    def needs_output(self) -> bool:
+        return self.contribution.needs_output
+
+    def __call__(self, upstream: Tensor, output: Tensor | None, factors: Factors) -> Tensor:
+        with torch.enable_grad():
+            x = upstream.new_zeros(()).expand(upstream.shape) if output is None else output
+            x = x.detach().requires_grad_()
+            read = self.read(x)
+        # In full precision, so that a small gradient is not rounded before it is added.
+        nothing = torch.zeros(self.shape, dtype=torch.promote_types(read.dtype, torch.float32), device=read.device)
+        added = self.contribution(nothing, read.detach(), factors)
+        (of_x,) = torch.autograd.grad(read, x, added.to(read.dtype))
+        return upstream + of_x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,14 @@ def gamma_of_gap(gap: Tensor, scale: float) -> Tensor:
     return (-torch.expm1(-scale * gap)).nan_to_num(nan=0.0).clamp(0.0, 1.0)
 
 
+def sigma_bins(num_bins: int) -> Callable[[Tensor], Tensor]:
+    """`bin_of` for sigmas of flow matching, from 0 to 1: bins of equal width, 1 in the last.
+
+    Ours: the paper has the whole timesteps of DDPM.
+    """
+    return lambda sigmas: torch.where(sigmas == 1, num_bins - 1, (sigmas * num_bins).floor())
+
+
 class OverfittingIndicator:
     """Gamma per timestep bin, from moving averages of both models' losses (APT, "Adaptive Training Adjustment").
 
@@ -39,13 +47,21 @@ class OverfittingIndicator:
         num_train_timesteps: T of the noise schedule.
         ema_alpha: smoothing factor; `ema <- (1 - alpha) * ema + alpha * value`, and a bin's first value initialises it.
         scale: S of the equation; T for SDXL, T / 10 for SD 2.1.
+        bin_of: makes [batch] numbers of bins, from 0, of what the timesteps are ([batch], any dtype); `sigma_bins` for
+            those of flow matching. None: bins of equal width over whole numbers.
 
     Raises:
         AptError: an argument out of range.
     """
 
     def __init__(
-        self, num_bins: int = 10, num_train_timesteps: int = 1000, ema_alpha: float = 0.1, scale: float = 1000.0
+        self,
+        num_bins: int = 10,
+        num_train_timesteps: int = 1000,
+        ema_alpha: float = 0.1,
+        scale: float = 1000.0,
+        *,
+        bin_of: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not 1 <= num_bins <= num_train_timesteps:
             raise AptError(f"num_bins must be from 1 to num_train_timesteps ({num_train_timesteps}); found {num_bins}")
@@ -57,6 +73,7 @@ class OverfittingIndicator:
         self.num_train_timesteps = num_train_timesteps
         self.ema_alpha = ema_alpha
         self.scale = scale
+        self._bin_of = bin_of
         # One row per model (tuned, frozen), one column per bin; NaN marks a bin never seen.
         self._ema = torch.full((2, num_bins), float("nan"), dtype=torch.float64)
         self._deferred = Deferred()
@@ -75,7 +92,7 @@ class OverfittingIndicator:
         A sample with a loss that is not finite is left out: it would never leave the average again.
 
         Args:
-            timesteps: [batch], whole numbers in `0 .. num_train_timesteps - 1`.
+            timesteps: [batch], whole numbers in `0 .. num_train_timesteps - 1`, or what `bin_of` takes.
             loss_tuned: [batch], mean squared error of the tuned model per sample, before any weighting.
             loss_frozen: [batch], the same of the frozen model with the same noisy input.
 
@@ -131,7 +148,7 @@ class OverfittingIndicator:
         return gamma_of_gap(self.gaps, self.scale)
 
     def gamma(self, timesteps: Tensor) -> Tensor:
-        """Gamma of each sample's bin: [batch], float32, on the device of `timesteps` ([batch], whole numbers).
+        """Gamma of each sample's bin: [batch], float32, on the device of `timesteps` ([batch]).
 
         Raises:
             AptError: timesteps that are no whole numbers in range.
@@ -184,23 +201,36 @@ class OverfittingIndicator:
         self._pending = None
 
     def _bins(self, timesteps: Tensor) -> Tensor:
-        if timesteps.ndim != 1 or timesteps.is_floating_point() or timesteps.is_complex():
+        whole = not (timesteps.is_floating_point() or timesteps.is_complex())
+        if timesteps.ndim != 1 or not (whole or self._bin_of):
             raise AptError(
                 f"timesteps must be whole numbers of shape [batch]; found {timesteps.dtype} {tuple(timesteps.shape)}"
             )
         self._deferred.look()
+        if self._bin_of is None:
+            self._expect_range(timesteps, timesteps, self.num_train_timesteps)
+            return timesteps.long() * self.num_bins // self.num_train_timesteps
+        bins = self._bin_of(timesteps)
+        self._expect_range(bins, timesteps, self.num_bins)
+        return bins.long()
+
+    def _expect_range(self, numbers: Tensor, timesteps: Tensor, end: int) -> None:
+        """`numbers`, those of `timesteps`, are to lie in 0 .. end - 1."""
+
+        def check(found: list[float]) -> None:
+            least, greatest, low, high = found
+            if least < 0 or greatest >= end:
+                last = self.num_train_timesteps - 1
+                rule = f"lie in 0 .. {last}" if self._bin_of is None else f"be in one of the {end} bins"
+                raise AptError(
+                    f"timesteps must {rule}; found {low:g} to {high:g}: is num_train_timesteps that of the noise "
+                    "schedule?"
+                )
+
         if timesteps.numel():
             # What is out of range counts nowhere: an accelerator's numbers are known only later.
-            self._deferred.expect(torch.stack(timesteps.aminmax()).to(torch.float32), self._check_range)
-        return timesteps.long() * self.num_bins // self.num_train_timesteps
-
-    def _check_range(self, found: list[float]) -> None:
-        low, high = found
-        if low < 0 or high >= self.num_train_timesteps:
-            raise AptError(
-                f"timesteps must lie in 0 .. {self.num_train_timesteps - 1}; found {int(low)} to {int(high)}: is "
-                "num_train_timesteps that of the noise schedule?"
-            )
+            both = (*numbers.aminmax(), *timesteps.aminmax())
+            self._deferred.expect(torch.stack([x.to(torch.float32) for x in both]), check)
 
     def _move_to(self, device: torch.device) -> None:
         if self._ema.device != device:

@@ -58,6 +58,7 @@ class AptObjective:
         adapters_off: makes a context in which the adapters take no part (`frozen_base`).
         num_train_timesteps: T of the noise schedule.
         also_frozen: further modules whose adapters `adapters_off` switches, e.g. trained text encoders.
+        bin_of: as in `OverfittingIndicator`, for timesteps that are no whole numbers, such as sigmas.
         trained: (name, parameter) of all that the optimizers train, as `named_parameters` gives them; may be set later,
             up to the first frozen pass. None takes every parameter that requires a gradient for trained.
 
@@ -78,6 +79,7 @@ class AptObjective:
         num_train_timesteps: int = 1000,
         also_frozen: Iterable[nn.Module] = (),
         trained: Iterable[tuple[str, nn.Parameter]] | None = None,
+        bin_of: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.config = config
         self.adapters_off = adapters_off
@@ -86,7 +88,7 @@ class AptObjective:
         self._watches = Watches()
         self._deferred = Deferred()
         self.indicator = OverfittingIndicator(
-            config.num_bins, num_train_timesteps, config.ema_alpha, config.indicator_scale
+            config.num_bins, num_train_timesteps, config.ema_alpha, config.indicator_scale, bin_of=bin_of
         )
         self.augmentation = ZoomOutRotate(config.zoom_out, config.rotation_degrees)
         self._augmented: tuple[Placement, torch.Size] | None = None  # by `augment`, for `step`
@@ -173,7 +175,7 @@ class AptObjective:
         Args:
             predict: runs the denoiser on the noisy batch and returns [batch, ...].
             target: [batch, ...], what the denoiser should predict.
-            timesteps: [batch], whole numbers.
+            timesteps: [batch], whole numbers, or what `bin_of` takes.
             predict_frozen: the same with other conditioning (class word for identifier); None takes `predict`.
             counted: [batch], bool; False for regularization images, which are trained on as ever. None counts all.
             ends_step: under gradient accumulation, whether the optimizer steps after this batch; up to there gamma
@@ -258,7 +260,7 @@ class AptObjective:
         regularizers = Regularizers(
             features,
             self.capture.layers,
-            len(self.capture.representation_places),
+            len(self.capture.hidden),
             regularizer=self.config.regularizer,
             rows=_rows(counted),
             covered=covered,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .augmentation import covered_at
-from .capture import AttentionLayer, Features
+from .capture import AttentionPoint, Features
 from .contributions import Contribution, Factors, Kind
 from .errors import AptError
 from .losses import full_precision
@@ -54,7 +54,7 @@ class Regularizers:
     def __init__(
         self,
         frozen: Features,
-        layers: Sequence[AttentionLayer],
+        layers: Sequence[AttentionPoint],
         places: int,
         *,
         regularizer: Literal["separate", "joint"] = "separate",
@@ -75,7 +75,7 @@ class Regularizers:
         self._terms: dict[str, list[Tensor]] = {}
         self._statistics: dict[torch.Size, _Statistics] = {}
 
-    def observe(self, kind: Kind, i: int, output: Tensor) -> Contribution | None:
+    def observe(self, kind: Kind, i: int, output: Tensor, mask: Tensor | None = None) -> Contribution | None:
         """Take in one place; as `FeatureCapture.regularize` calls it."""
         if self._rows is not None:
             self._rows = self._rows.to(output.device, non_blocking=True)
@@ -84,7 +84,7 @@ class Regularizers:
             compare = self._joint if self._regularizer == "joint" else self._representation
             contribution = compare(i, output)
         else:
-            contribution = self._attention(kind, i, output)
+            contribution = self._attention(kind, i, output, mask)
         return contribution if self._differentiable else None
 
     def values(self) -> dict[str, Tensor]:
@@ -97,8 +97,13 @@ class Regularizers:
     def _add(self, name: str, loss: Tensor) -> None:
         self._terms.setdefault(name, []).append(loss)
 
-    def _attention(self, kind: Kind, i: int, output: Tensor) -> _Scaled:
-        """Queries and keys come apart; the second of the two settles both."""
+    def _attention(self, kind: Kind, i: int, output: Tensor, mask: Tensor | None) -> _Scaled:
+        """Queries and keys come apart; the second of the two settles both.
+
+        A token takes part that does in both models' captions.
+        """
+        if mask is not None:
+            self._frozen.masks[i] = mask & self._frozen.masks.get(i, mask)
         contribution = _Scaled("l_attn", self._rows)
         both = self._waiting.setdefault(i, {})
         both[kind] = output, contribution
@@ -114,7 +119,7 @@ class Regularizers:
                 f"attention alignment needs captions of one token length; the tuned model saw {k.shape[1]} "
                 f"tokens, the frozen one {k_frozen.shape[1]}: choose a class_word as long as the identifier"
             )
-        layer = self._layers[i]
+        layer, mask = self._layers[i], self._frozen.masks.pop(i, None)
         total, of_q.gradient, of_k.gradient = sum_and_gradients(
             q,
             k,
@@ -122,6 +127,7 @@ class Regularizers:
             k_frozen,
             heads=layer.heads,
             scale=layer.scale,
+            mask=None if mask is None else _chosen(mask, self._rows),
             gradients=self._differentiable,
             impl=self._impl,
         )

@@ -77,10 +77,12 @@ class AptRun:
         ignored = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.ignored.items())
         regularizers = "no regularizers"
         if capture is not None:
-            blocks, places = ", ".join(map(str, capture.blocks)), len(capture.representation_places)
-            regularizers = f"up-blocks {blocks}: {len(capture.layers)} cross-attention layers, {places} hidden states"
+            blocks = f"{capture.layout.noun} {', '.join(map(str, capture.layout.blocks))}"
+            regularizers = (
+                f"{blocks}: {len(capture.layers)} cross-attention layers, {len(capture.hidden)} hidden states"
+            )
             if config.regularizer == "joint":
-                regularizers = f"up-blocks {blocks}: {places} outputs of cross-attention"
+                regularizers = f"{blocks}: {len(capture.hidden)} outputs of cross-attention"
         parts = [
             f"apt-hooks {version()} {'monitors only' if config.monitor_only else 'is on'}",
             f"preset {config.preset_name}" if config.preset_name else "no preset",

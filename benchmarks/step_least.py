@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from step_models import DTYPES, Setting, make_unet
 
-from apt_hooks.blocks import select_up_blocks
+from apt_hooks.hooks.architectures import unet_up_blocks
+from apt_hooks.hooks.architectures.unet import select
 
 
 class Least(NamedTuple):
@@ -66,7 +67,7 @@ def least(setting: Setting) -> dict[str, Least]:
 def _compared_layers(model: str) -> dict[str, list[tuple[int, int]]]:
     """For either regularizer by how much each layer's feature map is smaller than the latents, and its width."""
     unet = make_unet(Setting(model, 64, 1, "float32", "off", 77), "meta")
-    blocks, last = select_up_blocks(unet, "auto"), len(unet.config.block_out_channels) - 1
+    blocks, last = select(unet, unet_up_blocks.find(unet), "auto"), len(unet.config.block_out_channels) - 1
     return {
         "alignment": [(2 ** (last - b.index), int(m.inner_dim)) for b in blocks for _, m in b.cross_attention],  # type: ignore[arg-type]
         "statistics": [(2 ** (last - b.index), int(m.inner_dim)) for b in blocks for _, m in b.self_attention],  # type: ignore[arg-type]

@@ -13,10 +13,10 @@ from step_models import Training
 from torch import Tensor
 
 from apt_hooks import AptConfig, AptObjective
-from apt_hooks.blocks import select_up_blocks
 from apt_hooks.config import parse_toml
 from apt_hooks.errors import AptError
 from apt_hooks.frozen import frozen_base
+from apt_hooks.hooks.layout import layout_of
 from apt_hooks.indicator import OverfittingIndicator
 
 FLOOR = "floor"
@@ -199,9 +199,9 @@ class Obvious:
         self.indicator = OverfittingIndicator()
         self.kept: dict[str, list[Tensor]] | None = None
         self.processors: dict[str, Any] = {}
-        for block in select_up_blocks(training.unet, "auto"):
-            self.processors.update({f"{name}.processor": self._cross_attention for name, _ in block.cross_attention})
-            self.processors.update({f"{name}.processor": self._self_attention for name, _ in block.self_attention})
+        layout = layout_of(training.unet)
+        self.processors.update({f"{point.name}.processor": self._cross_attention for point in layout.attention})
+        self.processors.update({f"{point.name}.processor": self._self_attention for point in layout.hidden})
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:

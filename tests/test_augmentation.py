@@ -195,3 +195,20 @@ def test_positions_that_are_those_of_no_such_picture_are_refused():
     found = placement(scale=2.0).covered((128, 96))
     with pytest.raises(AptError, match='augment_border = "ignore" looks for 100 positions in pictures of 128x96'):
         covered_at(found, (1, 100, 7))
+
+
+def test_dimensions_are_as_declared_masks_without_channels_and_frames_that_move_alike():
+    where = placement(2.0, 7.0, (True, False))
+    pictures = torch.rand(2, 3, 16, 12)
+    moved = where.apply(pictures, 0.25)
+    assert torch.equal(where.apply(pictures[:, 0], 0.25, "bhw"), moved[:, 0])
+    video = torch.stack([pictures, pictures.flip(1)], dim=2)
+    fills = torch.tensor([0.1, 0.2, 0.3])
+    found = where.apply(video, fills, "bcfhw")
+    assert torch.equal(found[:, :, 0], where.apply(pictures, fills))
+    assert torch.equal(found[:, :, 1], where.apply(pictures.flip(1), fills))
+
+
+def test_dimensions_that_are_none_are_refused():
+    with pytest.raises(AptError, match='dims must be "bchw", "bhw" or "bcfhw"; found "bhwc"'):
+        placement().apply(torch.zeros(1, 8, 8, 3), 0.0, "bhwc")

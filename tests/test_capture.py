@@ -43,7 +43,7 @@ def compared(unet, predict, adapters_off, capture):
     """(prediction, terms) of a tuned pass that was compared with a frozen one."""
     with frozen_base([unet], adapters_off), capture.record(frozen_reduction("separate", "eager")) as frozen:
         predict()
-    regularizers = Regularizers(frozen, capture.layers, len(capture.representation_places))
+    regularizers = Regularizers(frozen, capture.layers, len(capture.hidden))
     with capture.regularize(regularizers.observe) as regularized:
         prediction = predict()
     return capture.connect(prediction, regularized, regularizers.values())
@@ -52,7 +52,7 @@ def compared(unet, predict, adapters_off, capture):
 def library_loss(capture, prediction, target, terms, weight=WEIGHT):
     """The terms summed over the places, which the library takes the mean of."""
     regularizer = len(capture.layers) * terms["l_attn"]
-    regularizer = regularizer + len(capture.representation_places) * (terms["l_mu"] + terms["l_sigma"])
+    regularizer = regularizer + len(capture.hidden) * (terms["l_mu"] + terms["l_sigma"])
     return weight * F.mse_loss(prediction.float(), target) + regularizer
 
 
@@ -127,7 +127,7 @@ def test_places_of_both_layouts(layout, stems):
     capture = FeatureCapture(make_unet(layout))
     assert [layer.name for layer in capture.layers] == [f"{stem}.attn2" for stem in stems]
     assert {(layer.heads, layer.scale) for layer in capture.layers} == {(HEADS, (WIDTH // HEADS) ** -0.5)}
-    assert capture.representation_places == tuple(f"{stem}.attn1" for stem in stems)
+    assert [point.name for point in capture.hidden] == [f"{stem}.attn1" for stem in stems]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_what_is_read_is_what_the_layers_compute(layout):
         assert torch.allclose(features.queries[i], inputs[0] @ module.to_q.weight.T, atol=1e-5)
         assert torch.allclose(features.keys[i], context @ module.to_k.weight.T, atol=1e-5)
         assert features.keys[i].shape == (2, TOKENS, WIDTH)
-    for i, name in enumerate(capture.representation_places):
+    for i, name in enumerate(point.name for point in capture.hidden):
         outputs = []
         with unet.get_submodule(name).register_forward_hook(lambda m, a, out, outputs=outputs: outputs.append(out)):
             unet(x, timesteps, context)
@@ -250,13 +250,13 @@ def test_passes_outside_and_recomputations_are_not_observed(layout, checkpointin
     capture = FeatureCapture(unet)
     calls, observed = [], []
     unet.get_submodule(capture.layers[0].name).to_q.register_forward_hook(lambda *_: calls.append(1))
-    with capture.regularize(lambda kind, i, output: observed.append((kind, i))):
+    with capture.regularize(lambda kind, i, output, mask: observed.append((kind, i))):
         prediction = unet(x, timesteps, context)
     before = list(observed)
     F.mse_loss(prediction, target).backward()
     assert len(calls) == 2  # the pass and its recomputation
     unet(x, timesteps, context)
-    assert len(set(observed)) == len(observed) == 2 * len(capture.layers) + len(capture.representation_places)
+    assert len(set(observed)) == len(observed) == 2 * len(capture.layers) + len(capture.hidden)
     assert observed == before
 
 
@@ -439,7 +439,7 @@ def test_terms_may_be_differentiated_one_by_one_and_again(layout, checkpointing)
     with FeatureCapture(unet) as capture:
         prediction, terms = compared(unet, lambda: unet(x, timesteps, context), network.off, capture)
         parts = [WEIGHT * F.mse_loss(prediction, target), len(capture.layers) * terms["l_attn"]]
-        parts += [len(capture.representation_places) * terms[name] for name in ("l_mu", "l_sigma")]
+        parts += [len(capture.hidden) * terms[name] for name in ("l_mu", "l_sigma")]
         for _ in range(2):
             found = [torch.autograd.grad(part, parameters, retain_graph=True) for part in parts]
             total = torch.cat([sum(gradients).flatten() for gradients in zip(*found, strict=True)])
@@ -463,7 +463,7 @@ def test_the_gradients_that_waited_are_freed_by_the_backward_pass_though_the_los
         x, timesteps, context, target = make_batch(unet)
         with frozen_base([unet], network.off), capture.record(frozen_reduction("separate", "eager")) as frozen:
             unet(x, timesteps, context)
-        regularizers = Watched(frozen, capture.layers, len(capture.representation_places))
+        regularizers = Watched(frozen, capture.layers, len(capture.hidden))
         with capture.regularize(regularizers.observe) as observed:
             prediction = unet(x, timesteps, context)
         waiting = [weakref.ref(c.gradient) for c in kept if c.gradient is not None]
@@ -502,7 +502,7 @@ def test_a_u_net_that_runs_twice_in_one_pass_is_refused():
     unet, _ = make_tuned("up_blocks")
     batch = make_batch(unet)[:3]
     with (
-        pytest.raises(AptError, match="ran twice in one pass; call the U-Net once"),
+        pytest.raises(AptError, match="ran twice in one pass; call the model once"),
         FeatureCapture(unet).regularize(lambda *_: AddOne()),
     ):
         unet(*batch)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from apt_hooks import AptError, attention_guidance
 from apt_hooks.attention_guidance import AttentionRecording, attention_distance, guide
 from apt_hooks.attention_maps import attention_shift, token_maps
-from apt_hooks.capture import AttentionLayer, FeatureCapture, Features
+from apt_hooks.capture import FeatureCapture, Features
+from apt_hooks.hooks.layout import AttentionPoint, Tap
 from apt_hooks.integrations.diffusers_sampling import dreamblend
 from apt_hooks.integrations.diffusers_sampling.collapse import attention_collapse
 from apt_hooks.integrations.diffusers_sampling.dreamblend import DreamBlend
@@ -550,7 +551,7 @@ def test_maps_of_tokens_are_shares_of_the_attention_also_of_wide_pictures(pipeli
 
 
 def test_the_shift_is_0_for_the_base_and_1_where_nothing_is_shared():
-    layer = AttentionLayer("attn2", 1, 1.0)
+    layer = AttentionPoint("attn2", Tap("to_q", torch.nn.Identity()), Tap("to_k", torch.nn.Identity()), 1, 1.0)
     q = torch.eye(2)[None] * 50
     one = Features({0: q}, {0: torch.eye(2)[None]})
     other = Features({0: q}, {0: torch.eye(2).flip(0)[None]})

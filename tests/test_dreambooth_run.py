@@ -37,8 +37,8 @@ from diffusers import DDPMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from apt_hooks import blocks
 from apt_hooks.augmentation import Placement
+from apt_hooks.hooks.architectures import unet as blocks
 from apt_hooks.indicator import OverfittingIndicator
 from apt_hooks.integrations.diffusers_dreambooth import adapter
 from apt_hooks.integrations.diffusers_dreambooth.adapter import DreamBoothRun

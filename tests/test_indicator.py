@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from apt_hooks import AptError, OverfittingIndicator
+from apt_hooks.indicator import sigma_bins
 
 
 def updated(timesteps, tuned, frozen, **kwargs):
@@ -247,3 +248,21 @@ def test_two_ranks_hold_the_mean_over_the_samples_of_both_even_where_one_has_non
     step = states[0]["accumulated"]
     assert (step["loss_tuned"][0], step["loss_frozen"][0]) == (2.4, 5.0)
     assert (step["loss_tuned"][9], step["loss_frozen"][9]) == (1.0, 2.0)
+
+
+def test_sigmas_of_flow_matching_have_bins_of_equal_width_with_1_in_the_last():
+    indicator = OverfittingIndicator(10, bin_of=sigma_bins(10), ema_alpha=1.0)
+    sigmas = torch.tensor([0.0, 0.0999, 0.1, 0.55, 0.9999, 1.0])
+    indicator.update(sigmas, torch.zeros(6), torch.tensor([1.0, 1.0, 2.0, 3.0, 4.0, 6.0]))
+    wanted = [1.0, 2.0, None, None, None, 3.0, None, None, None, 5.0]
+    assert indicator.state_dict()["loss_frozen"] == pytest.approx(wanted)
+    assert indicator.gamma(sigmas).tolist() == pytest.approx(indicator.gammas[[0, 0, 1, 5, 9, 9]].tolist())
+
+
+@pytest.mark.parametrize("sigma", [-0.01, 1.01])
+def test_sigmas_out_of_range_are_refused(sigma):
+    indicator = OverfittingIndicator(10, bin_of=sigma_bins(10))
+    with pytest.raises(
+        AptError, match=rf"timesteps must be in one of the 10 bins; found 0.5 to 1.01|found {sigma} to 0.5"
+    ):
+        indicator.update(torch.tensor([0.5, sigma]), torch.zeros(2), torch.zeros(2))

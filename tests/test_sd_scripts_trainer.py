@@ -21,7 +21,8 @@ from models import TEXT_WIDTH
 from sd_scripts_standin import SUBSETS, write_checkout, write_dataset
 from torch import Tensor
 
-from apt_hooks import AptConfig, AptObjective, blocks
+from apt_hooks import AptConfig, AptObjective
+from apt_hooks.hooks.architectures import unet as blocks
 from apt_hooks.integrations.sd_scripts import adapter, trainer
 from apt_hooks.read_steplog import read_run
 from apt_hooks.report.samples import read_samples

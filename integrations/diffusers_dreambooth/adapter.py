@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from apt_hooks.augmentation import Placement
-from apt_hooks.blocks import check_preset
 from apt_hooks.capture import Features
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.hooks.architectures.unet import check_preset
 from apt_hooks.objective import AptObjective, Passes, TunedPass
 from apt_hooks.run import AptRun
 from apt_hooks.step import AptStep

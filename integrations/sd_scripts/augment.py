@@ -18,10 +18,7 @@ def moved(batch: dict[str, Any], placement: Placement, *, images: bool) -> dict[
     # What a zoom-out uncovers belongs to no subject and is not painted in: 0 in a mask, which an image stores as -1.
     for name, nothing in (("alpha_masks", 0.0), ("conditioning_images", -1.0), ("masks", 0.0)):
         if batch.get(name) is not None:
-            mask = batch[name] if batch[name].ndim == 4 else batch[name][:, None]  # alpha masks have no channel
-            moved_mask = placement.apply(mask, nothing)
-            if moved_mask is not mask:
-                result[name] = moved_mask.view(batch[name].shape)
+            result[name] = placement.apply(batch[name], nothing, "bhw" if name == "alpha_masks" else "bchw")
     if batch.get("masks") is not None:
         # As the data set makes them (`--train_inpainting`): a mask of zeros and ones, and the image with nothing under
         # it. Where the latents are moved in place of the images, those of the masked images are too, by the trainer's

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from apt_hooks.augmentation import Placement
-from apt_hooks.blocks import check_preset
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.hooks.architectures.unet import check_preset
 from apt_hooks.objective import AptObjective
 from apt_hooks.run import AptRun
 from apt_hooks.units import epsilon_error_scale
@@ -199,6 +199,7 @@ class AptTrainer:
         current = self._batch
         if current is not None and current.placement is not None and self._black is not None:
             latents = current.placement.apply(latents, self._black)
+            current.covered = self.apt.objective.covered(current.placement, latents.shape[-2:])
         return super().shift_scale_latents(args, latents)  # type: ignore[misc]
 
     def call_unet(
@@ -305,9 +306,10 @@ class AptTrainer:
         )
         if self.apt.augment_space == "image" and batch.get("images") is None:
             self._go_on_in_latent_space(device)
-        content = batch["images" if self.apt.augment_space == "image" else "latents"]
-        current.covered = self.apt.objective.covered(current.placement, content.shape[-2:])
-        return moved(batch, current.placement, images=self.apt.augment_space == "image")
+        images = self.apt.augment_space == "image"
+        if images:
+            current.covered = self.apt.objective.covered(current.placement, batch["images"].shape[-2:])
+        return moved(batch, current.placement, images=images)
 
     def _close(self) -> None:
         if hasattr(self, "apt"):

@@ -1,20 +1,20 @@
-"""Where the up-blocks of a U-Net and their attention layers are, found by what the modules have."""
+"""The up-blocks of a U-Net and their attention layers, found by what the modules have, and the points in them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
-from .errors import AptError
+from ...errors import AptError
+from ..layout import AttentionPoint, HiddenPoint, Layout, Source, Tap
 
 TEXT_WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
 """What tells the models of the presets apart: the width of the text that their U-Nets read."""
 
-_Place = tuple[str, nn.Module]
-_Level = tuple[list[_Place], _Place, bool]  # its parts, the module that ends it, and whether that is an upsampler
+Place = tuple[str, nn.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,37 +30,32 @@ class UpBlock:
     """
 
     index: int
-    cross_attention: tuple[_Place, ...]
-    self_attention: tuple[_Place, ...]
-    end: _Place
+    cross_attention: tuple[Place, ...]
+    self_attention: tuple[Place, ...]
+    end: Place
     upsamples: bool
 
 
-def find_up_blocks(unet: nn.Module) -> tuple[UpBlock, ...]:
-    """All up-blocks of a U-Net.
-
-    Two layouts are known: `up_blocks`, a list of modules that are called (diffusers, and sd-scripts' SD 1.x/2.x
-    U-Net), and `output_blocks`, a flat list of lists that are never called themselves (Stability's layout, as in
-    sd-scripts' SDXL U-Net), in which an upsampler ends a level.
-
-    Raises:
-        AptError: the model has neither, or its attention layers have fused projections.
-    """
-    if hasattr(unet, "up_blocks"):
-        blocks: Any = unet.up_blocks
-        levels = [_called_level(f"up_blocks.{i}", block) for i, block in enumerate(blocks)]
-    elif hasattr(unet, "output_blocks"):
-        levels = _stability_levels(unet.output_blocks)
+def layout(
+    unet: nn.Module, found: Sequence[UpBlock], blocks: Literal["auto"] | Sequence[int], source: Source
+) -> Layout:
+    """The points of the up-blocks that are chosen (`select`)."""
+    chosen = select(unet, found, blocks)
+    attention = [
+        AttentionPoint(name, Tap(f"{name}.to_q", m.to_q), Tap(f"{name}.to_k", m.to_k), int(m.heads), float(m.scale))  # type: ignore[arg-type]
+        for block in chosen
+        for name, m in block.cross_attention
+    ]
+    if source == "block":
+        # An upsampler's input, and not the output of the layer before it, which sd-scripts wraps in an object.
+        taps = [Tap(*block.end, of_input=block.upsamples) for block in chosen]
     else:
-        children = ", ".join(name for name, _ in unet.named_children()) or "no child modules"
-        raise AptError(
-            f"looked for up_blocks or output_blocks in {type(unet).__name__}, found {children}: "
-            "pass the U-Net itself, or set lambda_dist and lambda_attn (lambda_joint) to 0, which need no hooks"
-        )
-    return tuple(_up_block(index, *level) for index, level in enumerate(levels))
+        taps = [Tap(*layer) for block in chosen for layer in getattr(block, source)]
+    hidden = [HiddenPoint(tap.name, tap) for tap in taps]
+    return Layout(attention, hidden, tuple(block.index for block in chosen), "up-blocks")
 
 
-def select_up_blocks(unet: nn.Module, blocks: Literal["auto"] | Sequence[int]) -> tuple[UpBlock, ...]:
+def select(unet: nn.Module, found: Sequence[UpBlock], blocks: Literal["auto"] | Sequence[int]) -> tuple[UpBlock, ...]:
     """The up-blocks to observe.
 
     "auto" takes the last two levels that have cross-attention: at the resolutions the models are made for these are
@@ -69,7 +64,6 @@ def select_up_blocks(unet: nn.Module, blocks: Literal["auto"] | Sequence[int]) -
     Raises:
         AptError: no cross-attention, a number that is no block's, or a block without attention.
     """
-    found = find_up_blocks(unet)
     with_attention = [block for block in found if block.cross_attention and block.self_attention]
     listed = ", ".join(str(block.index) for block in with_attention)
     if not with_attention:
@@ -113,28 +107,14 @@ def check_preset(name: str | None, unet: nn.Module) -> None:
         )
 
 
-def _called_level(name: str, block: nn.Module) -> _Level:
-    upsamplers = list(getattr(block, "upsamplers", None) or ())
-    end = (f"{name}.upsamplers.0", upsamplers[0]) if upsamplers else (name, block)
-    return [(name, block)], end, bool(upsamplers)
+def up_block(index: int, parts: Sequence[Place], end: Place, upsamples: bool) -> UpBlock:
+    """One level of its parts.
 
-
-def _stability_levels(lists: Any) -> list[_Level]:
-    levels: list[_Level] = []
-    parts: list[_Place] = []
-    for i, modules in enumerate(lists):
-        parts.append((f"output_blocks.{i}", modules))
-        last_name, last = list(modules.named_children())[-1]
-        upsamples = type(last).__name__.startswith("Upsample")
-        if upsamples or i == len(lists) - 1:
-            levels.append((parts, (f"output_blocks.{i}.{last_name}", last), upsamples))
-            parts = []
-    return levels
-
-
-def _up_block(index: int, parts: list[_Place], end: _Place, upsamples: bool) -> UpBlock:
-    cross: list[_Place] = []
-    own: list[_Place] = []
+    Raises:
+        AptError: attention layers that have fused projections, or normalise what they project.
+    """
+    cross: list[Place] = []
+    own: list[Place] = []
     for prefix, part in parts:
         for name, module in part.named_modules(prefix=prefix):
             if not _is_attention(module):

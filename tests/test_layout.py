@@ -2,8 +2,19 @@ import pytest
 from models import LAYOUTS, TEXT_WIDTH, TinyAttention, make_diffusers_unet, make_tuned, make_unet
 from torch import nn
 
-from apt_hooks import AptError, blocks
-from apt_hooks.blocks import check_preset, find_up_blocks, select_up_blocks
+from apt_hooks import AptError
+from apt_hooks.hooks.architectures import unet as up_blocks
+from apt_hooks.hooks.architectures import unet_output_blocks, unet_up_blocks
+from apt_hooks.hooks.architectures.unet import check_preset, select
+from apt_hooks.hooks.layout import layout_of
+
+
+def find_up_blocks(unet):
+    return (unet_up_blocks if unet_up_blocks.is_one(unet) else unet_output_blocks).find(unet)
+
+
+def select_up_blocks(unet, blocks):
+    return select(unet, find_up_blocks(unet), blocks)
 
 
 def names(pairs):
@@ -79,8 +90,8 @@ def test_cross_attention_is_told_by_its_name_where_the_widths_agree():
 
 
 def test_a_model_of_neither_layout_is_refused_with_what_it_has():
-    with pytest.raises(AptError, match="looked for up_blocks or output_blocks in Sequential, found 0, 1"):
-        find_up_blocks(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)))
+    with pytest.raises(AptError, match=r"looked for up_blocks or output_blocks or .* in Sequential, found 0, 1"):
+        layout_of(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)))
 
 
 def test_up_blocks_without_any_attention_are_refused():
@@ -120,7 +131,7 @@ def test_fused_projections_of_diffusers_are_refused_until_the_errors_advice_is_t
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_preset_of_another_models_text_width_is_refused_with_the_one_that_fits(layout, monkeypatch):
-    monkeypatch.setattr(blocks, "TEXT_WIDTHS", {"sd15": TEXT_WIDTH, "sd21": 2 * TEXT_WIDTH})
+    monkeypatch.setattr(up_blocks, "TEXT_WIDTHS", {"sd15": TEXT_WIDTH, "sd21": 2 * TEXT_WIDTH})
     for unet in (make_unet(layout), make_tuned(layout)[0]):
         check_preset("sd15", unet)
         check_preset(None, unet)

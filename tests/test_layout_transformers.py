@@ -1,0 +1,339 @@
+"""The layouts of joint attention, by tiny transformers of diffusers and by models of a user's own."""
+
+import contextlib
+
+import pytest
+import torch
+from models import relative_difference
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from apt_hooks import AptConfig, AptError, AptObjective, FeatureCapture
+from apt_hooks.hooks.layout import AttentionPoint, HiddenPoint, Layout, Tap, Told, layout_of
+from apt_hooks.losses import attention_alignment_loss
+
+HEADS, CHANNELS, TEXT, SIDE = 2, 8, 5, 4
+WIDTH = HEADS * CHANNELS
+CONFIG = {"lambda_dist": 0.7, "lambda_attn": 30.0, "loss_weighting": False, "augmentation": False}
+TIMESTEPS = torch.tensor([50, 350, 950])
+COUNTED = torch.tensor([True, False, True])
+
+
+class Lora(nn.Module):
+    """Low-rank terms on the projections of a model, switched by `on`."""
+
+    def __init__(self, model, names):
+        super().__init__()
+        self.on = True
+        self.parts = nn.ModuleList()
+        for name, module in list(model.named_modules()):
+            if name.rsplit(".", 1)[-1] in names:
+                down, up = (nn.Linear(a, b, bias=False) for a, b in ((module.in_features, 2), (2, module.out_features)))
+                nn.init.normal_(up.weight, std=0.3)
+                self.parts.append(nn.ModuleList([down, up]))
+                module.register_forward_hook(self._add(down, up))
+
+    def _add(self, down, up):
+        return lambda module, args, output: output + up(down(args[0])) if self.on else None
+
+    @contextlib.contextmanager
+    def off(self):
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
+
+    def gradient(self):
+        return torch.cat([p.grad.flatten() for p in self.parameters()])
+
+
+class Transformer:
+    """A tiny transformer with LoRA, in float64, and a batch of three.
+
+    `joint` has for each call of its attention that is compared (queries, keys, text first) as they go into the
+    softmax, and `hidden` what comes out of it.
+    """
+
+    text_first = True
+
+    def __init__(self, checkpointing=False):
+        torch.manual_seed(0)
+        self.model = self.make().double()
+        self.lora = Lora(self.model, {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}).double()
+        self.model.requires_grad_(False)
+        if checkpointing:
+            self.model.enable_gradient_checkpointing(lambda f, *args: checkpoint(f, *args, use_reentrant=False))
+        self.model.train(checkpointing)  # which has no dropout, and checkpoints in training only
+        self.text = torch.randn(3, TEXT, WIDTH).double()
+
+    def scores(self, monkeypatch):
+        """Queries and keys of each attention of a pass, [batch, heads, positions, channels], as the model has them."""
+        seen, plain = [], F.scaled_dot_product_attention
+
+        def spied(query, key, value, **kwargs):
+            seen.append((query, key))
+            return plain(query, key, value, **kwargs)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", spied)
+        return seen
+
+    def part(self, x, image, dim):
+        """The picture's part of a joint sequence, or the text's."""
+        first = image != self.text_first
+        return x.narrow(dim, 0 if first else x.shape[dim] - self.lengths[image], self.lengths[image])
+
+    @property
+    def lengths(self):
+        return {True: SIDE * SIDE, False: TEXT}
+
+
+class Flux(Transformer):
+    names = ("transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1")
+    blocks = (1, 2, 3)
+    auto = (2, 3)
+
+    def make(self):
+        from diffusers import FluxTransformer2DModel
+
+        return FluxTransformer2DModel(
+            patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=CHANNELS,
+            num_attention_heads=HEADS, joint_attention_dim=WIDTH, pooled_projection_dim=8, axes_dims_rope=(2, 4, 2),
+        )  # fmt: skip
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.x, self.target = torch.randn(2, 3, SIDE * SIDE, 4).double()
+        self.ids = torch.cartesian_prod(torch.zeros(1).long(), torch.arange(SIDE), torch.arange(SIDE)).double()
+
+    def predict(self):
+        return self.model(
+            hidden_states=self.x, encoder_hidden_states=self.text, pooled_projections=self.text[:, 0, :8],
+            timestep=TIMESTEPS / 1000, img_ids=self.ids, txt_ids=1.0 + torch.arange(3 * TEXT).reshape(TEXT, 3),
+        ).sample  # fmt: skip
+
+
+class Sd3(Transformer):
+    names = ("transformer_blocks.1", "transformer_blocks.2")
+    blocks = (1, 2)
+    auto = (1, 2)
+    text_first = False
+
+    def make(self):
+        from diffusers import SD3Transformer2DModel
+
+        return SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=CHANNELS,
+            num_attention_heads=HEADS, joint_attention_dim=WIDTH, caption_projection_dim=WIDTH,
+            pooled_projection_dim=8, pos_embed_max_size=8, qk_norm=self.norm,
+        )  # fmt: skip
+
+    norm = None
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.x, self.target = torch.randn(2, 3, 4, 2 * SIDE, 2 * SIDE).double()
+
+    def predict(self):
+        return self.model(
+            hidden_states=self.x, encoder_hidden_states=self.text, pooled_projections=self.text[:, 0, :8],
+            timestep=TIMESTEPS,
+        ).sample  # fmt: skip
+
+
+class Sd35(Sd3):
+    norm = "rms_norm"
+
+
+KINDS = [Flux, Sd3, Sd35]
+
+
+def plain(kind, monkeypatch, source, counted):
+    """Loss and gradient of the LoRA by the formulas, all in one graph."""
+    case = kind()
+    here = slice(None) if counted is None else counted
+    share = 1.0 if counted is None else float(counted.float().mean())
+
+    def run():
+        hidden = []
+        names = case.names if source == "block" else [f"{name}.attn" for name in case.names]
+        handles = [
+            case.model.get_submodule(n).register_forward_hook(lambda m, a, out: hidden.append(out)) for n in names
+        ]
+        seen = case.scores(monkeypatch)
+        prediction = case.predict()
+        monkeypatch.undo()
+        for handle in handles:
+            handle.remove()
+        maps = []
+        for q, k in [seen[i] for i in case.blocks]:
+            if q.shape[1] != HEADS:
+                q, k = q.transpose(1, 2), k.transpose(1, 2)
+            scores = case.part(q, True, 2) @ case.part(k, False, 2).transpose(-1, -2) / CHANNELS**0.5
+            maps.append(scores.softmax(dim=-1)[here])
+        states = []
+        for out in hidden:
+            if isinstance(out, tuple):  # attention gives (picture, text), a block (text, picture)
+                out = out[1] if source == "block" else out[0]
+            states.append((out if out.shape[1] == SIDE * SIDE else case.part(out, True, 1))[here])
+        return prediction, maps, states
+
+    with torch.no_grad(), case.lora.off():
+        _, maps_frozen, states_frozen = run()
+    prediction, maps, states = run()
+    attn = [(a - b).square().sum(dim=-1).mean() for a, b in zip(maps, maps_frozen, strict=True)]
+    dist = [
+        sum((f(a) - f(b)).square().mean() for f in (lambda x: x.mean(dim=1), lambda x: x.std(dim=1, correction=0)))
+        for a, b in zip(states, states_frozen, strict=True)
+    ]
+    loss = (prediction - case.target).square().mean()
+    loss = loss + share * (0.7 * sum(dist) / len(dist) + 30.0 * sum(attn) / len(attn))
+    loss.backward()
+    return loss.detach(), case.lora.gradient()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", ["self_attention", "block"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("counted", [None, COUNTED], ids=["all", "counted"])
+def test_value_and_gradient_are_those_of_the_models_own_scores_and_states(
+    kind, source, checkpointing, counted, monkeypatch
+):
+    wanted, wanted_gradient = plain(kind, monkeypatch, source, counted)
+    case = kind(checkpointing)
+    config = AptConfig(**CONFIG, blocks=list(case.blocks), representation_source=source)
+    with AptObjective(config, case.model, case.lora.off, trained=case.lora.named_parameters()) as objective:
+        step = objective.step(case.predict, case.target, TIMESTEPS, counted=counted)
+        loss = step.loss((step.prediction - case.target).square().flatten(1).mean(dim=1))
+        loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(wanted), rel=1e-6)
+    assert relative_difference(case.lora.gradient(), wanted_gradient) < 1e-6
+    assert not case.model.transformer_blocks[0]._forward_hooks and all(
+        not m._forward_pre_hooks for m in case.model.modules()
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_takes_blocks_of_the_second_half(kind):
+    assert layout_of(kind().model).blocks == kind.auto
+
+
+@pytest.mark.parametrize("blocks", [[4], [-1], []])
+def test_a_block_that_is_none_is_refused(blocks):
+    with pytest.raises(AptError, match=r"numbered from 0 to 3 here; found \["):
+        layout_of(Flux().model, blocks)
+
+
+def test_monitor_only_changes_no_bit_of_a_transformer():
+    def train(monitored):
+        case = Flux()
+        if not monitored:
+            (case.predict() - case.target).square().flatten(1).mean(dim=1).mean().backward()
+            return case.lora.gradient()
+        with AptObjective(AptConfig(monitor_only=True), case.model, case.lora.off) as objective:
+            step = objective.step(case.predict, case.target, TIMESTEPS)
+            step.loss((step.prediction - case.target).square().flatten(1).mean(dim=1)).backward()
+        assert step.values["l_attn"] > 0 and step.values["l_mu"] > 0
+        return case.lora.gradient()
+
+    assert torch.equal(train(True), train(False))
+
+
+# -- a model of a user's own -------------------------------------------------------------------------------------------
+
+
+class Padded(nn.Module):
+    """Fused projections, fewer heads of keys than of queries, and text of a length that each sample has of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.qkv = nn.Linear(WIDTH, WIDTH + 2 * CHANNELS)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, text, image, lengths):
+        joint = torch.cat([text, image], dim=1)
+        q, k, v = self.inner.qkv(joint).split([WIDTH, CHANNELS, CHANNELS], dim=-1)
+        q = q.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        k, v = (x[:, None].expand(-1, HEADS, -1, -1) for x in (k, v))
+        takes_part = torch.arange(joint.shape[1])[None] < lengths[:, None]
+        takes_part = takes_part | (torch.arange(joint.shape[1])[None] >= text.shape[1])
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=takes_part[:, None, None])
+        return self.out(mixed.transpose(1, 2).flatten(2)), lengths
+
+
+def layout_of_padded(model):
+    told = Told(model, lambda args, kwargs: (args[0].shape[1], args[2]))
+
+    def queries(x, told):
+        return x[:, told[0][0] :, :WIDTH]
+
+    def keys(x, told):
+        return x[:, : told[0][0], WIDTH : WIDTH + CHANNELS].repeat(1, 1, HEADS)
+
+    def mask(told):
+        text, lengths = told[0]
+        return torch.arange(text)[None] < lengths[:, None]
+
+    qkv = model.inner.qkv
+    point = AttentionPoint("padded", Tap("q", qkv, read=queries), Tap("k", qkv, read=keys), HEADS, CHANNELS**-0.5, mask)
+    image = Tap("out", model, read=lambda x, told: x[:, told[0][0] :])
+    point = AttentionPoint(point.name, point.queries, point.keys, HEADS, CHANNELS**-0.5, mask, (told,))
+    return Layout([point], [HiddenPoint("image", image, (told,))], (0,))
+
+
+def test_a_layout_of_ones_own_says_fused_projections_shared_keys_slices_and_a_mask_of_the_pass():
+    def case():
+        torch.manual_seed(0)
+        model = Padded().double()
+        model.requires_grad_(False)
+        return model, Lora(model, {"qkv"}).double()
+
+    text, image = torch.randn(2, TEXT, WIDTH).double(), torch.randn(2, SIDE * SIDE, WIDTH).double()
+    lengths = torch.tensor([2, TEXT])
+
+    def of(model, lora):
+        read = {}
+        handle = model.inner.qkv.register_forward_hook(lambda m, a, out: read.update(qkv=out))
+        out, _ = model(text, image, lengths)
+        handle.remove()
+        q = read["qkv"][:, TEXT:, :WIDTH]
+        k = torch.cat([read["qkv"][:, :TEXT, WIDTH : WIDTH + CHANNELS]] * HEADS, dim=2)
+        return q, k, out[:, TEXT:]
+
+    model, lora = case()
+    with torch.no_grad(), lora.off():
+        q_frozen, k_frozen, h_frozen = of(model, lora)
+    q, k, h = of(model, lora)
+    mask = torch.arange(TEXT)[None] < lengths[:, None]
+    wanted = attention_alignment_loss(q, k, q_frozen, k_frozen, heads=HEADS, mask=mask, impl="plain")
+    wanted_mu = (h.mean(dim=1) - h_frozen.mean(dim=1)).square().mean()
+    (3 * wanted + 0.5 * wanted_mu).backward()
+    wanted_gradient = lora.gradient()
+
+    from apt_hooks.regularizers import Regularizers, frozen_reduction
+
+    model, lora = case()
+    with FeatureCapture(model, layout=layout_of_padded(model)) as capture:
+        with torch.no_grad(), lora.off(), capture.record(frozen_reduction("separate", "auto")) as frozen:
+            model(text, image, lengths)
+        regularizers = Regularizers(frozen, capture.layers, len(capture.hidden))
+        with capture.regularize(regularizers.observe) as observed:
+            out, _ = model(text, image, lengths)
+        _, terms = capture.connect(out, observed, regularizers.values())
+        for name, value in {"l_attn": wanted, "l_mu": wanted_mu}.items():
+            assert terms[name].item() == pytest.approx(value.item(), rel=1e-9)
+        (3 * terms["l_attn"] + 0.5 * terms["l_mu"]).backward()
+    assert relative_difference(lora.gradient(), wanted_gradient) < 1e-9
+    assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_a_place_that_runs_outside_of_the_call_that_tells_how_to_read_it_is_an_error():
+    model = Padded().double()
+    with (
+        FeatureCapture(model, layout=layout_of_padded(model)) as capture,
+        pytest.raises(AptError, match="q ran without a call of the Padded around it"),
+        capture.record(),
+    ):
+        model.inner.qkv(torch.zeros(1, TEXT, WIDTH).double())
