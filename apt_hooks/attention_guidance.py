@@ -19,8 +19,8 @@ from .capture import FeatureCapture, Features
 from .contributions import Kind
 from .errors import AptError
 from .hooks.layout import AttentionPoint
-from .losses import full_precision
 from .ops.attention_alignment import AttentionAlignment
+from .ops.precision import full_precision
 
 Predict = Callable[[Tensor], object]
 """Runs a denoiser on inputs, [batch, channels, height, width], with everything else as in the step at hand."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .capture import Features
 from .hooks.layout import AttentionPoint
-from .losses import attention_map
+from .ops.attention_alignment import attention_map
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The regularizers and DCO's loss, plain: the specification that faster ways have to match."""
+"""The regularizers and DCO's loss as functions of tensors; a training takes them layer by layer (`regularizers`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import AptError
+from .ops.attention_alignment import AttentionAlignment, attention_map
+from .ops.channel_statistics import representation_statistics
 
 
 def attention_alignment_loss(
@@ -57,8 +59,6 @@ def attention_alignment_loss(
     if scale is None:
         scale = (q.shape[2] // heads) ** -0.5
     if impl != "plain":
-        from .ops.attention_alignment import AttentionAlignment
-
         options = {"heads": heads, "scale": scale, "mask": mask, "impl": impl}
         options["differentiated"] = torch.is_grad_enabled()
         total: Tensor = AttentionAlignment.apply(q, k, q_frozen, k_frozen, options)
@@ -91,43 +91,7 @@ def representation_loss(h: Tensor, h_frozen: Tensor) -> tuple[Tensor, Tensor]:
         raise AptError(f"h and h_frozen must have one shape; found {tuple(h.shape)} and {tuple(h_frozen.shape)}")
     with torch.no_grad():
         frozen = representation_statistics(h_frozen)
-    return statistics_loss(representation_statistics(h), frozen)
-
-
-def representation_statistics(h: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Channel-wise mean and standard deviation over positions: [2, batch, channels] from either shape of `h`.
-
-    All that the frozen pass has to keep of a hidden state: 2 numbers a channel.
-
-    Args:
-        h: as in `representation_loss`.
-        weights: [batch, positions, 1] or [batch, 1, height, width], what each position counts; None: all alike.
-    """
-    if h.ndim not in (3, 4):
-        raise AptError(
-            f"h must be [batch, positions, channels] or [batch, channels, height, width]; found {tuple(h.shape)}"
-        )
-    with torch.autocast(h.device.type, enabled=False):
-        positions = 1 if h.ndim == 3 else (2, 3)
-        if weights is None:
-            variance, mean = torch.var_mean(full_precision(h), dim=positions, correction=0)
-        else:
-            h, shares = full_precision(h), weights / weights.sum(positions, keepdim=True)
-            mean = (shares * h).sum(positions, keepdim=True)
-            variance = (shares * (h - mean).square()).sum(positions)
-            mean = mean.reshape(variance.shape)
-        # The square root has no gradient at 0; a constant channel gets none, not NaN.
-        return torch.stack([mean, variance.clamp_min(1e-12).sqrt()])
-
-
-def statistics_loss(statistics: Tensor, statistics_frozen: Tensor) -> tuple[Tensor, Tensor]:
-    """`representation_loss` from `representation_statistics` of both models, [2, batch, channels] each."""
-    if statistics.shape != statistics_frozen.shape:
-        raise AptError(
-            "the hidden states of both models must have one shape; found statistics of shape "
-            f"{tuple(statistics.shape)} and {tuple(statistics_frozen.shape)}"
-        )
-    l_mu, l_sigma = (statistics - statistics_frozen.detach()).square().mean(dim=(1, 2))
+    l_mu, l_sigma = (representation_statistics(h) - frozen).square().mean(dim=(1, 2))
     return l_mu, l_sigma
 
 
@@ -152,17 +116,3 @@ def dco_weight(loss_tuned: Tensor, loss_frozen: Tensor, beta: float) -> Tensor:
     A trainer's own loss multiplied by it has DCO's gradient, whatever else the trainer does to its loss.
     """
     return beta * torch.sigmoid(beta * (loss_tuned - loss_frozen)).detach()
-
-
-def attention_map(q: Tensor, k: Tensor, heads: int, scale: float, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T * scale): [batch, heads, queries, tokens], in float32; arguments as `attention_alignment_loss`."""
-    q, k = (full_precision(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
-    scores = (q * scale) @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1)
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()

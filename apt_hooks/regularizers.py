@@ -14,10 +14,10 @@ from .augmentation import covered_at
 from .capture import AttentionPoint, Features
 from .contributions import Contribution, Factors, Kind
 from .errors import AptError
-from .losses import full_precision
 from .ops.attention_alignment import sum_and_gradients
-from .ops.channel_statistics import mean_and_deviation
+from .ops.channel_statistics import gradient_of_statistics, mean_and_deviation
 from .ops.choice import Impl
+from .ops.precision import full_precision
 
 
 def frozen_reduction(
@@ -225,13 +225,13 @@ class _Statistics:
         return known[2][number]
 
     def _all_gradients(self, l_mu: Tensor | None, l_sigma: Tensor | None) -> Sequence[tuple[Tensor, Tensor]]:
-        mean, deviation = torch.stack(self.tuned, dim=1)
-        numbers = self._shape.numel() // self._shape[0] * mean.shape[1]
-        by_mean, by_deviation = (self._difference * (2 / (numbers * self._all_places))).unbind(dim=1)
-        # A channel held at the least deviation (`representation_statistics`) has no gradient.
-        slope = torch.where(deviation > 1e-6, by_deviation / deviation, 0.0) * (0.0 if l_sigma is None else l_sigma)
-        offset = by_mean * (0.0 if l_mu is None else l_mu) - slope * mean
-        sizes = (*mean.shape[:2], 1, -1) if len(self._shape) == 3 else (*mean.shape, 1, 1)
+        statistics = torch.stack(self.tuned, dim=1)
+        _, places, samples, _ = statistics.shape
+        numbers = self._shape.numel() // self._shape[0] * samples
+        derivatives = (self._difference * (2 / (numbers * self._all_places))).transpose(0, 1)
+        factors = (0.0 if factor is None else factor for factor in (l_mu, l_sigma))
+        offset, slope = gradient_of_statistics(statistics, derivatives, *factors)
+        sizes = (places, samples, 1, -1) if len(self._shape) == 3 else (*offset.shape, 1, 1)
         return list(zip(offset.reshape(sizes), slope.reshape(sizes), strict=True))
 
 

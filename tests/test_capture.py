@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from apt_hooks import AptError, FeatureCapture
 from apt_hooks.frozen import frozen_base
 from apt_hooks.integrations.peft import adapters_off
-from apt_hooks.losses import representation_statistics
+from apt_hooks.ops.channel_statistics import representation_statistics
 from apt_hooks.regularizers import Regularizers, frozen_reduction
 
 CHECKPOINTING = ("reentrant", "non_reentrant")

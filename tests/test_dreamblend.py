@@ -24,7 +24,7 @@ from apt_hooks.integrations.diffusers_sampling.dreamblend import DreamBlend
 from apt_hooks.integrations.diffusers_sampling.loras import Loras
 from apt_hooks.integrations.diffusers_sampling.pipelines import make_movable
 from apt_hooks.integrations.diffusers_sampling.steps import denoising_steps
-from apt_hooks.losses import attention_map
+from apt_hooks.ops.attention_alignment import attention_map
 from apt_hooks.tinyworld.model import TOKENS, load_pipeline
 from apt_hooks.tinyworld.personalize import lora, save_lora
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 from models import relative_difference
 
-from apt_hooks.losses import attention_alignment_loss, attention_map, representation_statistics
+from apt_hooks.losses import attention_alignment_loss
 from apt_hooks.ops import attention_alignment, channel_statistics
+from apt_hooks.ops.attention_alignment import attention_map
+from apt_hooks.ops.channel_statistics import representation_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHOSEN_BEFORE = os.environ.get("TRITON_INTERPRET")

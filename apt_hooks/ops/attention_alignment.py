@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import full_precision
 from .choice import Impl, fault, takes_triton
+from .precision import full_precision
 
 CHUNK = 2**22
 """Numbers of a map that the eager way holds at a time (16 MiB in float32; five such pieces live at once)."""
+
+
+def attention_map(q: Tensor, k: Tensor, heads: int, scale: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T * scale): [batch, heads, queries, tokens], in float32; arguments: `attention_alignment_loss`."""
+    q, k = (full_precision(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1)
 
 
 def sum_and_gradients(

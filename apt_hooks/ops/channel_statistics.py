@@ -1,4 +1,4 @@
-"""Mean and standard deviation a channel, without a whole float32 copy of a hidden state."""
+"""Mean and standard deviation a channel: plain, and without a whole float32 copy of a hidden state."""
 
 from __future__ import annotations
 
@@ -7,15 +7,45 @@ import functools
 import torch
 from torch import Tensor
 
-from ..losses import representation_statistics
+from ..errors import AptError
 from .choice import Impl, fault, takes_triton
+from .precision import full_precision
 
 CHUNK = 2**22
 """Numbers that the eager way casts at a time: 16 MiB in float32."""
 
 
+def representation_statistics(h: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Channel-wise mean and standard deviation over positions: [2, batch, channels] from either shape of `h`.
+
+    All that the frozen pass has to keep of a hidden state: 2 numbers a channel.
+
+    Args:
+        h: [batch, positions, channels] or [batch, channels, height, width].
+        weights: [batch, positions, 1] or [batch, 1, height, width], what each position counts; None: all alike.
+
+    Raises:
+        AptError: neither 3-D nor 4-D.
+    """
+    if h.ndim not in (3, 4):
+        raise AptError(
+            f"h must be [batch, positions, channels] or [batch, channels, height, width]; found {tuple(h.shape)}"
+        )
+    with torch.autocast(h.device.type, enabled=False):
+        positions = 1 if h.ndim == 3 else (2, 3)
+        if weights is None:
+            variance, mean = torch.var_mean(full_precision(h), dim=positions, correction=0)
+        else:
+            h, shares = full_precision(h), weights / weights.sum(positions, keepdim=True)
+            mean = (shares * h).sum(positions, keepdim=True)
+            variance = (shares * (h - mean).square()).sum(positions)
+            mean = mean.reshape(variance.shape)
+        # The square root has no gradient at 0; a constant channel gets none, not NaN.
+        return torch.stack([mean, variance.clamp_min(1e-12).sqrt()])
+
+
 def mean_and_deviation(h: Tensor, weights: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
-    """`losses.representation_statistics` without a graph: [2, batch, channels] in float32 (float64 if given that).
+    """`representation_statistics` without a graph: [2, batch, channels] in float32 (float64 if given that).
 
     Args:
         h: [batch, positions, channels] or [batch, channels, height, width].
@@ -66,3 +96,20 @@ def _eager(h: Tensor) -> Tensor:
 
 def _average(shares: list[float], values: list[Tensor]) -> Tensor:
     return torch.stack([share * value for share, value in zip(shares, values, strict=True)]).sum(dim=0)
+
+
+def gradient_of_statistics(
+    statistics: Tensor, derivatives: Tensor, of_mean: float | Tensor, of_deviation: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """(a, b), such that the gradient of a function of the statistics by the hidden state h is a + b * h.
+
+    Args:
+        statistics: [2, ..., channels], mean and deviation of h.
+        derivatives: [2, ..., channels], the function's by mean and deviation, over the number of positions.
+        of_mean, of_deviation: what these are multiplied by.
+    """
+    mean, deviation = statistics
+    by_mean, by_deviation = derivatives
+    # A channel held at the least deviation (`representation_statistics`) has no gradient.
+    slope = torch.where(deviation > 1e-6, by_deviation / deviation, 0.0) * of_deviation
+    return by_mean * of_mean - slope * mean, slope
