@@ -1,6 +1,6 @@
 """What sd-scripts' noise options do to the overfitting indicator, where there is nothing to overfit.
 
-    python benchmarks/noise_options.py [--seeds 0,1,2] [--steps 300]
+    python benchmarks/noise_options.py [--seeds 0,1,2] [--steps 600]
 
 A LoRA of the tiny world is trained with `monitor_only` on pictures that are drawn anew for every step, as the base
 model's were, with captions that tell all of them. What it gains on the base model is then what the option has taught
@@ -29,9 +29,8 @@ from apt_hooks.tinyworld.world import random_scene
 
 OPTIONS = {
     "none": {},
-    "noise_offset 0.05": {"offset": 0.05},
     "noise_offset 0.1": {"offset": 0.1},
-    "multires_noise 6, 0.3": {"discount": 0.3},
+    "multires_noise 6 at 0.3": {"discount": 0.3},
     "ip_noise_gamma 0.1": {"perturbation": 0.1},
 }
 ITERATIONS = 6  # of multires_noise
@@ -89,14 +88,16 @@ def gaps(option: dict[str, float], seed: int, training: Training) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=Training.steps)
-    parser.add_argument("--learning-rate", type=float, default=Training.learning_rate)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--options", type=lambda text: text.split(","), default=list(OPTIONS), help="some of OPTIONS")
     args = parser.parse_args()
     torch.set_num_threads(1)
     scale = method_config("dreambooth").indicator_scale
-    training = Training(steps=args.steps, learning_rate=args.learning_rate)
-    runs = [(name, seed) for name in OPTIONS for seed in args.seeds]
-    found: dict[str, list[Tensor]] = {name: [] for name in OPTIONS}
+    training = Training(steps=args.steps, batch=args.batch, learning_rate=args.learning_rate)
+    runs = [(name, seed) for name in args.options for seed in args.seeds]
+    found: dict[str, list[Tensor]] = {name: [] for name in args.options}
     for name, seed in track(runs):
         found[name].append(gaps(OPTIONS[name], seed, training))
     print("gaps of the bins, low to high noise, times 1000; gamma of each by the tiny world's scale")

@@ -20,10 +20,10 @@ from step_logs import start, step, write
 
 from apt_hooks import AptError
 from apt_hooks.read_steplog import Run, find_logs, read_run
+from apt_hooks.report.curves import fold_bins, smooth, thin, timesteps_of
 from apt_hooks.report.figures import bin_color, gamma_plot, loss_plot, loss_top, points_for, run_color, value_plot
 from apt_hooks.report.samples import SIDE, read_samples
 from apt_hooks.report.summary import in_words, summarize
-from apt_hooks.report.thin import fold_bins, smooth, thin, timesteps_of
 from apt_hooks.step import AptStep
 from apt_hooks.steplog import StepLog
 
@@ -458,7 +458,7 @@ def test_missing_packages_are_named_with_what_installs_them(tmp_path: Path, monk
             run_report([log], tmp_path / "r.html", say=print)
 
 
-@pytest.mark.parametrize("module", ["figures", "page", "samples", "screen", "summary", "tables", "thin", "watch"])
+@pytest.mark.parametrize("module", ["curves", "figures", "page", "samples", "summary", "tables", "watch"])
 def test_optional_packages_are_imported_where_they_are_needed_only(module: str) -> None:
     source = Path(importlib.import_module(f"apt_hooks.report.{module}").__file__ or "").read_text(encoding="utf-8")
     top = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]

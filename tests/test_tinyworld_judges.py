@@ -9,6 +9,7 @@ pytest.importorskip("rich")
 
 from apt_hooks import AptError
 from apt_hooks.tinyworld.concepts import CONCEPTS
+from apt_hooks.tinyworld.datasets import held_out_scenes
 from apt_hooks.tinyworld.judges import (
     ATTRIBUTES,
     AttributeClassifier,
@@ -25,7 +26,7 @@ from apt_hooks.tinyworld.metrics import auc, frechet_distance, precision_recall
 from apt_hooks.tinyworld.personalize import reference_pictures
 from apt_hooks.tinyworld.render import render
 from apt_hooks.tinyworld.train_judges import contrastive_loss
-from apt_hooks.tinyworld.world import Scene, Subject, held_out_scenes, is_held_out, random_scene
+from apt_hooks.tinyworld.world import Scene, Subject, is_held_out, random_scene
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from apt_hooks.errors import AptError
+from apt_hooks.tinyworld.datasets import draw_scenes, held_out_scenes
 from apt_hooks.tinyworld.denoisers import DENOISERS, TRANSFORMER
 from apt_hooks.tinyworld.evaluate import agreement
 from apt_hooks.tinyworld.judges import load_judges
@@ -23,7 +24,7 @@ from apt_hooks.tinyworld.model import (
     save_pipeline,
 )
 from apt_hooks.tinyworld.render import render
-from apt_hooks.tinyworld.world import draw_scenes, held_out_scenes, is_held_out, random_scene, vocabulary
+from apt_hooks.tinyworld.world import is_held_out, random_scene, vocabulary
 
 
 @pytest.fixture(scope="module")

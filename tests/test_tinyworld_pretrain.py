@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from apt_hooks.errors import AptError
 from apt_hooks.tinyworld import fit, pretrain
+from apt_hooks.tinyworld.datasets import draw_scenes
 from apt_hooks.tinyworld.model import load_pipeline, sample
 from apt_hooks.tinyworld.render import render
-from apt_hooks.tinyworld.world import draw_scenes
 
 STEPS = {"text": 2, "vae": 2, "decoder": 2}
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from apt_hooks.tinyworld.concepts import CONCEPTS, IDENTIFIER, REPORTED, TUNING
+from apt_hooks.tinyworld.datasets import random_subject
 from apt_hooks.tinyworld.personalize import reference_pictures
 from apt_hooks.tinyworld.render import render
 from apt_hooks.tinyworld.world import (
@@ -20,7 +21,6 @@ from apt_hooks.tinyworld.world import (
     Subject,
     is_held_out,
     random_scene,
-    random_subject,
     vocabulary,
 )
 

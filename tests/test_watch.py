@@ -190,7 +190,7 @@ def test_a_picture_fits_the_terminal(tmp_path: Path, width: int) -> None:
 
 
 def test_a_picture_is_as_high_as_the_terminal_at_most(tmp_path: Path) -> None:
-    screen = pytest.importorskip("apt_hooks.report.screen")
+    screen = pytest.importorskip("apt_hooks.report.watch")
     console = pytest.importorskip("rich.console").Console
     write(tmp_path / "b-apt.jsonl", [step(1)])
     watched = looked(write(tmp_path / "a-apt.jsonl", [start(), *(step(i, [0.5] * 40) for i in range(1, 5))]).parent)

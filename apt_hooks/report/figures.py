@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apt_hooks.read_steplog import Run
 
-from .thin import fold_bins, smooth, thin, timesteps_of
+from .curves import fold_bins, smooth, thin, timesteps_of
 
 MOST_LINES = 20  # of gamma; more bins are drawn as means of neighbours
 MEAN_COLOR = "#1b1f24"

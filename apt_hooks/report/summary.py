@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apt_hooks.read_steplog import Run
 
-from .thin import timesteps_of
+from .curves import timesteps_of
 
 NAMED_BINS = 3  # so many of the highest are named
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..errors import errors_in_one_line
 from ..pictures import draw_grid
+from .datasets import held_out_scenes
 from .denoisers import DENOISERS, Denoiser
 from .evaluate import agreement
 from .judges import load_judges
 from .model import PIPELINES, denoiser_of, load_pipeline, sample
-from .world import held_out_scenes
 
 CAPTIONS = 256
 

@@ -30,12 +30,13 @@ from torch.nn import functional as F
 from ..augmentation import ZoomOutRotate
 from ..errors import errors_in_one_line
 from .card import write_card
+from .datasets import draw_scenes
 from .denoisers import DENOISERS, TEXT_WIDTH, Denoiser
 from .fit import cached, fit
 from .judges import ATTRIBUTES, attribute_labels
 from .model import load_pipeline, new_model, new_tokenizer, save_denoiser, save_pipeline, token_numbers
 from .render import render
-from .world import RARE_WORDS, Scene, draw_scenes
+from .world import RARE_WORDS, Scene
 
 VAE_SCENES = 12_000
 ZOOMED_OUT = 0.04

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..errors import errors_in_one_line
 from .concepts import CONCEPTS
+from .datasets import draw_scenes, held_out_scenes, random_subject
 from .fit import cached
 from .judges import (
     AttributeClassifier,
@@ -46,10 +47,7 @@ from .world import (
     PATTERNS,
     Scene,
     Subject,
-    draw_scenes,
-    held_out_scenes,
     random_scene,
-    random_subject,
 )
 
 BATCH = 64
