@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -40,11 +40,13 @@ class LoggedRun:
         steps: [steps], the optimizer steps' numbers.
         gammas: [steps, bins], as the steps used them, under the run's own scale.
         gaps: [steps, bins], `OverfittingIndicator.gaps` at these steps; NaN for a bin not seen yet.
+        dropout: probabilities of the LoRA's dropout by what they are of, at the end of the run; empty in older logs.
     """
 
     steps: Tensor
     gammas: Tensor
     gaps: Tensor
+    dropout: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def scale(self) -> float | None:
@@ -78,7 +80,8 @@ def read_log(path: Path, scale: float | None = None) -> LoggedRun:
             "gamma, give the run's indicator_scale as --scale"
         )
     from_gamma = -torch.log1p(-run.gammas) / (scale or 1.0)
-    return LoggedRun(run.steps, run.gammas, torch.where(without[:, None], from_gamma, run.gaps))
+    dropout = run.starts[-1].get("dropout", {}) if run.starts else {}
+    return LoggedRun(run.steps, run.gammas, torch.where(without[:, None], from_gamma, run.gaps), dropout)
 
 
 def gaps_at_end(gaps: Tensor) -> Tensor:
@@ -145,6 +148,9 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
     )
     say(f"rule: the upper quartile of the bins ends at gamma {GAMMA_AT_END}, as in the paper's SDXL run (step 2000)")
     say(f"write into [apt]: indicator_scale = {_text(proposed)}")
+    if run.dropout:
+        kinds = ", ".join(f"{kind} = {p:g}" for kind, p in run.dropout.items())
+        say(f"note: the run's LoRA had dropout ({kinds}), which makes gaps smaller; the scale holds for that dropout")
     if not 10 <= proposed <= 10000:
         say("note: that is far from the paper's 100 to 1000; is the run as long as the training is to be?")
     _draw(run, proposed, picture)

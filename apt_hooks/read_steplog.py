@@ -258,7 +258,7 @@ def _numbers(found: list[Any]) -> list[float]:
 def _start(about: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(about, dict) or type(about.get("resumed_from", 0)) is not int:
         raise ValueError("no start of a run")
-    if not all(isinstance(about.get(part, {}), dict) for part in ("config", "overrides")):
+    if not all(isinstance(about.get(part, {}), dict) for part in ("config", "overrides", "dropout")):
         raise ValueError("no config")
     return about
 

@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,22 @@ class AptRun:
 
     def record(self, step: AptStep, placement: Placement | None = None, *, ends_step: bool = True) -> None:
         """Take in one batch; under gradient accumulation the batches up to `ends_step` make one step."""
+    def has_dropout(self, dropout: Mapping[str, float]) -> None:
+        """Say that the LoRA is trained with dropout, and have the log say so; to be called before the first step ends.
+
+        Args:
+            dropout: probabilities by what they are of, without those of 0.
+        """
+        if dropout:
+            self.log.add_about("dropout", dict(dropout))
+            if self.log.path is not None:
+                logger.warning(
+                    "apt-hooks: the LoRA has dropout (%s): its loss is measured with it, that of the frozen pass "
+                    "without, so gap and gamma are smaller; fit indicator_scale to a run with this dropout "
+                    "(apt-hooks calibrate)",
+                    ", ".join(f"{name} = {p:g}" for name, p in dropout.items()),
+                )
+
         self._batches += 1
         self.log.add(step, 0 if placement is None else int(placement.chosen.sum()))
         if ends_step:

@@ -66,6 +66,10 @@ class StepLog:
         self._latest: dict[str, Any] | None = None
         self._started = False
 
+    def add_about(self, name: str, value: Any) -> None:
+        """Have `run` hold this too; to be called before the first step's line is written."""
+        self._about[name] = value
+
     def add(self, step: AptStep, augmented: int) -> None:
         """One batch, `augmented` of its samples moved; several batches make a step under gradient accumulation."""
         # Not the step itself: it holds on to the graph.

@@ -60,6 +60,24 @@ def check_active(*models: nn.Module) -> None:
                 )
 
 
+def dropout(*models: nn.Module) -> dict[str, float]:
+    """The largest probability of each kind of dropout that the active adapters of `models` have, without those of 0.
+
+    By the attribute that keeps it: `lora_dropout`, for LoHa `module_dropout` and so on.
+    """
+    found: dict[str, float] = {}
+    for layer in adapter_layers(*models):
+        active = set(getattr(layer, "active_adapters", ()))
+        kinds = {kind: held for kind, held in layer.named_children() if kind.endswith("dropout")}
+        kinds |= {kind: held for kind, held in vars(layer).items() if kind.endswith("dropout")}
+        for kind, held in kinds.items():
+            for adapter, p in held.items() if hasattr(held, "items") else ():
+                p = getattr(p, "p", p)  # of an nn.Dropout
+                if adapter in active and isinstance(p, (int, float)) and p > 0:
+                    found[kind] = max(float(p), found.get(kind, 0.0))
+    return found
+
+
 def adapter_layers(*models: nn.Module) -> list[Any]:
     """All layers of `models` that have adapters, switched on or off."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -250,6 +250,23 @@ def test_a_picture_that_cannot_be_written_is_an_error_and_the_log_is_never_overw
     assert log.read_bytes() == before
 
 
+def test_the_dropout_of_the_run_is_said_beside_the_scale(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    steps = [line(i, [0.02], 1000) for i in (1, 2)]
+    for dropout in ({"network_dropout": 0.3, "module_dropout": 0.05}, None):
+        start = {"run": {"config": {}} if dropout is None else {"dropout": dropout}}
+        said: list[str] = []
+        # That of a resumed run's own start, not that of the run before it.
+        calibrate(
+            write(tmp_path / "a.jsonl", [{"run": {"dropout": {"lora_dropout": 0.9}}}, steps[0], start, steps[1]]),
+            None,
+            scale=None,
+            say=said.append,
+        )
+        wanted = "note: the run's LoRA had dropout (network_dropout = 0.3, module_dropout = 0.05), which makes gaps"
+        assert [text[: len(wanted)] for text in said if "had dropout" in text] == [wanted] * (dropout is not None)
+
+
 def test_without_matplotlib_the_scale_is_said_and_how_to_get_the_picture(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from apt_hooks.step import AptStep
 from apt_hooks.units import epsilon_error_scale
 
 from ..accelerate_state import attach
-from ..peft import adapters_off, check_active
+from ..peft import adapters_off, check_active, dropout
 from .metadata import add_metadata
 
 logger = logging.getLogger("apt_hooks")
@@ -116,6 +116,7 @@ class DreamBoothRun:
         self._step: AptStep | None = None
         attach(self._run, accelerator)
         accelerator.register_load_state_pre_hook(lambda models, folder: self._count_from(folder))
+        self._run.has_dropout(dropout(own, *self._text_encoders))
         # Behind the script's own hook, which has saved the LoRA by then.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.add_metadata(folder))
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line

@@ -79,6 +79,26 @@ class LoraSwitch:
                 layer.forward = replaced
 
 
+def dropout(network: nn.Module) -> dict[str, float]:
+    """The largest probability of each kind of dropout that the LoRA modules of a network have, without those of 0.
+
+    The kinds are called as in sd-scripts (`rank_dropout`, `module_dropout`; `dropout` is its `network_dropout`).
+    LyCORIS keeps the same attributes, some of them as modules.
+    """
+    found: dict[str, float] = {}
+    for module in network.modules():
+        for kind in _DROPOUTS if hasattr(module, "org_forward") else ():
+            p = getattr(module, kind, None)
+            p = getattr(p, "p", p)  # of an nn.Dropout
+            if isinstance(p, (int, float)) and p > 0:
+                name = f"network_{kind}" if kind == "dropout" else kind
+                found[name] = max(float(p), found.get(name, 0.0))
+    return found
+
+
+_DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+
+
 def _original(layer: nn.Module, replaced: Any) -> tuple[Any, list[Any]]:
     """The layer's own forward behind one or more LoRA modules, or None where nothing replaced it; and those modules."""
     found, loras = None, []

@@ -28,7 +28,7 @@ from apt_hooks.units import epsilon_error_scale
 from ..accelerate_state import attach
 from .augment import black_latent, moved
 from .conditioning import ClassCaptions, FrozenConditioning, TextEncoders
-from .lora import LoraSwitch
+from .lora import LoraSwitch, dropout
 from .trainer_functions import LossMask, TimestepSampler
 
 logger = logging.getLogger("apt_hooks")
@@ -288,6 +288,7 @@ class AptTrainer:
         self._switch = LoraSwitch(self._switched, self._network, network)
         # And nothing else, though a text encoder's embeddings require a gradient for the sake of its checkpointing.
         objective.trained = list(network.named_parameters())
+        self.apt.has_dropout(dropout(network))
 
     @contextlib.contextmanager
     def _lora_off(self) -> Iterator[None]:
