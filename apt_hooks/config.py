@@ -91,6 +91,7 @@ class AptConfig:
     objective: Literal["apt", "dco", "dreambooth"] = _choice("apt", "apt", "dco", "dreambooth")
     dco_beta: float = _key(1000.0, "a number above 0", lambda v: _is_number(v) and v > 0)
     monitor_only: bool = _flag(False)
+    reference: Literal["base", "start"] = _choice("base", "base", "start")
     num_bins: int = _key(10, "a whole number from 1 to 1000", lambda v: _is_count(v, 1) and v <= 1000)
     ema_alpha: float = _key(0.1, "a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1)
     indicator_scale: float = _key(1000.0, "a number above 0", lambda v: _is_number(v) and v > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
@@ -12,16 +13,17 @@ from torch import nn
 from .errors import AptError
 
 AdaptersOff = Callable[[], AbstractContextManager[object]]
-"""Makes a context in which the adapters (LoRA) take no part, e.g. peft's `model.disable_adapter`."""
+"""Makes a context in which the adapters (LoRA) take no part, e.g. peft's `model.disable_adapter`; or, for another
+reference than the base model, one in which they are that (`StartingWeights.exchanged`)."""
 
 
 @contextlib.contextmanager
 def frozen_base(modules: Iterable[nn.Module], adapters_off: AdaptersOff) -> Iterator[None]:
     """Inside, `modules` compute as the base model does: adapters off, evaluation mode, no gradients.
 
-    Afterwards everything is as it was: the random streams of the CPU and of the modules' devices (but MPS), each
-    module's train or evaluation mode, and each parameter's `requires_grad` (peft sets it anew when its adapters come
-    back on).
+    Afterwards everything is as it was: the random streams of Python (from which DyLoRA draws its rank), of the CPU and
+    of the modules' devices (but MPS), each module's train or evaluation mode, and each parameter's `requires_grad`
+    (peft sets it anew when its adapters come back on).
 
     Raises:
         AptError: `adapters_off` makes no context.
@@ -31,6 +33,7 @@ def frozen_base(modules: Iterable[nn.Module], adapters_off: AdaptersOff) -> Iter
     parameters = [(p, p.requires_grad) for module in modules for p in module._parameters.values() if p is not None]
     used = {p.device for p, _ in parameters}
     devices = sorted((d for d in used if d.type not in ("cpu", "meta", "mps")), key=str)
+    stream = random.getstate()
     try:
         _set_training(training, False)
         with contextlib.ExitStack() as stack:
@@ -49,6 +52,7 @@ def frozen_base(modules: Iterable[nn.Module], adapters_off: AdaptersOff) -> Iter
             yield
     finally:
         _set_training(training, True)
+        random.setstate(stream)
         for parameter, requires_grad in parameters:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
@@ -21,7 +22,10 @@ from .indicator import OverfittingIndicator
 from .losses import dco_weight
 from .reach import Watches
 from .regularizers import Regularizers, frozen_reduction
+from .start import Named, StartingWeights
 from .step import AptStep, scale_gradient
+
+logger = logging.getLogger("apt_hooks")
 
 
 @dataclasses.dataclass
@@ -57,7 +61,8 @@ class AptObjective:
         unet: the denoiser, adapters attached.
         adapters_off: makes a context in which the adapters take no part (`frozen_base`).
         num_train_timesteps: T of the noise schedule.
-        also_frozen: further modules whose adapters `adapters_off` switches, e.g. trained text encoders.
+        also_frozen: further modules whose adapters `adapters_off` switches, e.g. trained text encoders; with
+            `reference = "start"` also the LoRA itself where it is no part of them, for the sake of its dropout.
         bin_of: as in `OverfittingIndicator`, for timesteps that are no whole numbers, such as sigmas.
         trained: (name, parameter) of all that the optimizers train, as `named_parameters` gives them; may be set later,
             up to the first frozen pass. None takes every parameter that requires a gradient for trained.
@@ -65,6 +70,10 @@ class AptObjective:
     The first frozen pass is watched, and an error if its result comes from anything that is trained: a switch that
     switches nothing or not all, a norm trained beside the LoRA. So are both passes of the step after one in which they
     agreed to the last bit, though the weights had moved: then the tuned pass has to come from what is trained.
+
+    With `reference = "start"` nothing is switched off: the frozen pass is of the model with the weights that `trained`
+    had before the first step, which costs a copy of them (`start`). Where another model than the base is at the first
+    step compared with it, a warning says so.
 
     Raises:
         AptError: the U-Net has not what the configuration asks for.
@@ -85,7 +94,12 @@ class AptObjective:
         self.adapters_off = adapters_off
         self.frozen_modules = (unet, *also_frozen)
         self.trained = None if trained is None else list(trained)
+        self.start: StartingWeights | None = None
+        """What the training began from, with `reference = "start"`, from the first batch on."""
+        self.saved_start: Named | None = None
+        """To be set by whoever loads a state: what `start.named()` was when that was saved."""
         self._watches = Watches()
+        self._start_compared = False
         self._deferred = Deferred()
         self.indicator = OverfittingIndicator(
             config.num_bins, num_train_timesteps, config.ema_alpha, config.indicator_scale, bin_of=bin_of
@@ -213,13 +227,49 @@ class AptObjective:
 
         Arguments as in `step` and, `covered`, in `assess`.
         """
-        if not self.frozen_due or (counted is not None and not bool(counted.any())):
+        self.keep_start()
+        counts = counted is None or bool(counted.any())
+        if not self.frozen_due or not (counts or self._begins_from_base):
             return Passes(predict())
         with self.frozen_pass(covered) as features:
             frozen = (predict_frozen or predict)()
+        if predict_frozen is not None and self._begins_from_base:
+            # With other conditioning predictions differ for another reason too.
+            with frozen_base(self.frozen_modules, contextlib.nullcontext):
+                self._compare_start(predict_frozen(), frozen)
+        if not counts:
+            tuned = predict()
+            if self._begins_from_base:
+                self._compare_start(tuned, frozen)
+            return Passes(tuned)
         with self.tuned_pass(features, counted, covered) as tuned_pass:
             tuned = predict()
         return self.join(tuned, frozen, tuned_pass)
+
+    def keep_start(self) -> None:
+        """With `reference = "start"`, take what is trained for what the training began from, unless a state said more.
+
+        The first batch does it; to be called before where weights change without one.
+
+        Raises:
+            AptError: nothing is known to be trained, or the state was of another LoRA.
+        """
+        if self.config.reference == "start" and (self.start is None or self.saved_start is not None):
+            trained = self.trained
+            if trained is None:
+                named = (item for module in self.frozen_modules for item in module.named_parameters())
+                trained = [(name, p) for name, p in named if p.requires_grad]
+            self.start, self.saved_start = StartingWeights(trained, self.saved_start), None
+
+    @property
+    def _begins_from_base(self) -> bool:
+        """Whether it is still to be seen that the model of the first step is the base model."""
+        return self.config.reference == "base" and self.steps == 0 and not self._start_compared
+
+    def _compare_start(self, own: Tensor, base: Tensor) -> None:
+        self._start_compared = True
+        own, base = own.detach().float(), base.float()
+        self._deferred.expect(torch.stack([(own - base).square().mean(), base.square().mean()]), _tell_start)
 
     @property
     def frozen_due(self) -> bool:
@@ -228,10 +278,13 @@ class AptObjective:
 
     @contextlib.contextmanager
     def frozen_pass(self, covered: Tensor | None = None) -> Iterator[Features | None]:
-        """Inside, the U-Net is the base model and is read; for loops that cannot hand over calls to `passes`."""
+        """Inside, the U-Net is the reference and is read; for loops that cannot hand over calls to `passes`."""
+        self.keep_start()
         with contextlib.ExitStack() as stack:
-            watch = self._watches.of_frozen_pass(self.frozen_modules, self.trained)
-            stack.enter_context(frozen_base(self.frozen_modules, self.adapters_off))
+            exchanged = None if self.start is None else self.start.weights
+            watch = self._watches.of_frozen_pass(self.frozen_modules, self.trained, exchanged)
+            switch = self.adapters_off if self.start is None else self.start.exchanged
+            stack.enter_context(frozen_base(self.frozen_modules, switch))
             stack.enter_context(watch)
             features = None
             if self.capture is not None:
@@ -277,6 +330,8 @@ class AptObjective:
             AptError: the frozen pass was not the base model's, or both passes were.
         """
         self._watches.judge(tuned, frozen)
+        if self._begins_from_base:
+            self._compare_start(tuned, frozen)
         if self.capture is None or tuned_pass is None:
             return Passes(tuned, frozen)
         tuned, terms = self.capture.connect(tuned, tuned_pass.observed, tuned_pass.regularizers.values())
@@ -383,6 +438,29 @@ class AptObjective:
                 self.verify()
         finally:
             self.close()
+
+
+def _tell_start(squares: list[float]) -> None:
+    """Say that the LoRA of a run's first batch is none that begins at zero."""
+    difference, base = squares
+    if difference > _ROUNDING * base and not _is_later_rank():
+        logger.warning(
+            "apt-hooks: the LoRA changes the model before the first step (mean square of the difference %.2g of the "
+            "prediction's), and is measured from, and pulled back to, the model without it; to go on from it as it is, "
+            'set [apt] reference = "start"%s',
+            difference / base,
+            " (with DoRA, so little may be rounding)" if difference < _OF_HALF_PRECISION * base else "",
+        )
+
+
+# A LoRA that begins at zero gives exactly 0 in every precision. DoRA's decomposed weights are rounded: on a tiny U-Net
+# 1.2e-4 in bfloat16, 1.6e-6 in float16, 0 in float32.
+_ROUNDING, _OF_HALF_PRECISION = 1e-9, 1e-3
+
+
+def _is_later_rank() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0
 
 
 def _check_shapes(passes: Passes, target: Tensor) -> None:

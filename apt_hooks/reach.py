@@ -31,17 +31,19 @@ class Reach(TorchFunctionMode):
         modules: whose parameters that require a gradient are followed, by their names.
         trained: (name, parameter) of all that is trained, if known; then these alone are followed. None follows every
             parameter with a gradient, also one that is in no module of `modules`.
+        exchanged: what the parameters will be made of inside (`StartingWeights`); only what they are made of now is
+            followed, and what was made of them before.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], trained: Trained = None) -> None:
+    def __init__(self, modules: Iterable[nn.Module], trained: Trained = None, exchanged: Iterable[Tensor] = ()) -> None:
         super().__init__()
         names = {p: name for module in modules for name, p in _named_parameters(module)}
         self._all = trained is None
         followed = [(name, p) for p, name in names.items()] if trained is None else trained
         followed = [(name, p) for name, p in followed if p.requires_grad]
-        self._found = {
-            storage: frozenset([names.get(p, name)]) for name, p in followed if (storage := _storage(p)) is not None
-        }
+        self._names = {p: frozenset([names.get(p, name)]) for name, p in followed}
+        self._found = {storage: own for p, own in self._names.items() if (storage := _storage(p)) is not None}
+        self._found |= {storage: _NOTHING for copy in exchanged if (storage := _storage(copy)) is not None}
         self.parameters = [p for _, p in followed]
         self._without_graph = False
         self._stack = contextlib.ExitStack()
@@ -51,16 +53,16 @@ class Reach(TorchFunctionMode):
         storage = _storage(tensor)
         if storage is None:
             return _NOTHING
-        found = self._found.get(storage, _NOTHING)
-        if not found and isinstance(tensor, nn.Parameter):
+        found = self._found.get(storage)
+        if found is None and isinstance(tensor, nn.Parameter):
             if self._all and tensor.requires_grad:
                 self._found[storage] = found = frozenset([f"number {len(self._found)}, {tuple(tensor.shape)}"])
         elif not found and tensor.grad_fn is not None and self._without_graph:
             # Made before, of what is trained: a trained text encoder's output, say.
-            leaves = [self.of(leaf) for leaf in _leaves(tensor.grad_fn) if isinstance(leaf, nn.Parameter)]
-            if found := _NOTHING.union(*leaves):
+            leaves = [leaf for leaf in _leaves(tensor.grad_fn) if isinstance(leaf, nn.Parameter)]
+            if found := _NOTHING.union(*(self._names.get(leaf) or self.of(leaf) for leaf in leaves)):
                 self._found[storage] = found
-        return found
+        return found or _NOTHING
 
     def __enter__(self) -> Any:
         self._without_graph = not torch.is_grad_enabled()
@@ -95,16 +97,20 @@ class Watches:
     def __init__(self) -> None:
         self._first = True
         self._suspicious = False
+        self._exchanged = False
         self._frozen: Reach | None = None
         self._tuned: Reach | None = None
         self._weights: list[tuple[nn.Parameter, int]] = []
 
-    def of_frozen_pass(self, modules: Iterable[nn.Module], trained: Trained) -> AbstractContextManager[object]:
-        """What a frozen pass has to run in; to be made before the adapters are off."""
+    def of_frozen_pass(
+        self, modules: Iterable[nn.Module], trained: Trained, exchanged: list[Tensor] | None = None
+    ) -> AbstractContextManager[object]:
+        """What a frozen pass has to run in; to be made before the adapters are off, or exchanged for `exchanged`."""
         self._frozen = self._tuned = None
         if not (self._first or self._suspicious):
             return contextlib.nullcontext()
-        self._frozen = Reach(modules, trained)
+        self._exchanged = exchanged is not None
+        self._frozen = Reach(modules, trained, exchanged or ())
         return self._frozen
 
     def of_tuned_pass(self, modules: Iterable[nn.Module], trained: Trained) -> AbstractContextManager[object]:
@@ -123,11 +129,17 @@ class Watches:
         if self._frozen is None:
             return
         if found := sorted(self._frozen.of(frozen)):
+            some = f"{len(found)} in all ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+            if self._exchanged:
+                raise AptError(
+                    "the frozen pass is not of the model that the training began from: trained parameters take part in "
+                    f"it with their weights of now, {some}; tell AptObjective all that is trained (trained=), and let "
+                    "the pass itself compute what it reads of trained models, such as a text encoder's output"
+                )
             raise AptError(
-                f"the frozen pass is not the base model's: trained parameters take part in it, {len(found)} in all "
-                f"({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}); adapters_off must leave out the LoRA of "
-                "every layer and of every model that the pass depends on, nothing beside the LoRA may be trained, and "
-                "what is not trained must not require a gradient"
+                f"the frozen pass is not the base model's: trained parameters take part in it, {some}; adapters_off "
+                "must leave out the LoRA of every layer and of every model that the pass depends on, nothing beside "
+                "the LoRA may be trained, and what is not trained must not require a gradient"
             )
         if self._tuned is not None and not self._tuned.of(tuned):
             raise AptError(

@@ -18,6 +18,7 @@ from .augmentation import Placement
 from .errors import AptError
 from .files import write_atomically
 from .objective import AptObjective
+from .start import from_file, to_bytes
 from .step import AptStep
 from .steplog import VALUES, StepLog
 from .units import check_target
@@ -25,6 +26,7 @@ from .units import check_target
 logger = logging.getLogger("apt_hooks")
 
 STATE_FILE = "apt-hooks.json"
+START_FILE = "apt-hooks-start.pt"
 FORMAT = 1
 
 
@@ -102,8 +104,6 @@ class AptRun:
         # Hashed: of a longer seed, torch's CPU generator would take the low 32 bits only.
         return torch.Generator().manual_seed(zlib.crc32(f"{self._stream}/{self._batches}".encode()))
 
-    def record(self, step: AptStep, placement: Placement | None = None, *, ends_step: bool = True) -> None:
-        """Take in one batch; under gradient accumulation the batches up to `ends_step` make one step."""
     def has_dropout(self, dropout: Mapping[str, float]) -> None:
         """Say that the LoRA is trained with dropout, and have the log say so; to be called before the first step ends.
 
@@ -120,6 +120,8 @@ class AptRun:
                     ", ".join(f"{name} = {p:g}" for name, p in dropout.items()),
                 )
 
+    def record(self, step: AptStep, placement: Placement | None = None, *, ends_step: bool = True) -> None:
+        """Take in one batch; under gradient accumulation the batches up to `ends_step` make one step."""
         self._batches += 1
         self.log.add(step, 0 if placement is None else int(placement.chosen.sum()))
         if ends_step:
@@ -187,7 +189,10 @@ class AptRun:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write the state into a trainer's state folder, as `apt-hooks.json`."""
+        """Write the state into a trainer's state folder, as `apt-hooks.json`.
+
+        With `reference = "start"` the weights that the training began from are beside it, in `apt-hooks-start.pt`.
+        """
         if self.objective.indicator.is_within_step:
             logger.warning(
                 "apt-hooks: %s is saved in the middle of step %d: the batches so far are in no indicator, as their "
@@ -201,18 +206,30 @@ class AptRun:
             "step": self.step,
             "batches": self._batches,
             "indicator_units": self.indicator_units,
+            "reference": self.objective.config.reference,
             "indicator": self.objective.indicator.state_dict(),
         }
+        objective = self.objective
+        start = objective.saved_start if objective.start is None else objective.start.named()
+        if start is not None:
+            write_atomically(Path(folder) / START_FILE, to_bytes(start))
         write_atomically(Path(folder) / STATE_FILE, json.dumps(state, indent=1).encode())
 
     def load(self, folder: str | Path) -> bool:
         """Take over the state of `save`; a folder without one is warned about and changes nothing.
 
         Raises:
-            AptError: the file is broken, of other bins or of other units.
+            AptError: the file is broken, of other bins, of other units or of another reference; `reference = "start"`,
+                and the folder has not the weights that the training began from.
         """
         path = Path(folder) / STATE_FILE
         if not path.exists():
+            if self.objective.config.reference == "start":
+                raise AptError(
+                    f'{folder}: [apt] reference = "start" needs the weights that the training began from, and this '
+                    f'state has no {STATE_FILE}, it was saved without apt-hooks; resume with reference = "base", or '
+                    "begin a new run from its LoRA"
+                )
             logger.warning(
                 "apt-hooks: %s has no %s, it was saved without apt-hooks; the overfitting indicator starts anew",
                 folder,
@@ -230,7 +247,15 @@ class AptRun:
                     f'[apt] indicator_space = "{"target" if units == self.target else "epsilon"}", or delete the saved '
                     "state to start the indicator anew"
                 )
+            own, saved = self.objective.config.reference, state.get("reference", "base")
+            if saved != own:
+                raise AptError(
+                    f'the saved indicator is of reference = "{saved}", this run\'s of "{own}": resume with [apt] '
+                    f'reference = "{saved}", or begin a new run from its LoRA'
+                )
             step, batches = int(state["step"]), int(state["batches"])
+            # Before the first batch the LoRA of the state is what the training begins from.
+            start = from_file(path.with_name(START_FILE)) if own == "start" and batches else None
             self.objective.indicator.load_state_dict(state["indicator"])
         except AptError as error:
             raise AptError(f"{path}: {error}") from error
@@ -239,6 +264,7 @@ class AptRun:
                 f"{path}: no state of apt-hooks ({error!r}); delete it to start the indicator anew"
             ) from error
         self.step, self._resumed = step, True
+        self.objective.start, self.objective.saved_start = None, start
         self._batches = self.objective.steps = batches
         return True
 

@@ -11,6 +11,7 @@ WRONG_VALUES = {
     "objective": ["APT", "dpo", "", 1, True, ["dco"], None],
     "dco_beta": [0, 0.0, -1, "1000", True, math.nan, math.inf, None],
     "monitor_only": ["no", 0, None],
+    "reference": ["lora", "", None],
     "num_bins": [0, -1, 2.0, "10", True, None],
     "ema_alpha": [0, -0.1, 1.01, "0.1", True, math.nan, None],
     "indicator_scale": [0.0, -1, "1000", True, math.inf, None],

@@ -44,10 +44,12 @@ from apt_hooks.integrations.diffusers_dreambooth import adapter
 from apt_hooks.integrations.diffusers_dreambooth.adapter import DreamBoothRun
 from apt_hooks.integrations.diffusers_dreambooth.patch import patch
 from apt_hooks.objective import AptObjective
+from apt_hooks.start import from_file, to_bytes
 
 SCRIPTS = Path(__file__).with_name("dreambooth_scripts")
 WEIGHTS = "pytorch_lora_weights"
 MASKED = 'loss = loss * batch["input_ids"].ge(0).float().mean()\n                '
+FROM_START = 'monitor_only = true\nreference = "start"'
 NOTHING_ON = "loss_weighting = false\naugmentation = false\nlambda_dist = 0\nlambda_attn = 0"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries beneath; what apt-hooks says is asserted
@@ -227,7 +229,9 @@ def test_without_apt_arguments_a_patched_script_trains_the_lora_of_the_unpatched
 
 
 @pytest.mark.parametrize(
-    "config", ["monitor_only = true", NOTHING_ON, 'objective = "dreambooth"', "enabled = false"], ids=str.split
+    "config",
+    ["monitor_only = true", FROM_START, NOTHING_ON, 'objective = "dreambooth"', "enabled = false"],
+    ids=str.split,
 )
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_with_nothing_that_acts_a_run_trains_the_lora_of_the_unpatched_script(
@@ -567,6 +571,62 @@ def test_the_frozen_pass_is_the_base_models_text_encoder_included(
     assert len(differences) >= 3
 
 
+def goes_on(source: str) -> str:
+    """The script with a LoRA that was trained before."""
+    begun = "    for n, p in unet.named_parameters():\n        if 'lora_B' in n:\n"
+    begun += "            torch.nn.init.normal_(p, std=0.1)\n"
+    place = "    cast_training_params(["
+    assert source.count(place) == 1
+    return source.replace(place, begun + place)
+
+
+@pytest.mark.parametrize("arguments", [(), EVERYTHING, ("--mixed_precision", "bf16")], ids=["plain", "all", "bf16"])
+def test_a_run_that_goes_on_from_a_lora_says_so_and_may_take_it_for_reference(
+    train: Train, caplog: pytest.LogCaptureFixture, bases: dict[str, Any], arguments: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    says = "the LoRA changes the model before the first step"
+    train("one_encoder", *arguments, config="")
+    assert says not in caplog.text
+    train("one_encoder", *arguments, config="", edit=goes_on)
+    assert caplog.text.count(says) == 1
+    caplog.clear()
+    copies: list[Any] = []
+    asked: list[tuple[Any, ...]] = []
+    words: list[Tensor] = []
+    compared: list[float] = []
+    begin = DreamBoothRun.begin_tuned_pass
+
+    def spied(self: DreamBoothRun, frozen_prediction: Tensor) -> None:
+        own = bases["own_unet"], bases["own_text_encoder"]
+        if not copies:
+            copies.extend(copy.deepcopy(model).eval() for model in own)  # before the first step
+            own[0].register_forward_pre_hook(lambda module, args: asked.append(args))
+            own[1].register_forward_pre_hook(lambda module, args: words.append(args[0]))
+        else:
+            with torch.no_grad():
+                noisy, timesteps, _ = asked[-1]
+                text = copies[1](words[-1])[0]
+                copied = copies[0](noisy, timesteps, text).sample
+            compared.append(float((frozen_prediction.float() - copied.float()).abs().max()))
+        begin(self, frozen_prediction)
+
+    monkeypatch.setattr(DreamBoothRun, "begin_tuned_pass", spied)
+    found = train("one_encoder", *arguments, "--learning_rate", "1e-1", config='reference = "start"', edit=goes_on)
+    assert len(compared) >= 3 and max(compared) == 0.0 and says not in caplog.text
+    assert found.lines[-1]["delta_noise"] > found.lines[0]["delta_noise"]
+
+
+def test_dropout_is_told_at_start_and_in_the_log(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    found = train("one_encoder", "--lora_dropout", "0.3", config="")
+    assert caplog.text.count("the LoRA has dropout (lora_dropout = 0.3): its loss is measured with it") == 1
+    log = found.folder / f"{WEIGHTS}-apt.jsonl"
+    assert json.loads(log.read_text(encoding="utf-8").splitlines()[0])["run"]["dropout"] == {"lora_dropout": 0.3}
+    caplog.clear()
+    train("one_encoder", config="")
+    assert "dropout" not in caplog.text
+
+
 def test_nothing_is_left_on_the_models(train: Train, bases: dict[str, Any]) -> None:
     train("one_encoder", *EVERYTHING, config="")
     for model in (bases["own_unet"], bases["own_text_encoder"]):
@@ -629,8 +689,8 @@ def test_a_script_that_a_user_edited_trains_alike(train: Train) -> None:
 # -- saving and resuming -----------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(train: Train, tmp_path: Path) -> None:
-    config = "frozen_every = 3"  # so that the place in it has to come back too
+@pytest.mark.parametrize("config", ["frozen_every = 3", 'reference = "start"'])  # what has to come back too
+def test_a_resumed_run_equals_the_uninterrupted_one(train: Train, tmp_path: Path, config: str) -> None:
     arguments = ("--checkpointing_steps", "4", "--max_train_steps", "8", "--train_text_encoder")
     whole = train("one_encoder", *arguments, config=config, folder=tmp_path / "whole")
     halved = tmp_path / "halved"
@@ -659,6 +719,26 @@ def test_a_checkpoint_without_apt_resumes_with_a_warning_and_one_with_it_without
     assert (with_apt / "checkpoint-2" / "apt-hooks.json").exists()
     train("one_encoder", *resume, folder=with_apt)
     assert not [record for record in caplog.records if record.name == "apt_hooks"]
+
+
+def test_a_checkpoint_that_has_not_what_reference_start_needs_is_refused_in_one_line(
+    train: Train, tmp_path: Path
+) -> None:
+    first, resume = (
+        ("--checkpointing_steps", "2", "--max_train_steps", "2"),
+        ("--resume_from_checkpoint", "checkpoint-2"),
+    )
+    start, state = 'reference = "start"', tmp_path / "start" / "checkpoint-2" / "apt-hooks-start.pt"
+    train("one_encoder", *first, config="", folder=tmp_path / "base")
+    line = refused(train, "one_encoder", *resume, config=start, folder=tmp_path / "base")
+    assert 'is of reference = "base", this run\'s of "start": resume with [apt] reference = "base"' in line
+    train("one_encoder", *first, config=start, folder=tmp_path / "start")
+    state.write_bytes(to_bytes(from_file(state)[:-1]))
+    line = refused(train, "one_encoder", *resume, config=start, folder=tmp_path / "start")
+    assert "the saved weights that the training began from are of another LoRA" in line
+    state.unlink()
+    line = refused(train, "one_encoder", *resume, config=start, folder=tmp_path / "start")
+    assert "apt-hooks-start.pt cannot be read" in line and "begin a new run from its LoRA" in line
 
 
 def test_a_checkpoint_of_other_bins_is_refused_in_one_line(train: Train, tmp_path: Path) -> None:

@@ -81,11 +81,12 @@ STEMS = {
 }
 
 
-def composed(case, layout, lambda_dist, lambda_attn):
-    """The paper's total loss of all four samples, written out: (loss, gradient, values)."""
+def composed(case, layout, lambda_dist, lambda_attn, start=None):
+    """The paper's total loss of all four samples, written out: (loss, gradient, values); by `start`, a copy of the
+    model as it was, or by the base model."""
     case.network.zero_grad()
-    with torch.no_grad(), case.network.off():
-        frozen, read_frozen = case.features(STEMS[layout])
+    with torch.no_grad(), case.network.off() if start is None else contextlib.nullcontext():
+        frozen, read_frozen = (start or case).features(STEMS[layout])
     tuned, read = case.features(STEMS[layout])
     l_mu, l_sigma, l_attn = [], [], []
     for stem in STEMS[layout]:
@@ -211,6 +212,47 @@ def test_a_step_is_the_papers_total_loss(layout, checkpointing):
     assert relative_difference(gradient, wanted_gradient) < 1e-5
     assert {name: float(value) for name, value in step.values.items()} == pytest.approx(wanted_values, rel=1e-5)
     assert step.counted == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
+def test_with_the_start_for_reference_a_step_is_the_total_loss_by_a_copy_of_the_model_as_it_was(layout, checkpointing):
+    lambdas = {"lambda_dist": 0.7, "lambda_attn": 3.0}
+    case, plain = Case(layout, checkpointing), Case(layout)
+    objective = make_objective(case.unet, case.network, reference="start", **lambdas)
+    objective.trained = list(case.network.named_parameters())
+    with objective:
+        for number in range(3):
+            case.network.zero_grad()
+            objective.indicator.load_state_dict(make_objective(case.unet, case.network).indicator.state_dict())
+            step = objective.step(case.predict, case.target, TIMESTEPS)
+            loss = step.loss(case.per_sample(step.prediction))
+            loss.backward()
+            wanted_loss, wanted_gradient, wanted = composed(plain, layout, *lambdas.values(), start=Case(layout))
+            assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
+            assert relative_difference(case.network.gradient(), wanted_gradient) < 1e-5
+            assert {name: float(v) for name, v in step.values.items()} == pytest.approx(wanted, rel=1e-5, abs=1e-20)
+            assert (wanted["delta_noise"] > 0) == (number > 0)
+            for network in (case.network, plain.network):
+                torch.optim.SGD(network.parameters(), lr=0.5).step()
+
+
+def test_dco_takes_the_start_for_its_reference_too():
+    case, start = Case(), Case()
+    objective = make_objective(case.unet, case.network, objective="dco", dco_beta=BETA, reference="start")
+    objective.trained = list(case.network.named_parameters())
+    for _ in range(2):
+        case.network.zero_grad()
+        step = objective.step(case.predict, case.target, TIMESTEPS)
+        step.loss(case.per_sample(step.prediction)).backward()
+        gradient = case.network.gradient()
+        case.network.zero_grad()
+        with torch.no_grad():
+            frozen = start.per_sample(start.predict())
+        dco_loss(case.per_sample(case.predict()), frozen, BETA).mean().backward()
+        assert relative_difference(gradient, case.network.gradient()) < 1e-5
+        torch.optim.SGD(case.network.parameters(), lr=0.5 / BETA).step()
+    assert float(step.values["delta_noise"]) > 0
 
 
 def test_values_carry_no_graph():
@@ -522,9 +564,12 @@ def test_where_nothing_counts_the_frozen_pass_does_not_run():
     case = Case()
     before = make_objective(case.unet, case.network).indicator.state_dict()
     objective = make_objective(case.unet, case.network)
-    step = objective.step(case.predict, case.target, TIMESTEPS, counted=torch.zeros(4, dtype=torch.bool))
+    nothing = torch.zeros(4, dtype=torch.bool)
+    objective.step(case.predict, case.target, TIMESTEPS, counted=nothing)
+    assert case.frozen_calls == 1  # the run's first batch, which shows what model the training begins from
+    step = objective.step(case.predict, case.target, TIMESTEPS, counted=nothing)
     loss = step.loss(case.per_sample(step.prediction))
-    assert case.frozen_calls == 0
+    assert case.frozen_calls == 1
     assert torch.equal(loss, case.per_sample(step.prediction).mean())
     assert (step.counted, step.values, float(step.regularizer)) == (0, {}, 0.0)
     assert objective.indicator.state_dict() == before
@@ -810,7 +855,7 @@ def test_under_dco_samples_that_do_not_count_weigh_what_a_sample_starts_with():
 def test_under_dco_a_batch_of_which_nothing_counts_weighs_what_a_sample_starts_with():
     case = Case()
     step, loss, _ = case.run(counted=torch.zeros(4, dtype=torch.bool), objective="dco", dco_beta=BETA)
-    assert (case.frozen_calls, step.counted, step.weight.tolist()) == (0, 0, [BETA / 2] * 4)
+    assert (step.counted, step.weight.tolist(), step.values) == (0, [BETA / 2] * 4, {})
     assert float(loss) == pytest.approx(BETA / 2 * float(raw_losses(case)[0].mean()), rel=1e-6)
 
 

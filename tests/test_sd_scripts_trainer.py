@@ -26,7 +26,7 @@ from apt_hooks.hooks.architectures import unet as blocks
 from apt_hooks.integrations.sd_scripts import adapter, trainer
 from apt_hooks.read_steplog import read_run
 from apt_hooks.report.samples import read_samples
-from apt_hooks.run import STATE_FILE, version
+from apt_hooks.run import START_FILE, STATE_FILE, version
 from apt_hooks.steplog import VALUES
 
 # Reentrant checkpointing under no_grad, as a trainer's validation has it.
@@ -251,7 +251,9 @@ def test_monitoring_and_all_terms_off_give_the_plain_trainers_lora_bit_for_bit(
     train: Train, setting: dict[str, Any]
 ) -> None:
     plain = train(**setting, name="plain")
-    for name, apt in {"monitor": {"monitor_only": True}, "off": ALL_OFF, "dreambooth": DREAMBOOTH}.items():
+    from_start = {"monitor_only": True, "reference": "start"}
+    ways = {"monitor": {"monitor_only": True}, "start": from_start, "off": ALL_OFF, "dreambooth": DREAMBOOTH}
+    for name, apt in ways.items():
         run = train(apt, **setting, name=name)
         assert run.same_lora(plain), name
         assert [line["loss/current"] for line in run.tracked] == [line["loss/current"] for line in plain.tracked], name
@@ -759,14 +761,17 @@ def test_the_frozen_model_reads_the_class_word_through_text_encoders_without_lor
     run = train(words, spy=Reading, subsets=(OWN, REG), train_batch_size=4, **options)
     for seen in run.trainer.seen:
         own = [c.replace("sks", "bag") if words and c in OWN["captions"] else c for c in seen.given["captions"]]
-        frozen, tuned = seen.conds
+        frozen, *with_lora, tuned = seen.conds
+        # The first batch shows whether the training begins from the base model, where both read other conditioning.
+        assert len(with_lora) == int(seen is run.trainer.seen[0] and (bool(words) or not unet_only))
+        for conds in with_lora:
+            assert all(map(torch.allclose, conds, frozen)) == unet_only
         for found, wanted in zip(frozen, base_conditioning(trainers, kind, run.args, own), strict=True):
             torch.testing.assert_close(found, wanted)
         plain = base_conditioning(trainers, kind, run.args, seen.given["captions"])
         same = all(torch.allclose(found, wanted) for found, wanted in zip(tuned, plain, strict=True))
         assert same == unet_only
-    passes = 2 if words or not unet_only else 1
-    assert len(run.trainer.read) == 3 * passes
+    assert len(run.trainer.read) == (3 * 2 + 1 if words or not unet_only else 3)
 
 
 def test_the_weights_of_a_caption_go_to_the_class_word(train: Train, trainers: dict[str, ModuleType]) -> None:
@@ -857,6 +862,123 @@ def test_a_resumed_run_goes_on_with_the_indicator_and_the_log(train: Train) -> N
     assert [line["step"] for line in again.log] == [1, 2, 3, 4]
     assert again.log[:2] == lines[:2]
     assert again.saved()["metadata"]["ss_apt_steps"] == "4"
+
+
+class StartKept(Spy):
+    """Tells of each pass whether it is differentiated, has the LoRA's first weights, and in which modes."""
+
+    first: dict[str, Tensor]
+
+    def on_step_start(self, *args: Any, is_train: bool) -> None:
+        super().on_step_start(*args, is_train=is_train)
+        if not hasattr(self, "first"):
+            self.network, self.calls = args[2], []
+            self.first = {k: x.clone() for k, x in self.network.state_dict().items()}
+
+    def call_unet(self, *args: Any, **kwargs: Any) -> Tensor:
+        weights = self.network.state_dict()
+        as_first = all(torch.equal(weights[k], x) for k, x in self.first.items())
+        self.calls.append((torch.is_grad_enabled(), as_first, {module.training for module in self.network.modules()}))
+        return super().call_unet(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_frozen_pass_of_reference_start_has_the_first_weights_and_no_dropout(
+    train: Train, trainers: dict[str, ModuleType], kind: str, precision: str
+) -> None:
+    options = {"kind": kind, "network_train_unet_only": False, "network_dropout": 0.3, "mixed_precision": precision}
+    run = train({"reference": "start"}, spy=StartKept, gradient_checkpointing=True, **options)
+    frozen, tuned = run.trainer.calls[::2], run.trainer.calls[1::2]
+    assert frozen == [(False, True, {False})] * 3
+    assert tuned == [(True, True, {True}), (True, False, {True}), (True, False, {True})]
+    base = base_conditioning(trainers, kind, run.args, run.trainer.seen[0].given["captions"])
+    assert not any(map(torch.allclose, run.trainer.seen[0].conds[0], base)), "the text encoders keep their LoRA"
+    assert json.loads(run.saved()["metadata"]["ss_apt_config"])["reference"] == "start"
+    assert not any(map(torch.equal, run.trainer.first.values(), run.saved()["weights"].values()))
+
+
+def test_a_resumed_run_of_reference_start_equals_the_uninterrupted_one(train: Train) -> None:
+    # One batch, and numbers by the step: what the trainer itself does not bring back.
+    options: dict[str, Any] = {"subsets": (OWN,), "network_train_unet_only": False, "save_state": True}
+    apt = {"reference": "start", "augmentation": False}
+
+    class Seeded(Spy):
+        def on_step_start(self, *args: Any, is_train: bool) -> None:
+            super().on_step_start(*args, is_train=is_train)
+            torch.manual_seed(self.apt.step)
+
+    whole = train(apt, spy=Seeded, save_every_n_steps=2, max_train_steps=4, **options, name="whole")
+    half = train(apt, spy=Seeded, save_every_n_steps=2, max_train_steps=2, **options, name="half")
+    state = half.folder / "lora-step2-state"
+    assert {STATE_FILE, START_FILE} <= {path.name for path in state.iterdir()}
+    assert not half.same_lora(whole)
+    again = train(apt, spy=Seeded, resume=str(state), max_train_steps=2, **options, name="half")
+    assert again.same_lora(whole)
+    assert again.log == whole.log and len(whole.log) == 4
+    by_base = train({**apt, "reference": "base"}, spy=Seeded, max_train_steps=4, **options)
+    assert not by_base.same_lora(whole)
+
+
+def test_states_without_the_start_end_a_run_of_reference_start_with_one_line(train: Train) -> None:
+    start = {"reference": "start"}
+    plain = train(save_every_n_steps=2, save_state=True, name="plain")
+    with pytest.raises(
+        SystemExit, match=r'^apt-hooks: error: .*was saved without apt-hooks; resume with reference = "b'
+    ):
+        train(start, resume=str(plain.folder / "lora-step2-state"), name="again")
+    first = train(start, save_every_n_steps=2, save_state=True)
+    (first.folder / "lora-step2-state" / START_FILE).unlink()
+    with pytest.raises(
+        SystemExit, match=rf"^apt-hooks: error: .*{START_FILE} cannot be read .* begin a new run from its"
+    ):
+        train(start, resume=str(first.folder / "lora-step2-state"), name="again")
+
+
+class Zeroed(Spy):
+    """A LoRA that begins at zero, as sd-scripts' does."""
+
+    def on_step_start(self, *args: Any, is_train: bool) -> None:
+        if not self.seen:
+            for lora in args[2].loras.values():
+                torch.nn.init.zeros_(lora.up.weight)
+        super().on_step_start(*args, is_train=is_train)
+
+
+GOES_ON = "the LoRA changes the model before the first step"
+
+
+@pytest.mark.parametrize("setting", [
+    {}, {"apt": WORDS}, {"network_train_unet_only": False, "gradient_checkpointing": True, "network_dropout": 0.5},
+    {"subsets": (REG, OWN), "train_batch_size": 1, "max_train_steps": 4}, {"mixed_precision": "bf16", "kind": "sdxl"},
+], ids=["plain", "class word", "text encoders in training mode", "regularization images", "bf16"])  # fmt: skip
+def test_a_run_that_goes_on_from_a_lora_says_so_and_one_that_begins_at_zero_does_not(
+    train: Train, caplog: pytest.LogCaptureFixture, setting: dict[str, Any]
+) -> None:
+    apt = setting.get("apt", {})
+    options = {key: value for key, value in setting.items() if key != "apt"}
+    train(apt, spy=Zeroed, **options)
+    assert GOES_ON not in caplog.text
+    state = train(apt, save_every_n_steps=2, save_state=True, **options, name="other").folder / "lora-step2-state"
+    assert [GOES_ON in message for message in caplog.messages].count(True) == 1
+    caplog.clear()
+    train(apt, resume=str(state), **options)
+    train({**apt, "reference": "start"}, **options)
+    assert GOES_ON not in caplog.text
+    (state / STATE_FILE).unlink()
+    train(apt, resume=str(state), **options)
+    assert caplog.text.count(GOES_ON) == 1
+
+
+def test_dropout_is_told_at_start_and_in_the_log(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    run = train({}, network_dropout=0.3)
+    assert caplog.text.count("the LoRA has dropout (network_dropout = 0.3): its loss is measured with it") == 1
+    about = json.loads((run.folder / "lora-apt.jsonl").read_text().splitlines()[0])["run"]
+    assert about["dropout"] == {"network_dropout": 0.3}
+    caplog.clear()
+    run = train({}, name="none")
+    about = json.loads((run.folder / "lora-apt.jsonl").read_text().splitlines()[0])["run"]
+    assert "dropout" not in about and "dropout" not in caplog.text
 
 
 def test_log_pictures_and_report_of_a_resumed_run_agree(train: Train) -> None:

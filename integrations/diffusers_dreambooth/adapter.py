@@ -78,7 +78,8 @@ class DreamBoothRun:
         trained = [accelerator.unwrap_model(model) for model in accelerator._models]
         self._text_encoders = [m for m in trained if m is not own and any(p.requires_grad for p in m.parameters())]
         parameters = [p for opt in accelerator._optimizers for group in opt.param_groups for p in group["params"]]
-        check_active(own, *self._text_encoders)
+        if config.reference == "base":
+            check_active(own, *self._text_encoders)
         check_preset(config.preset_name, own)
         self._prior = bool(getattr(args, "with_prior_preservation", False))
         self._accelerator = accelerator
@@ -115,8 +116,8 @@ class DreamBoothRun:
         self._version = 0
         self._step: AptStep | None = None
         attach(self._run, accelerator)
-        accelerator.register_load_state_pre_hook(lambda models, folder: self._count_from(folder))
         self._run.has_dropout(dropout(own, *self._text_encoders))
+        accelerator.register_load_state_pre_hook(lambda models, folder: self._count_from(folder))
         # Behind the script's own hook, which has saved the LoRA by then.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.add_metadata(folder))
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line

@@ -174,7 +174,7 @@ class AptTrainer:
 
         if not is_train:
             return process(batch)
-        self._begin(network, noise_scheduler)
+        self._begin(accelerator, network, noise_scheduler)
         # Here the trainer has just fetched the last step's loss, so fetching its other numbers waits for nothing.
         self.apt.log.flush()
         current = _Batch(_counted(batch), accelerator.sync_gradients, noise_scheduler.alphas_cumprod)
@@ -223,9 +223,10 @@ class AptTrainer:
         # Outside of a training step, and for the trainer's own second call (differential output preservation).
         if current is None or current.passes is not None:
             return predict(text_conds)
+        other = None if self._conditioning is None else lambda: predict(current.frozen_conds(text_conds))
         current.passes = self.apt.objective.passes(
             lambda: predict(text_conds),
-            lambda: predict(current.frozen_conds(text_conds)),
+            other,
             current.counted,
             current.covered,
         )
@@ -277,7 +278,7 @@ class AptTrainer:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _begin(self, network: nn.Module, noise_scheduler: Any) -> None:
+    def _begin(self, accelerator: Any, network: nn.Module, noise_scheduler: Any) -> None:
         """What is known at the first step only: the network is applied to the models after they were loaded."""
         if self._switch is not None:
             return
@@ -285,9 +286,12 @@ class AptTrainer:
         found, wanted = noise_scheduler.config.num_train_timesteps, objective.indicator.num_train_timesteps
         if found != wanted:
             raise AptError(f"the noise schedule has {found} timesteps; APT in sd-scripts is for those of {wanted}")
+        network = accelerator.unwrap_model(network)
         self._switch = LoraSwitch(self._switched, self._network, network)
         # And nothing else, though a text encoder's embeddings require a gradient for the sake of its checkpointing.
         objective.trained = list(network.named_parameters())
+        if self.apt_config.reference == "start":
+            objective.frozen_modules = (*objective.frozen_modules, network)
         self.apt.has_dropout(dropout(network))
 
     @contextlib.contextmanager
