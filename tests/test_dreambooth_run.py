@@ -857,6 +857,8 @@ def test_an_adapter_that_is_active_but_not_trained_is_refused(train: Train) -> N
 
     line = refused(train, "one_encoder", config="", edit=styled)
     assert "the adapter 'style' is active but not trained" in line
+    # In both models' passes it is the same, where nothing is switched off.
+    assert len(train("one_encoder", config='reference = "start"', edit=styled).lines) == 4
 
 
 def test_one_timestep_for_the_whole_batch_counts_for_every_sample(train: Train) -> None:
