@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
@@ -247,7 +248,7 @@ class AptObjective:
         return self.join(tuned, frozen, tuned_pass)
 
     def keep_start(self) -> None:
-        """With `reference = "start"`, take what is trained for what the training began from, unless a state said more.
+        """With `reference = "start"`, take the weights of now for those of the start, unless a state has them.
 
         The first batch does it; to be called before where weights change without one.
 
@@ -448,7 +449,7 @@ def _tell_start(squares: list[float]) -> None:
             "apt-hooks: the LoRA changes the model before the first step (mean square of the difference %.2g of the "
             "prediction's), and is measured from, and pulled back to, the model without it; to go on from it as it is, "
             'set [apt] reference = "start"%s',
-            difference / base,
+            difference / base if base else math.inf,
             " (with DoRA, so little may be rounding)" if difference < _OF_HALF_PRECISION * base else "",
         )
 

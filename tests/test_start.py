@@ -359,6 +359,12 @@ def test_a_run_that_goes_on_from_a_lora_says_so_once(caplog: pytest.LogCaptureFi
         assert caplog.messages[0].endswith('to go on from it as it is, set [apt] reference = "start"')
 
 
+def test_a_base_model_that_predicts_nothing_is_compared_too(caplog: pytest.LogCaptureFixture) -> None:
+    objective = objective_of(*make_tuned("up_blocks"), reference="base")
+    objective.join(torch.ones(2, 1), torch.zeros(2, 1), None)
+    assert CHANGES in caplog.text and "difference inf" in caplog.text
+
+
 @pytest.mark.parametrize("resumed", [True, False])
 def test_a_run_that_goes_on_from_a_state_of_ours_does_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, resumed: bool
