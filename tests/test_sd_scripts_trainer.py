@@ -616,6 +616,20 @@ def test_latent_space_asked_for_leaves_the_images_alone(train: Train) -> None:
     assert run.saved()["metadata"]["ss_apt_augment_space"] == "latent"
 
 
+@pytest.mark.parametrize("option", ["noise_offset", "multires_noise_iterations", "ip_noise_gamma"])
+def test_noise_that_the_base_model_does_not_know_is_told_at_start(
+    make: Train, caplog: pytest.LogCaptureFixture, option: str
+) -> None:
+    said = "opens a gap that is no overfitting"
+    for value in (0, 1):
+        run = make({"monitor_only": True})
+        setattr(run.args, option, value)
+        with caplog.at_level(logging.WARNING, "apt_hooks"):
+            run.trainer.train(run.args)
+        assert (said in caplog.text) == bool(value)
+    assert f"apt-hooks: {option} = 1: " in caplog.text and caplog.text.count(said) == 1
+
+
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 

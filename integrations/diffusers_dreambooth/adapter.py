@@ -25,6 +25,7 @@ from apt_hooks.step import AptStep
 from apt_hooks.units import epsilon_error_scale
 
 from ..accelerate_state import attach
+from ..noise_options import tell_noise_options
 from ..peft import adapters_off, check_active, dropout
 from .metadata import add_metadata
 
@@ -115,6 +116,8 @@ class DreamBoothRun:
         self._passes: Passes | None = None
         self._version = 0
         self._step: AptStep | None = None
+        if accelerator.is_main_process:
+            tell_noise_options(args)
         attach(self._run, accelerator)
         self._run.has_dropout(dropout(own, *self._text_encoders))
         accelerator.register_load_state_pre_hook(lambda models, folder: self._count_from(folder))

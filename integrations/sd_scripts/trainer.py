@@ -26,6 +26,7 @@ from apt_hooks.run import AptRun
 from apt_hooks.units import epsilon_error_scale
 
 from ..accelerate_state import attach
+from ..noise_options import tell_noise_options
 from .augment import black_latent, moved
 from .conditioning import ClassCaptions, FrozenConditioning, TextEncoders
 from .lora import LoraSwitch, dropout
@@ -113,6 +114,8 @@ class AptTrainer:
         )
         if getattr(args, "skip_until_initial_step", False):
             self.apt.step = getattr(args, "initial_step", None) or 0  # until a state is loaded that knows better
+        if accelerator.is_main_process:
+            tell_noise_options(args)
         self._conditioning: FrozenConditioning | None = None
         if reencoding:
             self._conditioning = FrozenConditioning(self._captions, lora=bool(trained), weighted=args.weighted_captions)
