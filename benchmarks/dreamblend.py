@@ -23,9 +23,9 @@ from rich.progress import track
 from tinyworld import append_line, numbers, read_rows
 
 from apt_hooks.errors import AptError, errors_in_one_line
-from apt_hooks.integrations.diffusers_sampling.collapse import attention_collapse
-from apt_hooks.integrations.diffusers_sampling.dreamblend import DreamBlend
-from apt_hooks.pictures import draw_plane
+from apt_hooks.integrations.sampling.collapse import attention_collapse
+from apt_hooks.integrations.sampling.dreamblend import DreamBlend
+from apt_hooks.results.pictures import draw_plane
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.evaluate import Examination
 from apt_hooks.tinyworld.judges import load_judges

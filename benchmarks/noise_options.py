@@ -18,14 +18,14 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from apt_hooks.calibrate import gaps_at_end
-from apt_hooks.indicator import gamma_of_gap
 from apt_hooks.integrations.peft import adapters_off
-from apt_hooks.objective import AptObjective
+from apt_hooks.method.indicator import gamma_of_gap
+from apt_hooks.results.calibrate import gaps_at_end
 from apt_hooks.tinyworld.model import encode_images, encode_texts, load_pipeline
 from apt_hooks.tinyworld.personalize import Training, lora, method_config
 from apt_hooks.tinyworld.render import render
 from apt_hooks.tinyworld.world import random_scene
+from apt_hooks.training.objective import AptObjective
 
 OPTIONS = {
     "none": {},

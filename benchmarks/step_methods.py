@@ -15,9 +15,9 @@ from torch import Tensor
 from apt_hooks import AptConfig, AptObjective
 from apt_hooks.config import parse_toml
 from apt_hooks.errors import AptError
-from apt_hooks.frozen import frozen_base
-from apt_hooks.hooks.layout import layout_of
-from apt_hooks.indicator import OverfittingIndicator
+from apt_hooks.hooks.architectures import layout_of
+from apt_hooks.hooks.frozen import frozen_base
+from apt_hooks.method.indicator import OverfittingIndicator
 
 FLOOR = "floor"
 METHODS = {

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt_hooks.objective import AptObjective, Passes
-from apt_hooks.step import AptStep
+from apt_hooks.training.objective import AptObjective, Passes
+from apt_hooks.training.step import AptStep
 
 rows: list[dict[str, float]] = []
 seen: dict[str, Any] = {}

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from apt_hooks.errors import errors_in_one_line
-from apt_hooks.run import AptRun
+from apt_hooks.training.run import AptRun
 
 logger = logging.getLogger("apt_hooks")
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from apt_hooks.errors import AptError
-from apt_hooks.frozen import all_modules
+from apt_hooks.hooks.frozen import all_modules
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 
 from apt_hooks import AptConfig, AptObjective
 from apt_hooks.integrations.accelerate_state import attach
-from apt_hooks.run import STATE_FILE, AptRun
+from apt_hooks.training.run import STATE_FILE, AptRun
 
 
 class FakeAccelerator:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from apt_hooks import AptError, ZoomOutRotate
-from apt_hooks.augmentation import Placement, covered_at
+from apt_hooks.method.augmentation import Placement, covered_at
 
 
 def placement(scale=1.0, angle=0.0, chosen=(True,)):

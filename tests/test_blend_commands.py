@@ -13,11 +13,12 @@ from tiny_judges import save_clip, save_loras
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 from typer.testing import CliRunner
 
-from apt_hooks import AptError, pictures
+from apt_hooks import AptError
 from apt_hooks.cli import app
-from apt_hooks.integrations.diffusers_sampling.judges import ClipJudge
-from apt_hooks.integrations.diffusers_sampling.sweep import find_checkpoints
-from apt_hooks.integrations.diffusers_sampling.words import words_of
+from apt_hooks.integrations.sampling.judges import ClipJudge
+from apt_hooks.integrations.sampling.sweep import find_checkpoints
+from apt_hooks.integrations.sampling.words import words_of
+from apt_hooks.results import pictures
 from apt_hooks.tinyworld.model import new_tokenizer
 
 PROMPT = "a photo of a big sks cup in the snow"

@@ -14,10 +14,10 @@ import torch
 from typer.testing import CliRunner
 
 from apt_hooks import AptConfig, AptError, AptObjective
-from apt_hooks.calibrate import GAMMA_AT_END, calibrate, gaps_at_end, propose_scale, read_log
 from apt_hooks.cli import app
-from apt_hooks.indicator import gamma_of_gap
-from apt_hooks.run import AptRun
+from apt_hooks.method.indicator import gamma_of_gap
+from apt_hooks.results.calibrate import GAMMA_AT_END, calibrate, gaps_at_end, propose_scale, read_log
+from apt_hooks.training.run import AptRun
 
 NAN = math.nan
 PAPER = [0.965, 0.98, 0.83, 0.39]  # its published bins at the end of training

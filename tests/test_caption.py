@@ -24,13 +24,7 @@ from PIL import Image, PngImagePlugin
 
 from apt_hooks import AptError
 from apt_hooks.integrations.captioning import captions, endpoint
-from apt_hooks.integrations.captioning.answers import (
-    BadAnswer,
-    NoCaption,
-    caption_of,
-    estimated_tokens,
-    with_subject,
-)
+from apt_hooks.integrations.captioning.answers import BadAnswer, NoCaption, caption_of, estimated_tokens, with_subject
 from apt_hooks.integrations.captioning.captions import read_key, read_prompt, run_caption
 from apt_hooks.integrations.captioning.endpoint import Endpoint
 from apt_hooks.integrations.captioning.photos import find_photos, jpeg, load_photo

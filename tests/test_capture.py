@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from apt_hooks import AptError, FeatureCapture
-from apt_hooks.frozen import frozen_base
+from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.integrations.peft import adapters_off
-from apt_hooks.ops.channel_statistics import representation_statistics
-from apt_hooks.regularizers import Regularizers, frozen_reduction
+from apt_hooks.method.ops.channel_statistics import representation_statistics
+from apt_hooks.training.regularizers import Regularizers, frozen_reduction
 
 CHECKPOINTING = ("reentrant", "non_reentrant")
 SOURCES = ("self_attention", "block")

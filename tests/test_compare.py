@@ -27,15 +27,15 @@ from eval_folders import PROMPTS, SAMPLING, SECRET, color_of, write_eval
 from PIL import Image
 
 from apt_hooks import AptError
-from apt_hooks.comparison import server as server_module
-from apt_hooks.comparison.ballot import QUESTIONS, Ballot
-from apt_hooks.comparison.booth import Booth
-from apt_hooks.comparison.folders import read_comparison
-from apt_hooks.comparison.grid import box_of, choose_rows, run_grid
-from apt_hooks.comparison.intervals import share_interval, student_t, wilson
-from apt_hooks.comparison.result import count_votes, run_votes, table
-from apt_hooks.comparison.server import Server, serve
-from apt_hooks.comparison.votes import Vote, VoteFile, read_votes
+from apt_hooks.results.comparison import server as server_module
+from apt_hooks.results.comparison.ballot import QUESTIONS, Ballot
+from apt_hooks.results.comparison.booth import Booth
+from apt_hooks.results.comparison.folders import read_comparison
+from apt_hooks.results.comparison.grid import box_of, choose_rows, run_grid
+from apt_hooks.results.comparison.intervals import share_interval, student_t, wilson
+from apt_hooks.results.comparison.result import count_votes, run_votes, table
+from apt_hooks.results.comparison.server import Server, serve
+from apt_hooks.results.comparison.votes import Vote, VoteFile, read_votes
 
 APT, DCO, DREAMBOOTH = (SECRET + name for name in ("apt", "dco", "dreambooth"))
 

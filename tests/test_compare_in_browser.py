@@ -19,11 +19,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from apt_hooks.comparison.ballot import Ballot
-from apt_hooks.comparison.booth import Booth
-from apt_hooks.comparison.folders import read_comparison
-from apt_hooks.comparison.server import Server
-from apt_hooks.comparison.votes import Vote, read_votes
+from apt_hooks.results.comparison.ballot import Ballot
+from apt_hooks.results.comparison.booth import Booth
+from apt_hooks.results.comparison.folders import read_comparison
+from apt_hooks.results.comparison.server import Server
+from apt_hooks.results.comparison.votes import Vote, read_votes
 
 QUESTIONS = ["subject", "prompt", "prior"]
 

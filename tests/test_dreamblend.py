@@ -13,18 +13,19 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from models import relative_difference
 from safetensors.torch import load_file, save_file
 
-from apt_hooks import AptError, attention_guidance
-from apt_hooks.attention_guidance import AttentionRecording, attention_distance, guide
-from apt_hooks.attention_maps import attention_shift, token_maps
-from apt_hooks.capture import FeatureCapture, Features
+from apt_hooks import AptError
+from apt_hooks.hooks import attention_guidance
+from apt_hooks.hooks.attention_guidance import AttentionRecording, attention_distance, guide
+from apt_hooks.hooks.attention_maps import attention_shift, token_maps
+from apt_hooks.hooks.capture import FeatureCapture, Features
 from apt_hooks.hooks.layout import AttentionPoint, Tap
-from apt_hooks.integrations.diffusers_sampling import dreamblend
-from apt_hooks.integrations.diffusers_sampling.collapse import attention_collapse
-from apt_hooks.integrations.diffusers_sampling.dreamblend import DreamBlend
-from apt_hooks.integrations.diffusers_sampling.loras import Loras
-from apt_hooks.integrations.diffusers_sampling.pipelines import make_movable
-from apt_hooks.integrations.diffusers_sampling.steps import denoising_steps
-from apt_hooks.ops.attention_alignment import attention_map
+from apt_hooks.integrations.sampling import dreamblend
+from apt_hooks.integrations.sampling.collapse import attention_collapse
+from apt_hooks.integrations.sampling.dreamblend import DreamBlend
+from apt_hooks.integrations.sampling.loras import Loras
+from apt_hooks.integrations.sampling.pipelines import make_movable
+from apt_hooks.integrations.sampling.steps import denoising_steps
+from apt_hooks.method.ops.attention_alignment import attention_map
 from apt_hooks.tinyworld.model import TOKENS, load_pipeline
 from apt_hooks.tinyworld.personalize import lora, save_lora
 

@@ -37,14 +37,14 @@ from diffusers import DDPMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from apt_hooks.augmentation import Placement
 from apt_hooks.hooks.architectures import unet as blocks
-from apt_hooks.indicator import OverfittingIndicator
+from apt_hooks.hooks.starting_weights import from_file, to_bytes
 from apt_hooks.integrations.diffusers_dreambooth import adapter
 from apt_hooks.integrations.diffusers_dreambooth.adapter import DreamBoothRun
 from apt_hooks.integrations.diffusers_dreambooth.patch import patch
-from apt_hooks.objective import AptObjective
-from apt_hooks.start import from_file, to_bytes
+from apt_hooks.method.augmentation import Placement
+from apt_hooks.method.indicator import OverfittingIndicator
+from apt_hooks.training.objective import AptObjective
 
 SCRIPTS = Path(__file__).with_name("dreambooth_scripts")
 WEIGHTS = "pytorch_lora_weights"

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 from apt_hooks import AptError
 from apt_hooks.cli import app
-from apt_hooks.comparison.folders import BASE, Prompt
-from apt_hooks.integrations.diffusers_sampling.loras import named
 from apt_hooks.integrations.embedders import Clip, Dino
-from apt_hooks.integrations.evaluation import commands, generate
-from apt_hooks.integrations.evaluation.judges import Drawn, Embedder, Score, SubjectJudge, TextJudge, VarietyJudge
-from apt_hooks.integrations.evaluation.prompts import SETS, read_prompts
+from apt_hooks.integrations.judging import commands, generate
+from apt_hooks.integrations.judging.judges import Drawn, Embedder, Score, SubjectJudge, TextJudge, VarietyJudge
+from apt_hooks.integrations.judging.prompts import SETS, read_prompts
+from apt_hooks.integrations.sampling.loras import named
+from apt_hooks.results.comparison.folders import BASE, Prompt
 from apt_hooks.tinyworld.model import load_pipeline, new_tokenizer
 
 PROMPTS = ("a photo of a big {} on the left in the city", "a drawing of a small {} in the middle at night")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from apt_hooks import AptError
-from apt_hooks.integrations.evaluation import fidelity
-from apt_hooks.integrations.evaluation.fidelity import FidelityJudge, find_weights
-from apt_hooks.integrations.evaluation.judges import Drawn
+from apt_hooks.integrations.judging import fidelity
+from apt_hooks.integrations.judging.fidelity import FidelityJudge, find_weights
+from apt_hooks.integrations.judging.judges import Drawn
 
 Image = pytest.importorskip("PIL.Image")
 

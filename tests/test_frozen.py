@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from apt_hooks.errors import AptError
-from apt_hooks.frozen import frozen_base
+from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.integrations.peft import adapters_off
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apt_hooks import AptError, OverfittingIndicator
-from apt_hooks.indicator import sigma_bins
+from apt_hooks.method.indicator import sigma_bins
 
 
 def updated(timesteps, tuned, frozen, **kwargs):

@@ -3,10 +3,9 @@ from models import LAYOUTS, TEXT_WIDTH, TinyAttention, make_diffusers_unet, make
 from torch import nn
 
 from apt_hooks import AptError
+from apt_hooks.hooks.architectures import layout_of, unet_output_blocks, unet_up_blocks
 from apt_hooks.hooks.architectures import unet as up_blocks
-from apt_hooks.hooks.architectures import unet_output_blocks, unet_up_blocks
 from apt_hooks.hooks.architectures.unet import check_preset, select
-from apt_hooks.hooks.layout import layout_of
 
 
 def find_up_blocks(unet):

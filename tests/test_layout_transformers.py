@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from apt_hooks import AptConfig, AptError, AptObjective, FeatureCapture
-from apt_hooks.hooks.layout import AttentionPoint, HiddenPoint, Layout, Tap, Told, layout_of
-from apt_hooks.losses import attention_alignment_loss
+from apt_hooks.hooks.architectures import layout_of
+from apt_hooks.hooks.layout import AttentionPoint, HiddenPoint, Layout, Tap, Told
+from apt_hooks.method.losses import attention_alignment_loss
 
 HEADS, CHANNELS, TEXT, SIDE = 2, 8, 5, 4
 WIDTH = HEADS * CHANNELS
@@ -312,7 +313,7 @@ def test_a_layout_of_ones_own_says_fused_projections_shared_keys_slices_and_a_ma
     (3 * wanted + 0.5 * wanted_mu).backward()
     wanted_gradient = lora.gradient()
 
-    from apt_hooks.regularizers import Regularizers, frozen_reduction
+    from apt_hooks.training.regularizers import Regularizers, frozen_reduction
 
     model, lora = case()
     with FeatureCapture(model, layout=layout_of_padded(model)) as capture:

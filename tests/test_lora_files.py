@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from apt_hooks import AptError
-from apt_hooks.integrations.diffusers_sampling import loras as loras_module
-from apt_hooks.integrations.diffusers_sampling.loras import Loras
+from apt_hooks.integrations.sampling import loras as loras_module
+from apt_hooks.integrations.sampling.loras import Loras
 
 ATTENTION = "up_blocks.1.attentions.0.transformer_blocks.0"
 TEXT = "text_model.encoder.layers.1"

@@ -5,8 +5,8 @@ import torch
 from models import relative_difference
 
 from apt_hooks import AptError, attention_alignment_loss, representation_loss
-from apt_hooks.losses import dco_loss, dco_weight
-from apt_hooks.ops.channel_statistics import representation_statistics
+from apt_hooks.method.losses import dco_loss, dco_weight
+from apt_hooks.method.ops.channel_statistics import representation_statistics
 
 BATCH, QUERIES, TOKENS, HEADS, CHANNELS = 2, 7, 5, 3, 40
 MASK = torch.tensor([[True, True, False, True, False], [True, False, True, True, True]])

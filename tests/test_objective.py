@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apt_hooks import AptConfig, AptError, AptObjective, AptStep
-from apt_hooks.augmentation import Placement
-from apt_hooks.losses import dco_loss, dco_weight
+from apt_hooks.method.augmentation import Placement
+from apt_hooks.method.losses import dco_loss, dco_weight
 
 TIMESTEPS = torch.tensor([50, 350, 950, 70])
 COUNTED = torch.tensor([True, False, False, True])

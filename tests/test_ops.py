@@ -3,9 +3,9 @@ import torch
 from models import relative_difference
 
 from apt_hooks import AptError, attention_alignment_loss
-from apt_hooks.ops import attention_alignment, channel_statistics, choice
-from apt_hooks.ops.attention_alignment import sum_and_gradients
-from apt_hooks.ops.channel_statistics import mean_and_deviation, representation_statistics
+from apt_hooks.method.ops import attention_alignment, channel_statistics, choice
+from apt_hooks.method.ops.attention_alignment import sum_and_gradients
+from apt_hooks.method.ops.channel_statistics import mean_and_deviation, representation_statistics
 
 HEADS = 3
 MASK = torch.tensor([[True, True, False, True, False], [True, False, True, True, True]])

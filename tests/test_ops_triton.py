@@ -13,10 +13,10 @@ import pytest
 import torch
 from models import relative_difference
 
-from apt_hooks.losses import attention_alignment_loss
-from apt_hooks.ops import attention_alignment, channel_statistics
-from apt_hooks.ops.attention_alignment import attention_map
-from apt_hooks.ops.channel_statistics import representation_statistics
+from apt_hooks.method.losses import attention_alignment_loss
+from apt_hooks.method.ops import attention_alignment, channel_statistics
+from apt_hooks.method.ops.attention_alignment import attention_map
+from apt_hooks.method.ops.channel_statistics import representation_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHOSEN_BEFORE = os.environ.get("TRITON_INTERPRET")
@@ -24,8 +24,8 @@ if DEVICE == "cpu" and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from apt_hooks.ops import attention_alignment_triton as alignment  # noqa: E402
-from apt_hooks.ops import channel_statistics_triton as statistics  # noqa: E402
+from apt_hooks.method.ops import attention_alignment_triton as alignment  # noqa: E402
+from apt_hooks.method.ops import channel_statistics_triton as statistics  # noqa: E402
 
 if CHOSEN_BEFORE is None:  # no business of what other tests start
     os.environ.pop("TRITON_INTERPRET", None)

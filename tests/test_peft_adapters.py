@@ -10,7 +10,7 @@ from models import make_batch, make_diffusers_unet
 from torch import Tensor, nn
 
 from apt_hooks.errors import AptError
-from apt_hooks.frozen import frozen_base
+from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.integrations.peft import adapters_off
 
 peft = pytest.importorskip("peft")

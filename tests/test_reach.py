@@ -14,11 +14,11 @@ from models import LAYOUTS, LoRANetwork, make_batch, make_diffusers_unet, make_t
 from torch import Tensor, nn
 
 from apt_hooks import AptConfig, AptError, AptObjective
-from apt_hooks.deferred import Deferred
-from apt_hooks.indicator import OverfittingIndicator
+from apt_hooks.hooks.frozen_check import Reach
 from apt_hooks.integrations.peft import adapters_off
 from apt_hooks.integrations.sd_scripts.lora import LoraSwitch
-from apt_hooks.reach import Reach
+from apt_hooks.method.deferred import Deferred
+from apt_hooks.method.indicator import OverfittingIndicator
 
 NOT_THE_BASE = r"^the frozen pass is not the base model's: trained parameters take part in it, "
 CONFIG = AptConfig(augmentation=False)

@@ -19,13 +19,21 @@ import torch
 from step_logs import start, step, write
 
 from apt_hooks import AptError
-from apt_hooks.read_steplog import Run, find_logs, read_run
-from apt_hooks.report.curves import fold_bins, smooth, thin, timesteps_of
-from apt_hooks.report.figures import bin_color, gamma_plot, loss_plot, loss_top, points_for, run_color, value_plot
-from apt_hooks.report.samples import SIDE, read_samples
-from apt_hooks.report.summary import in_words, summarize
-from apt_hooks.step import AptStep
-from apt_hooks.steplog import StepLog
+from apt_hooks.results.read_steplog import Run, find_logs, read_run
+from apt_hooks.results.report.curves import fold_bins, smooth, thin, timesteps_of
+from apt_hooks.results.report.figures import (
+    bin_color,
+    gamma_plot,
+    loss_plot,
+    loss_top,
+    points_for,
+    run_color,
+    value_plot,
+)
+from apt_hooks.results.report.samples import SIDE, read_samples
+from apt_hooks.results.report.summary import in_words, summarize
+from apt_hooks.training.step import AptStep
+from apt_hooks.training.steplog import StepLog
 
 NAN = math.nan
 
@@ -107,7 +115,7 @@ def test_of_a_long_log_an_even_part_with_first_and_last_is_read(tmp_path: Path, 
 
 
 def test_many_bins_make_fewer_lines_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("apt_hooks.read_steplog.MOST_BYTES", 3000)
+    monkeypatch.setattr("apt_hooks.results.read_steplog.MOST_BYTES", 3000)
     run = read(write(tmp_path / "a-apt.jsonl", [step(i) for i in range(1, 101)]))
     assert 2 <= len(run.steps) <= 20 and run.steps[-1] == 100
 
@@ -360,7 +368,7 @@ def test_a_picture_that_is_half_written_or_none_is_noted(tmp_path: Path) -> None
 def report(places: list[Path], out: Path) -> tuple[str, list[str]]:
     """The page without plotly.js, and what was said."""
     pytest.importorskip("plotly")
-    from apt_hooks.report.page import run_report
+    from apt_hooks.results.report.page import run_report
 
     said: list[str] = []
     run_report(places, out, say=said.append)
@@ -394,9 +402,9 @@ def test_runs_of_another_scale_are_not_compared_by_gamma(tmp_path: Path) -> None
 
 
 def test_a_page_of_a_part_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("apt_hooks.report.page.read_run", functools.partial(read_run, most=1000))
+    monkeypatch.setattr("apt_hooks.results.report.page.read_run", functools.partial(read_run, most=1000))
     write(tmp_path / "a-apt.jsonl", [step(i) for i in range(1, 3001)])
-    monkeypatch.setattr("apt_hooks.report.figures.points_for", lambda runs: 300)
+    monkeypatch.setattr("apt_hooks.results.report.figures.points_for", lambda runs: 300)
     page, said = report([tmp_path], tmp_path / "report.html")
     assert "Shown: every 4th of 3000 steps; a point of a curve is the mean of 3 of these." in page
     assert said[0].endswith("1 run, 3000 steps")
@@ -448,7 +456,7 @@ def test_bad_places_and_outputs_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_named_with_what_installs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from apt_hooks.report.page import run_report
+    from apt_hooks.results.report.page import run_report
 
     log = write(tmp_path / "a-apt.jsonl", [step(1)])
     draw(log, "a_e000001_00_20261122230000")
@@ -460,7 +468,8 @@ def test_missing_packages_are_named_with_what_installs_them(tmp_path: Path, monk
 
 @pytest.mark.parametrize("module", ["curves", "figures", "page", "samples", "summary", "tables", "watch"])
 def test_optional_packages_are_imported_where_they_are_needed_only(module: str) -> None:
-    source = Path(importlib.import_module(f"apt_hooks.report.{module}").__file__ or "").read_text(encoding="utf-8")
+    path = importlib.import_module(f"apt_hooks.results.report.{module}").__file__ or ""
+    source = Path(path).read_text(encoding="utf-8")
     top = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {name for node in top for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]}
     assert names and not {"plotly", "rich", "PIL", "numpy"} & {str(name).partition(".")[0] for name in names}

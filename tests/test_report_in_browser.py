@@ -19,7 +19,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs, one resumed and with sample pictures, one older."""
     pytest.importorskip("plotly")
     image = pytest.importorskip("PIL.Image")
-    from apt_hooks.report.page import run_report
+    from apt_hooks.results.report.page import run_report
 
     folder = tmp_path_factory.mktemp("runs")
     steps = [step(i, [gamma * i / 60 for gamma in BINS]) for i in range(1, 61)]

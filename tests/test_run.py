@@ -13,9 +13,9 @@ import torch
 from models import make_tuned
 
 from apt_hooks import AptConfig, AptError, AptObjective, AptStep
-from apt_hooks.augmentation import Placement
-from apt_hooks.run import STATE_FILE, AptRun, version
-from apt_hooks.steplog import StepLog
+from apt_hooks.method.augmentation import Placement
+from apt_hooks.training.run import STATE_FILE, AptRun, version
+from apt_hooks.training.steplog import StepLog
 
 KEYS = [
     "step",

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from apt_hooks.augmentation import Placement
 from apt_hooks.integrations.sd_scripts.augment import moved
+from apt_hooks.method.augmentation import Placement
 
 SECOND = Placement(
     scales=torch.tensor([1.0, 3.0]), angles=torch.tensor([0.0, 10.0]), chosen=torch.tensor([False, True])

@@ -24,10 +24,10 @@ from torch import Tensor
 from apt_hooks import AptConfig, AptObjective
 from apt_hooks.hooks.architectures import unet as blocks
 from apt_hooks.integrations.sd_scripts import adapter, trainer
-from apt_hooks.read_steplog import read_run
-from apt_hooks.report.samples import read_samples
-from apt_hooks.run import START_FILE, STATE_FILE, version
-from apt_hooks.steplog import VALUES
+from apt_hooks.results.read_steplog import read_run
+from apt_hooks.results.report.samples import read_samples
+from apt_hooks.training.run import START_FILE, STATE_FILE, version
+from apt_hooks.training.steplog import VALUES
 
 # Reentrant checkpointing under no_grad, as a trainer's validation has it.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

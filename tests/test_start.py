@@ -13,10 +13,10 @@ from models import LAYOUTS, LoRANetwork, make_batch, make_diffusers_unet, make_t
 from torch import Tensor, nn
 
 from apt_hooks import AptConfig, AptError, AptObjective
+from apt_hooks.hooks.starting_weights import StartingWeights, from_file, to_bytes
 from apt_hooks.integrations import peft as peft_adapters
 from apt_hooks.integrations.sd_scripts.lora import dropout as dropout_of
-from apt_hooks.run import START_FILE, STATE_FILE, AptRun
-from apt_hooks.start import StartingWeights, from_file, to_bytes
+from apt_hooks.training.run import START_FILE, STATE_FILE, AptRun
 
 NO_HOOKS = {"augmentation": False, "lambda_dist": 0.0, "lambda_attn": 0.0}
 

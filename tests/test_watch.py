@@ -14,8 +14,8 @@ import pytest
 from step_logs import start, step, write
 
 from apt_hooks import AptError
-from apt_hooks.report import watch
-from apt_hooks.report.watch import HISTORY, History, Watched, run_watch
+from apt_hooks.results.report import watch
+from apt_hooks.results.report.watch import HISTORY, History, Watched, run_watch
 
 
 def append(path: Path, *lines: dict[str, Any], end: str = "") -> None:
@@ -190,7 +190,7 @@ def test_a_picture_fits_the_terminal(tmp_path: Path, width: int) -> None:
 
 
 def test_a_picture_is_as_high_as_the_terminal_at_most(tmp_path: Path) -> None:
-    screen = pytest.importorskip("apt_hooks.report.watch")
+    screen = pytest.importorskip("apt_hooks.results.report.watch")
     console = pytest.importorskip("rich.console").Console
     write(tmp_path / "b-apt.jsonl", [step(1)])
     watched = looked(write(tmp_path / "a-apt.jsonl", [start(), *(step(i, [0.5] * 40) for i in range(1, 5))]).parent)

@@ -48,7 +48,7 @@ def evaluate(
 
     Several GPUs: `accelerate launch -m apt_hooks eval ...`.
     """
-    from apt_hooks.integrations.evaluation.commands import Models, run_eval
+    from apt_hooks.integrations.judging.commands import Models, run_eval
 
     given = {"clip": clip, "dino": dino, "hps": hps, "inception": inception, "vgg": vgg}
     run_eval(
@@ -78,7 +78,7 @@ def report(
     out: Annotated[Path, typer.Option(metavar="PAGE.html", help="Where to write the page.")] = Path("report.html"),
 ) -> None:
     """Show runs side by side on one page: indicator, losses, sample pictures, settings. Also while they go on."""
-    from apt_hooks.report.page import run_report
+    from apt_hooks.results.report.page import run_report
 
     run_report(runs, out, say=typer.echo)
 
@@ -89,7 +89,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show what there is, and end.")] = False,
 ) -> None:
     """Show a run in the terminal while it goes on: gamma a bin, losses, speed. Ctrl-C ends it."""
-    from apt_hooks.report.watch import run_watch
+    from apt_hooks.results.report.watch import run_watch
 
     run_watch(run, once=once)
 
@@ -123,9 +123,9 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, help="With --serve: of the order that raters see.")] = 0,
 ) -> None:
     """Put pictures of several LoRAs side by side, in a grid or on a page for people to vote on, names hidden."""
-    from apt_hooks.comparison.grid import run_grid
-    from apt_hooks.comparison.result import run_votes
-    from apt_hooks.comparison.server import serve as run_server
+    from apt_hooks.results.comparison.grid import run_grid
+    from apt_hooks.results.comparison.result import run_votes
+    from apt_hooks.results.comparison.server import serve as run_server
 
     if result is not None:
         if folders or serve:

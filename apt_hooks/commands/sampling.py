@@ -48,7 +48,7 @@ def blend(
     offload: Annotated[bool, typer.Option("--offload", help="Keep the attention in the CPU's memory.")] = False,
 ) -> None:
     """Draw with a late LoRA, guided by the attention of an early one (DreamBlend), beside what each draws alone."""
-    from apt_hooks.integrations.diffusers_sampling import commands
+    from apt_hooks.integrations.sampling import commands
 
     shared: dict[str, Any] = {
         "seed": seed,
@@ -89,7 +89,7 @@ def maps(
     guidance_scale: GuidanceScale = 7.5,
 ) -> None:
     """Draw where each word of a prompt looks, in the base model and with LoRAs."""
-    from apt_hooks.integrations.diffusers_sampling.commands import run_collapse, run_maps
+    from apt_hooks.integrations.sampling.commands import run_collapse, run_maps
 
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     if collapse:

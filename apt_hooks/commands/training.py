@@ -171,7 +171,7 @@ def calibrate(
     Under the proposed scale the run ends (mean of its last tenth) with the upper quartile of its bins at gamma 0.97, as
     the paper's SDXL run did. So let the run be as long as the training is to be.
     """
-    from apt_hooks.calibrate import calibrate
+    from apt_hooks.results.calibrate import calibrate
 
     calibrate(log, out, scale=scale, say=typer.echo)
 

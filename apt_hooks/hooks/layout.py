@@ -18,8 +18,6 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from ..errors import AptError
-
 Source = Literal["self_attention", "cross_attention", "block"]
 """Which hidden states: each self-attention's output (the paper's overview figure), each block's, before an upsampler
 (its supplement), or each cross-attention's output."""
@@ -132,28 +130,3 @@ class Architecture(Protocol):
             AptError: no such block, or nothing to compare in it.
         """
         ...
-
-
-def layout_of(
-    model: nn.Module, blocks: Literal["auto"] | Sequence[int] = "auto", source: Source = "self_attention"
-) -> Layout:
-    """The layout of a model of a known architecture.
-
-    Args:
-        blocks: their numbers, counted as the architecture's module says; "auto": its choice.
-        source: which hidden states.
-
-    Raises:
-        AptError: the model is of none, or has not what was asked for.
-    """
-    from .architectures import ALL
-
-    for architecture in ALL:
-        if architecture.is_one(model):
-            return architecture.layout(model, blocks, source)
-    children = ", ".join(name for name, _ in model.named_children()) or "no child modules"
-    raise AptError(
-        f"looked for {' or '.join(a.LOOKED_FOR for a in ALL)} in {type(model).__name__}, found {children}: "
-        "pass the U-Net or the transformer itself, or a layout of your own, or set lambda_dist and lambda_attn "
-        "(lambda_joint) to 0, which need no hooks"
-    )

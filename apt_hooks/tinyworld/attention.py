@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention_maps import token_maps
-from ..capture import FeatureCapture
+from ..hooks.attention_maps import token_maps
+from ..hooks.capture import FeatureCapture
 from .model import encode_images, encode_texts
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import errors_in_one_line
-from ..pictures import draw_grid
+from ..results.pictures import draw_grid
 from .datasets import held_out_scenes
 from .denoisers import DENOISERS, Denoiser
 from .evaluate import agreement

@@ -145,7 +145,7 @@ def _cost(name: str, training: Training) -> int:
 
 def _draw(out: Path, examination: Examination, results: Mapping[str, Result]) -> list[str]:
     """Draw what there is to see, and take away pictures of an earlier run that there is nothing for; names them."""
-    from .. import pictures
+    from ..results import pictures
 
     trained = {name: result.trained for name, result in results.items() if result.trained}
     for name in _PICTURES:
@@ -175,7 +175,7 @@ def _draw(out: Path, examination: Examination, results: Mapping[str, Result]) ->
 
 def _write_task(out: Path, examination: Examination) -> None:
     """What the LoRAs were trained on and asked for, as `apt-hooks eval` takes it."""
-    from .. import pictures
+    from ..results import pictures
 
     make_folder(out / "references")
     for i, picture in enumerate(examination.references):

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..augmentation import Placement
 from ..config import AptConfig, read_toml
 from ..files import write_atomically
 from ..integrations.peft import adapters_off, unload_adapters
-from ..objective import AptObjective
-from ..run import AptRun
+from ..method.augmentation import Placement
+from ..training.objective import AptObjective
+from ..training.run import AptRun
 from .concepts import Concept
 from .model import encode_images, encode_texts
 from .render import render

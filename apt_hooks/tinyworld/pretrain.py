@@ -27,8 +27,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..augmentation import ZoomOutRotate
 from ..errors import errors_in_one_line
+from ..method.augmentation import ZoomOutRotate
 from .card import write_card
 from .datasets import draw_scenes
 from .denoisers import DENOISERS, TEXT_WIDTH, Denoiser

@@ -40,15 +40,7 @@ from .metrics import auc
 from .personalize import reference_pictures
 from .pretrain import render_all
 from .render import render
-from .world import (
-    COLORS,
-    KINDS,
-    PARTS,
-    PATTERNS,
-    Scene,
-    Subject,
-    random_scene,
-)
+from .world import COLORS, KINDS, PARTS, PATTERNS, Scene, Subject, random_scene
 
 BATCH = 64
 CLASSIFIER_SCENES = 16_000

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt_hooks.augmentation import Placement
+from apt_hooks.method.augmentation import Placement
 
 
 def moved(batch: dict[str, Any], placement: Placement, *, images: bool) -> dict[str, Any]:

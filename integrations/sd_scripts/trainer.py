@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt_hooks.augmentation import Placement
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures.unet import check_preset
-from apt_hooks.objective import AptObjective
-from apt_hooks.run import AptRun
-from apt_hooks.units import epsilon_error_scale
+from apt_hooks.method.augmentation import Placement
+from apt_hooks.method.units import epsilon_error_scale
+from apt_hooks.training.objective import AptObjective
+from apt_hooks.training.run import AptRun
 
 from ..accelerate_state import attach
 from ..noise_options import tell_noise_options

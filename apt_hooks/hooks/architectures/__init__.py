@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
-from ..layout import Architecture
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from ...errors import AptError
+from ..layout import Architecture, Layout, Source
 from . import flux, sd3, unet_output_blocks, unet_up_blocks
 
 ALL: tuple[Architecture, ...] = (unet_up_blocks, unet_output_blocks, flux, sd3)
 """The first whose `is_one` says so is taken."""
+
+
+def layout_of(
+    model: nn.Module, blocks: Literal["auto"] | Sequence[int] = "auto", source: Source = "self_attention"
+) -> Layout:
+    """The layout of a model of a known architecture.
+
+    Args:
+        blocks: their numbers, counted as the architecture's module says; "auto": its choice.
+        source: which hidden states.
+
+    Raises:
+        AptError: the model is of none, or has not what was asked for.
+    """
+    for architecture in ALL:
+        if architecture.is_one(model):
+            return architecture.layout(model, blocks, source)
+    children = ", ".join(name for name, _ in model.named_children()) or "no child modules"
+    raise AptError(
+        f"looked for {' or '.join(a.LOOKED_FOR for a in ALL)} in {type(model).__name__}, found {children}: "
+        "pass the U-Net or the transformer itself, or a layout of your own, or set lambda_dist and lambda_attn "
+        "(lambda_joint) to 0, which need no hooks"
+    )

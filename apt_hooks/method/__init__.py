@@ -1,0 +1,1 @@
+"""The method: indicator, augmentation, losses. Functions of tensors; no model is known here."""

@@ -1,0 +1,1 @@
+"""What came of a run: its log read again, reports, comparisons, a scale that fits."""

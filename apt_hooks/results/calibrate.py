@@ -1,0 +1,206 @@
+"""`apt-hooks calibrate`: an `indicator_scale` that fits the model, from the gaps that a run has logged.
+
+The size of the loss gap depends on the model, so the scale S of `gamma = 1 - exp(-S * gap)` has to as well (the paper
+took 1000 for SDXL, 100 for SD 2.1). The rule, which is ours: a run should end as overfitted as the paper's did. Its
+SDXL curves end (step 2000) at gamma 0.965, 0.98, 0.83 and 0.39 in the bins from 0, 300, 600 and 900, and the upper
+quartile of these is 0.97. With `gap` each bin's mean over the last tenth of the run, and of these the upper quartile,
+
+    1 - exp(-S * gap) = 0.97,  so  S = -log(0.03) / gap
+
+A quartile: one noisy bin can hardly move it, nor, with a gap below 0, leave the equation without a solution, as it
+would with a mean of gammas. The upper one: gamma is there for the bins that overfit most; which these are depends on
+what the model predicts, so no bins are named. The scale holds for runs of about that length. Where APT acts, the gaps
+grow more slowly than in a run with `monitor_only`; the log of such a run can be read in its turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import AptError
+from ..files import write_figure
+from ..method.indicator import gamma_of_gap
+from .read_steplog import read_run
+
+QUANTILE = 0.75
+GAMMA_AT_END = 0.97  # that quantile of the paper's four published bins: 0.969, read off a plot
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggedRun:
+    """What a step log tells about the indicator.
+
+    Attributes:
+        steps: [steps], the optimizer steps' numbers.
+        gammas: [steps, bins], as the steps used them, under the run's own scale.
+        gaps: [steps, bins], `OverfittingIndicator.gaps` at these steps; NaN for a bin not seen yet.
+        dropout: probabilities of the LoRA's dropout by what they are of, at the end of the run; empty in older logs.
+    """
+
+    steps: Tensor
+    gammas: Tensor
+    gaps: Tensor
+    dropout: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def scale(self) -> float | None:
+        """S of the run, at its end where it changed on resuming; None where every gamma is 0 or next to 1."""
+        telling = (self.gammas > 0) & (self.gammas < 0.9) & (self.gaps > 0)  # nearer to 1 too few digits are left
+        scales = -torch.log1p(-self.gammas[telling]) / self.gaps[telling]
+        return float(f"{float(scales[-1]):.6g}") if len(scales) else None
+
+
+def read_log(path: Path, scale: float | None = None) -> LoggedRun:
+    """Read a step log, as `StepLog` writes it; of a very long one an evenly chosen part (`read_run`).
+
+    Args:
+        path: the jsonl file.
+        scale: S of the run, for a log without gaps: they then come from gamma and are 0 where gamma is 0.
+
+    Raises:
+        AptError: as `read_run`; a log without a step; a log without gaps and no scale, or a log with gaps and one.
+    """
+    if scale is not None and not 0 < scale < math.inf:
+        raise AptError(f"--scale must be a number above 0; found {scale}")
+    run = read_run(path)
+    if run is None:
+        raise AptError(f"{path}: has no line yet; a run writes one a step")
+    without = run.seen.all(dim=1) & run.gaps.isnan().all(dim=1)  # as an older apt-hooks wrote them
+    if scale is not None and not without.any():
+        raise AptError(f"{path}: holds its gaps, so that the run's scale is known; leave --scale {scale:g} out")
+    if scale is None and without.any():
+        raise AptError(
+            f"{path}: step {int(run.steps[without][0])} has no gap, as an older apt-hooks wrote it; to get it from "
+            "gamma, give the run's indicator_scale as --scale"
+        )
+    from_gamma = -torch.log1p(-run.gammas) / (scale or 1.0)
+    dropout = run.starts[-1].get("dropout", {}) if run.starts else {}
+    return LoggedRun(run.steps, run.gammas, torch.where(without[:, None], from_gamma, run.gaps), dropout)
+
+
+def gaps_at_end(gaps: Tensor) -> Tensor:
+    """Mean gap of each bin over the last tenth of a run: [bins] from [steps, bins]; NaN for a bin not seen there."""
+    return _last_tenth(gaps).nanmean(dim=0)
+
+
+def propose_scale(gaps: Tensor) -> float:
+    """The `indicator_scale` under which the run would have ended as the paper's did (the rule above).
+
+    Args:
+        gaps: [steps, bins], NaN for a bin not seen yet.
+
+    Returns:
+        S, exact: not rounded.
+
+    Raises:
+        AptError: no bin was seen, the LoRA is not ahead of the base model, or gaps are infinite (gamma was 1).
+    """
+    at_end = gaps_at_end(gaps)
+    if at_end.isnan().all():
+        raise AptError("no bin of timesteps was seen before its last step; log a longer run")
+    gap = float(at_end.nanquantile(QUANTILE))
+    if not math.isfinite(gap):
+        raise AptError("gamma is 1 to all digits at the end, which hides the gaps; log a run anew, with this apt-hooks")
+    if gap <= 0:
+        raise AptError(
+            "the LoRA is not ahead of the base model at the end of the run, it has learned nothing yet "
+            f"(upper quartile of the bins' gaps: {gap:.2g}); train longer, or with a higher learning rate"
+        )
+    return -math.log1p(-GAMMA_AT_END) / gap
+
+
+def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Callable[[str], None]) -> float:
+    """Propose an `indicator_scale` for a logged run, and draw its gammas under both scales.
+
+    Args:
+        log: the run's step log.
+        picture: a PNG file; None puts it beside the log, as `...-calibrate.png`.
+        scale: as for `read_log`.
+        say: takes each line of text for the user.
+
+    Returns:
+        The proposed scale, of two digits.
+
+    Raises:
+        AptError: as `read_log` and `propose_scale`; matplotlib is missing, or the picture cannot be written.
+    """
+    run = read_log(log, scale)
+    picture = picture or log.with_name(f"{log.stem}-calibrate.png")
+    if picture.suffix.lower() != ".png":
+        raise AptError(f"--out must name a .png file; found {picture}")
+    try:
+        proposed = float(f"{propose_scale(run.gaps):.2g}")
+    except AptError as error:
+        raise AptError(f"{log}: {error}") from error
+    at_end = gaps_at_end(run.gaps)
+    bins, last = run.gaps.shape[1], _last_tenth(run.steps)
+    quartile, median = (float(at_end.nanquantile(q)) for q in (QUANTILE, 0.5))
+    say(f"{log}: steps {int(run.steps[0])} to {int(run.steps[-1])}, {bins} bins, indicator_scale = {_text(run.scale)}")
+    say(
+        f"gap (loss of base - loss of LoRA), mean of steps {int(last[0])} to {int(last[-1])}: "
+        f"largest bin {float(at_end[~at_end.isnan()].max()):.3g}, upper quartile {quartile:.3g}, median {median:.3g}"
+    )
+    say(f"rule: the upper quartile of the bins ends at gamma {GAMMA_AT_END}, as in the paper's SDXL run (step 2000)")
+    say(f"write into [apt]: indicator_scale = {_text(proposed)}")
+    if run.dropout:
+        kinds = ", ".join(f"{kind} = {p:g}" for kind, p in run.dropout.items())
+        say(f"note: the run's LoRA had dropout ({kinds}), which makes gaps smaller; the scale holds for that dropout")
+    if not 10 <= proposed <= 10000:
+        say("note: that is far from the paper's 100 to 1000; is the run as long as the training is to be?")
+    _draw(run, proposed, picture)
+    say(f"gamma per bin, as it was and under the proposed scale: {picture}")
+    return proposed
+
+
+def _last_tenth(rows: Tensor) -> Tensor:
+    return rows[-math.ceil(len(rows) / 10) :]
+
+
+def _text(scale: float | None) -> str:
+    return "unknown" if scale is None else f"{scale:.15g}"
+
+
+def _draw(run: LoggedRun, proposed: float, picture: Path) -> None:
+    try:
+        from matplotlib import colormaps
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import BoundaryNorm
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise AptError(f'the picture needs matplotlib ({error}): pip install "apt-hooks[demo]"') from error
+    steps, bins, last = run.steps.numpy(), run.gaps.shape[1], _last_tenth(run.steps)
+    colors = colormaps["viridis"].resampled(bins)
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, gammas, scale, when in (
+        (panels[0], run.gammas, run.scale, "as it was"),
+        (panels[1], gamma_of_gap(run.gaps, proposed), proposed, "as proposed"),
+    ):
+        gammas = gammas.where(~run.gaps.isnan(), math.nan)  # a bin's line begins where it is first seen
+        for b in range(bins):
+            axes.plot(steps, gammas[:, b].numpy(), color=colors(b), linewidth=1.1)
+        quartile = gammas.nanquantile(QUANTILE, dim=1).numpy()
+        axes.plot(steps, quartile, color="black", linewidth=2, label="upper quartile of the bins")
+        axes.axhline(
+            GAMMA_AT_END,
+            color="crimson",
+            linestyle="--",
+            linewidth=1.2,
+            label=f"where the paper's ended, {GAMMA_AT_END}",
+        )
+        axes.axvspan(int(last[0]), int(last[-1]), color="0.92", zorder=0, label="last tenth of the run")
+        axes.set(xlabel="step", ylim=(-0.02, 1.02), title=f"{when}: indicator_scale = {_text(scale)}")
+        axes.grid(alpha=0.25)
+        axes.margins(x=0.02)
+    panels[0].set_ylabel("gamma")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    key = ScalarMappable(BoundaryNorm([b - 0.5 for b in range(bins + 1)], bins), colors)
+    bar = figure.colorbar(key, ax=panels, ticks=range(0, bins, math.ceil(bins / 10)), pad=0.02)
+    bar.set_label("bin of timesteps, low to high noise")
+    write_figure(picture, figure)

@@ -1,0 +1,150 @@
+"""Pictures that sd-scripts drew during a training, found beside the log and made small enough for a page."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from apt_hooks.errors import AptError
+from apt_hooks.results.read_steplog import run_name
+
+MOST_MOMENTS, MOST_PROMPTS = 8, 4
+SIDE = 256  # pixels, of what is shown
+DEFAULT_NAME = "last"  # a run that was given no name is called so, but not in its pictures' names
+
+_Moment = tuple[str, int]  # "epoch" or "step", and which
+_Any = TypeVar("_Any")
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """The pictures of a run.
+
+    Attributes:
+        moments: the columns, such as ("epoch", 2), from early to late.
+        prompts: the rows: the prompts' numbers.
+        pictures: data: URIs by moment and prompt; some may be missing.
+        notes: what was left out, and why.
+    """
+
+    moments: list[_Moment]
+    prompts: list[int]
+    pictures: dict[tuple[_Moment, int], str]
+    notes: list[str]
+
+
+def read_samples(log: Path, starts: Sequence[dict[str, Any]] = ()) -> Samples | None:
+    """The sample pictures of a log's run, evenly chosen where there are many; None where it has none.
+
+    Args:
+        log: the step log, beside which they are looked for.
+        starts: what it says of its run, `Run.starts`: by them steps are the log's, also where the trainer that drew the
+            pictures counted from 1 again. Without, they are the trainer's.
+
+    Raises:
+        AptError: there are some, and Pillow is missing.
+    """
+    files, notes = _find(log, starts)
+    if not files:
+        return None
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise AptError(f'sample pictures need Pillow ({error}): pip install "apt-hooks[report]"') from error
+    moments, prompts = sorted({moment for moment, _ in files}), sorted({prompt for _, prompt in files})
+    chosen, rows = _evenly(moments, MOST_MOMENTS), _evenly(prompts, MOST_PROMPTS)
+    if len(chosen) < len(moments):
+        notes.append(f"{len(chosen)} of {len(moments)} moments are shown, evenly chosen.")
+    if len(rows) < len(prompts):
+        notes.append(f"{len(rows)} of {len(prompts)} prompts are shown, evenly chosen.")
+    pictures = {}
+    for place in [(moment, prompt) for moment in chosen for prompt in rows]:
+        if place in files:
+            try:
+                pictures[place] = _small(files[place])
+            # What Pillow raises at broken pictures, by their kind.
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                notes.append(f"{files[place].name} is left out, it cannot be read ({error}).")
+    return Samples(chosen, rows, pictures, notes)
+
+
+def _find(log: Path, starts: Sequence[dict[str, Any]]) -> tuple[dict[tuple[_Moment, int], Path], list[str]]:
+    """Pictures by moment and prompt; of several the newest, and none that an earlier run of that name left behind."""
+    name = run_name(log)
+    prefix = f"(?:{re.escape(name)}_)" + ("?" if name == DEFAULT_NAME else "")
+    pattern = re.compile(
+        rf"{prefix}(?P<epoch>e?)(?P<number>\d{{6,}})_(?P<prompt>\d{{2,}})_(?P<time>\d{{14}})(_-?\d+)?\.png"
+    )
+    found: dict[tuple[_Moment, int], tuple[str, Path]] = {}
+    begun = _begun(starts)
+    newest: dict[tuple[str, int], str] = {}
+    kept, older = {}, 0
+    for path in sorted((log.parent / "sample").glob("*.png")):
+        if match := pattern.fullmatch(path.name):
+            moment = ("epoch" if match["epoch"] else "step", int(match["number"]))
+            if begun:
+                starts_before = [start for time, start in begun if time <= match["time"]]
+                if not starts_before:
+                    older += 1
+                    continue
+                moment = _in_the_log(moment, starts_before[-1])
+            place = (moment, int(match["prompt"]))
+            found[place] = max(found.get(place, ("", path)), (match["time"], path))
+    for (moment, prompt), (time, path) in sorted(found.items()):
+        kind = (moment[0], prompt)
+        if time < newest.get(kind, ""):
+            older += 1  # later in training, but drawn before: the run was begun anew since
+            continue
+        newest[kind] = time
+        kept[moment, prompt] = path
+    notes = (
+        [f"Left out, since an earlier run of that name drew them, by the times in their names: {older}."]
+        if older
+        else []
+    )
+    return kept, notes
+
+
+def _begun(starts: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The starts, and when each was, as pictures' names have it; none where one does not say, as in older logs."""
+    try:
+        times = [datetime.datetime.fromisoformat(start["loaded"]) for start in starts]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [(time.strftime("%Y%m%d%H%M%S"), start) for time, start in zip(times, starts, strict=True)]
+
+
+def _in_the_log(moment: _Moment, start: dict[str, Any]) -> _Moment:
+    """A moment as the log counts it, of a picture drawn by a run that began so."""
+    kind, number = moment
+    step = start.get("resumed_from", 0)
+    if kind == "step":
+        counted = start.get("trainer_step", step)
+        return kind, number + step - (counted if isinstance(counted, int) else step)
+    # Of "epoch 0", before the first step, a resumed run's is what the state had come to.
+    return ("step", step) if step and not number else moment
+
+
+def _evenly(items: Sequence[_Any], most: int) -> list[_Any]:
+    """At most so many, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _small(path: Path) -> str:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        picture.load()
+        small = picture.convert("RGB")
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    small.save(content, format="JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

@@ -1,0 +1,281 @@
+"""A training run's side of APT, the same for every trainer: start-up line, log, trackers, metadata, saved state."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import platform
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import AptError
+from ..files import write_atomically
+from ..hooks.starting_weights import from_file, to_bytes
+from ..method.augmentation import Placement
+from ..method.units import check_target
+from .objective import AptObjective
+from .step import AptStep
+from .steplog import VALUES, StepLog
+
+logger = logging.getLogger("apt_hooks")
+
+STATE_FILE = "apt-hooks.json"
+START_FILE = "apt-hooks-start.pt"
+FORMAT = 1
+
+
+class AptRun:
+    """What a trainer's adapter needs around an `AptObjective`.
+
+    Args:
+        objective: the run's objective.
+        log_path: the jsonl file, one line an optimizer step; None writes none (ranks other than the first).
+        augment_space: "image" or "latent", decided.
+        seed, rank: where the augmentation's own random stream starts; the trainer's stream is not touched.
+        trainer: its name and version, for the log.
+        target: what the model predicts, one of `units.TARGETS`, unless `indicator_space` is "target".
+
+    Raises:
+        AptError: `indicator_space` is not "target", and errors of this target cannot be told as errors of epsilon.
+    """
+
+    def __init__(
+        self,
+        objective: AptObjective,
+        *,
+        log_path: Path | None,
+        augment_space: str,
+        seed: int = 0,
+        rank: int = 0,
+        trainer: str = "",
+        target: str = "epsilon",
+    ) -> None:
+        if objective.config.indicator_space != "target":
+            check_target(target)
+        self.objective = objective
+        self.target = target
+        self.augment_space = augment_space
+        self.step = 0
+        self.log = StepLog(log_path, self._about(trainer))
+        self._batches = 0
+        self._resumed = False
+        self._begun_at: int | None = None  # the step behind which this process's first one stands
+        self._stream = f"{seed}/{rank}"
+
+    @property
+    def indicator_units(self) -> str:
+        """The target whose errors gamma and gap are made of: "epsilon", or `target`."""
+        return self.target if self.objective.config.indicator_space == "target" else "epsilon"
+
+    def start_line(self) -> str:
+        """One line that says what is on."""
+        config, capture = self.objective.config, self.objective.capture
+        overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.overrides().items())
+        ignored = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.ignored.items())
+        regularizers = "no regularizers"
+        if capture is not None:
+            blocks = f"{capture.layout.noun} {', '.join(map(str, capture.layout.blocks))}"
+            regularizers = (
+                f"{blocks}: {len(capture.layers)} cross-attention layers, {len(capture.hidden)} hidden states"
+            )
+            if config.regularizer == "joint":
+                regularizers = f"{blocks}: {len(capture.hidden)} outputs of cross-attention"
+        parts = [
+            f"apt-hooks {version()} {'monitors only' if config.monitor_only else 'is on'}",
+            f"preset {config.preset_name}" if config.preset_name else "no preset",
+            f"overrides {overrides}" if overrides else "no overrides",
+            regularizers,
+            f"augmentation of {self.augment_space}s" if self.objective.augments else "no augmentation",
+            *([f'objective "{config.objective}" ignores {ignored}'] if ignored else []),
+            f"log {self.log.path}" if self.log.path else "no log",
+        ]
+        if self.indicator_units != self.target:
+            parts.insert(-1, f"gamma in {self.indicator_units} units (the model predicts {self.target})")
+        return " | ".join(parts)
+
+    def generator(self) -> torch.Generator:
+        """The random stream of the batch to come: the same for a resumed run, and independent of the trainer's."""
+        # Hashed: of a longer seed, torch's CPU generator would take the low 32 bits only.
+        return torch.Generator().manual_seed(zlib.crc32(f"{self._stream}/{self._batches}".encode()))
+
+    def has_dropout(self, dropout: Mapping[str, float]) -> None:
+        """Say that the LoRA is trained with dropout, and have the log say so; to be called before the first step ends.
+
+        Args:
+            dropout: probabilities by what they are of, without those of 0.
+        """
+        if dropout:
+            self.log.add_about("dropout", dict(dropout))
+            if self.log.path is not None:
+                logger.warning(
+                    "apt-hooks: the LoRA has dropout (%s): its loss is measured with it, that of the frozen pass "
+                    "without, so gap and gamma are smaller; fit indicator_scale to a run with this dropout "
+                    "(apt-hooks calibrate)",
+                    ", ".join(f"{name} = {p:g}" for name, p in dropout.items()),
+                )
+
+    def record(self, step: AptStep, placement: Placement | None = None, *, ends_step: bool = True) -> None:
+        """Take in one batch; under gradient accumulation the batches up to `ends_step` make one step."""
+        self._batches += 1
+        self.log.add(step, 0 if placement is None else int(placement.chosen.sum()))
+        if ends_step:
+            if self._begun_at is None:
+                self._begun_at = self.step
+            self.step += 1
+            self.log.end_step(self.step)
+
+    def counted(self, number: int) -> None:
+        """What the trainer itself calls the step that was just recorded; the first one's is what counts.
+
+        A trainer that begins with a later step than the first is followed. One that counts from 1 again after a state
+        was loaded is not: the log goes on behind the state's step, and says which of the trainer's steps that was.
+        """
+        if self.step - 1 != self._begun_at:
+            return
+        self._begun_at = -2  # asked once
+        if self.step == 1 and not self._resumed:
+            self.step = number
+        if number != self.step:
+            logger.info(
+                "apt-hooks: the trainer calls %d what is step %d of the LoRA and of the log, also in the names of its "
+                "files and sample pictures",
+                number,
+                self.step,
+            )
+        self.log.trainer_counts(self.step, number - 1)
+
+    def tracker_values(self) -> dict[str, float]:
+        """The last step's values as `apt/...` scalars; bins are `apt/gamma/0` and so on."""
+        line = self.log.latest()
+        if line is None:
+            return {}
+        scalars = {f"apt/{name}": line[name] for name in VALUES if line[name] is not None}
+        return scalars | {f"apt/gamma/{b}": gamma for b, gamma in enumerate(line["gamma"])}
+
+    def metadata(self) -> dict[str, str]:
+        """What a saved LoRA should carry, as text: `ss_apt_version`, `ss_apt_config` and so on."""
+        return {
+            "ss_apt_version": version(),
+            "ss_apt_preset": self.objective.config.preset_name or "",
+            "ss_apt_config": json.dumps(self._config()),
+            "ss_apt_augment_space": self.augment_space,
+            "ss_apt_indicator_units": self.indicator_units,
+            "ss_apt_steps": str(self.step),
+            "ss_apt_gamma": json.dumps([round(g, 6) for g in self.objective.indicator.gammas.tolist()]),
+        }
+
+    def _config(self) -> dict[str, Any]:
+        config = dataclasses.asdict(self.objective.config)
+        return {key: value for key, value in config.items() if key != "preset_name" and value is not None}
+
+    def _about(self, trainer: str) -> dict[str, Any]:
+        """What the log says of the run as a whole."""
+        return {
+            "apt_hooks": version(),
+            "preset": self.objective.config.preset_name,
+            "config": self._config(),
+            "overrides": self.objective.config.overrides(),
+            "augment_space": self.augment_space,
+            "indicator_units": self.indicator_units,
+            "trainer": trainer,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write the state into a trainer's state folder, as `apt-hooks.json`.
+
+        With `reference = "start"` the weights that the training began from are beside it, in `apt-hooks-start.pt`.
+        """
+        if self.objective.indicator.is_within_step:
+            logger.warning(
+                "apt-hooks: %s is saved in the middle of step %d: the batches so far are in no indicator, as their "
+                "gradients are in no state",
+                folder,
+                self.step + 1,
+            )
+        self.log.flush()
+        state = {
+            "format": FORMAT,
+            "step": self.step,
+            "batches": self._batches,
+            "indicator_units": self.indicator_units,
+            "reference": self.objective.config.reference,
+            "indicator": self.objective.indicator.state_dict(),
+        }
+        objective = self.objective
+        start = objective.saved_start if objective.start is None else objective.start.named()
+        if start is not None:
+            write_atomically(Path(folder) / START_FILE, to_bytes(start))
+        write_atomically(Path(folder) / STATE_FILE, json.dumps(state, indent=1).encode())
+
+    def load(self, folder: str | Path) -> bool:
+        """Take over the state of `save`; a folder without one is warned about and changes nothing.
+
+        Raises:
+            AptError: the file is broken, of other bins, of other units or of another reference; `reference = "start"`,
+                and the folder has not the weights that the training began from.
+        """
+        path = Path(folder) / STATE_FILE
+        if not path.exists():
+            if self.objective.config.reference == "start":
+                raise AptError(
+                    f'{folder}: [apt] reference = "start" needs the weights that the training began from, and this '
+                    f'state has no {STATE_FILE}, it was saved without apt-hooks; resume with reference = "base", or '
+                    "begin a new run from its LoRA"
+                )
+            logger.warning(
+                "apt-hooks: %s has no %s, it was saved without apt-hooks; the overfitting indicator starts anew",
+                folder,
+                STATE_FILE,
+            )
+            return False
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if state["format"] != FORMAT:
+                raise AptError(f"has format {state['format']!r}, this apt-hooks reads {FORMAT}; update apt-hooks")
+            units = state.get("indicator_units", self.target)  # as they were before there was a choice
+            if units != self.indicator_units:
+                raise AptError(
+                    f"the saved indicator is of errors of {units}, this run's of {self.indicator_units}: resume with "
+                    f'[apt] indicator_space = "{"target" if units == self.target else "epsilon"}", or delete the saved '
+                    "state to start the indicator anew"
+                )
+            own, saved = self.objective.config.reference, state.get("reference", "base")
+            if saved != own:
+                raise AptError(
+                    f'the saved indicator is of reference = "{saved}", this run\'s of "{own}": resume with [apt] '
+                    f'reference = "{saved}", or begin a new run from its LoRA'
+                )
+            step, batches = int(state["step"]), int(state["batches"])
+            # Before the first batch the LoRA of the state is what the training begins from.
+            start = from_file(path.with_name(START_FILE)) if own == "start" and batches else None
+            self.objective.indicator.load_state_dict(state["indicator"])
+        except AptError as error:
+            raise AptError(f"{path}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AptError(
+                f"{path}: no state of apt-hooks ({error!r}); delete it to start the indicator anew"
+            ) from error
+        self.step, self._resumed = step, True
+        self.objective.start, self.objective.saved_start = None, start
+        self._batches = self.objective.steps = batches
+        return True
+
+    def close(self) -> None:
+        """Write what is left of the log and take the hooks off."""
+        try:
+            self.log.flush()
+        finally:
+            self.objective.close()
+
+
+def version() -> str:
+    """The installed version of apt-hooks."""
+    return importlib.metadata.version("apt-hooks")

@@ -1,0 +1,98 @@
+"""What one step of APT adds to a trainer's loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AptError
+
+
+@dataclasses.dataclass
+class AptStep:
+    """What one step adds to a training loss.
+
+    Attributes:
+        prediction: the tuned model's output, without gradient where an augmentation's border is ignored; take the
+            trainer's loss from this tensor.
+        weight: [batch], the factor of each sample's loss: `1 - gamma` of a sample that counts, else 1; with the
+            objective "dco" `dco_weight`.
+        regularizer: scalar, `lambda_dist * (l_mu + l_sigma) + lambda_attn * l_attn` or `lambda_joint * l_joint`, to be
+            added to the mean loss; times `frozen_every`, since it is 0 in the steps between.
+        gammas: [num_bins], as this step used them, that is before its own update.
+        gaps: [num_bins], the indicator's gaps behind `gammas`; NaN for a bin never seen.
+        counted: number of samples that APT acts on.
+        values: scalars averaged over those samples, not differentiable: `loss_tuned`, `loss_frozen`, `loss_weight`,
+            `delta_noise` (equation 9, as the mean of squares) and of `l_mu`, `l_sigma`, `l_attn`, `l_joint` those that
+            are on; in a step without frozen pass `loss_weight` alone.
+    """
+
+    prediction: Tensor
+    weight: Tensor
+    regularizer: Tensor
+    gammas: Tensor
+    gaps: Tensor
+    counted: int
+    values: dict[str, Tensor]
+
+    def loss(self, per_sample: Tensor) -> Tensor:
+        """The loss to differentiate: `mean(weight * per_sample) + regularizer`, `per_sample`: [batch].
+
+        Raises:
+            AptError: another shape; a loss that is a mean already cannot be weighed by sample.
+        """
+        if per_sample.shape != self.weight.shape:
+            raise AptError(
+                f"the loss must be one number a sample, {tuple(self.weight.shape)}; found {tuple(per_sample.shape)}: "
+                'take reduction="none" and the mean over all dimensions but the first'
+            )
+        return (per_sample * self.weight.to(per_sample.dtype)).mean() + self.regularizer
+
+    def keep(self, per_sample: Tensor) -> Tensor:
+        """`per_sample`, [batch], whose mean has its own value, to the bit, and the gradient of `loss(per_sample)`.
+
+        For a loop that shows what it differentiates: weighed, a loss falls as gamma rises, however well a LoRA does.
+        """
+        return _OtherGradient.apply(per_sample, self.weight, self.regularizer)
+
+    def weigh(self, prediction: Tensor) -> Tensor:
+        """The prediction, [batch, ...], with each sample's gradient multiplied by its weight.
+
+        For a loop whose loss is a mean already: every loss that is a sum over the samples gets the gradient of the
+        weighted one, and keeps its value.
+        """
+        return scale_gradient(prediction, self.weight.reshape(-1, *[1] * (prediction.ndim - 1)))
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """`x`, whose gradient is multiplied by `factor`, of a shape that broadcasts to its own."""
+    return _ScaleGradient.apply(x, factor)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity; its backward multiplies by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, factor: Tensor) -> Tensor:
+        ctx.factor = factor
+        return prediction.clone()  # which a script may change in place; a view would refuse
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient * ctx.factor.to(gradient.device)).to(gradient.dtype), None
+
+
+class _OtherGradient(torch.autograd.Function):
+    """Identity of losses; its backward is that of `losses * factor + term`."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, factor: Tensor, term: Tensor) -> Tensor:
+        ctx.factor, ctx.term = factor, (term.device, term.dtype)
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        return gradient * ctx.factor.to(gradient.device, gradient.dtype), None, gradient.sum().to(*ctx.term)
