@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt_hooks.training.objective import AptObjective, Passes
+from apt_hooks.training.passes import Passes
 from apt_hooks.training.step import AptStep
 
 rows: list[dict[str, float]] = []
@@ -31,7 +31,7 @@ seen: dict[str, Any] = {}
 
 
 def main() -> None:
-    AptObjective.join = functools.partialmethod(remember_terms, AptObjective.join)
+    Passes.end_tuned = functools.partialmethod(remember_terms, Passes.end_tuned)
     if sys.argv[1] == "tinyworld":
         run_tiny_world(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     else:
@@ -42,10 +42,10 @@ def main() -> None:
         print(f"{name}: {shares} of the loss's, {len(rows)} steps")
 
 
-def remember_terms(self: AptObjective, join: Any, *args: Any) -> Passes:
-    passes: Passes = join(self, *args)
-    seen["terms"] = passes.terms
-    return passes
+def remember_terms(self: Passes, end_tuned: Any, *args: Any) -> Any:
+    prediction = end_tuned(self, *args)
+    seen["terms"] = self.terms
+    return prediction
 
 
 def measure(losses: Tensor, weight: Tensor) -> None:

@@ -449,20 +449,20 @@ def test_class_images_are_neither_augmented_nor_counted(
 ) -> None:
     batches: list[tuple[Tensor, Tensor]] = []
     counted: list[list[bool]] = []
-    augment, assess = DreamBoothRun.augment, AptObjective.assess
+    augment, assess = DreamBoothRun.augment, AptObjective._assess
 
     def spied_augment(self: DreamBoothRun, images: Tensor, timesteps: Tensor) -> Tensor:
         batches.append((images.clone(), augment(self, images, timesteps)))
         return batches[-1][1]
 
     def spied_assess(self: AptObjective, *args: Any, **options: Any) -> Any:
-        counted.append(args[-1].tolist())
+        counted.append(args[0].counted.tolist())
         step = assess(self, *args, **options)
         assert step.weight[2:].tolist() == [1.0, 1.0] and step.counted == 2
         return step
 
     monkeypatch.setattr(DreamBoothRun, "augment", spied_augment)
-    monkeypatch.setattr(AptObjective, "assess", spied_assess)
+    monkeypatch.setattr(AptObjective, "_assess", spied_assess)
     monkeypatch.setattr(OverfittingIndicator, "gamma", lambda self, timesteps: torch.ones(len(timesteps)))
     found = train(name, "--with_prior_preservation", config="augment_max_probability = 1.0")
     assert counted == [[True, True, False, False]] * 4
@@ -478,13 +478,13 @@ def test_a_border_that_is_ignored_gets_no_gradient_but_that_of_the_class_images(
     train: Train, monkeypatch: pytest.MonkeyPatch, name: str, border: str
 ) -> None:
     gradients: list[Tensor] = []
-    assess = AptObjective.assess
+    assess = AptObjective._assess
 
     def spied(self: AptObjective, passes: Any, *rest: Any, **options: Any) -> Any:
-        passes.tuned.register_hook(gradients.append)
+        passes.tuned_prediction.register_hook(gradients.append)
         return assess(self, passes, *rest, **options)
 
-    monkeypatch.setattr(AptObjective, "assess", spied)
+    monkeypatch.setattr(AptObjective, "_assess", spied)
     monkeypatch.setattr(OverfittingIndicator, "gamma", lambda self, timesteps: torch.full((len(timesteps),), 0.9))
     config = (
         f'augment_max_probability = 1.0\nzoom_out = [3.0, 3.0]\nrotation_degrees = 0\naugment_border = "{border}"\n'
@@ -519,7 +519,7 @@ def test_the_timesteps_of_the_augmentation_are_those_of_the_step(train: Train, m
     noised: list[list[int]] = []
     import tiny
 
-    draw, assess, make = AptObjective.draw_augmentation, AptObjective.assess, tiny.make_scheduler
+    draw, assess, make = AptObjective.draw_augmentation, AptObjective._assess, tiny.make_scheduler
 
     def spied_draw(self: AptObjective, timesteps: Tensor, *rest: Any) -> Placement:
         drawn.append(timesteps.tolist())
@@ -538,7 +538,7 @@ def test_the_timesteps_of_the_augmentation_are_those_of_the_step(train: Train, m
         return scheduler
 
     monkeypatch.setattr(AptObjective, "draw_augmentation", spied_draw)
-    monkeypatch.setattr(AptObjective, "assess", spied_assess)
+    monkeypatch.setattr(AptObjective, "_assess", spied_assess)
     monkeypatch.setattr(tiny, "make_scheduler", spied_scheduler)
     train("two_encoders", config="")
     assert drawn == used == noised and len(drawn) == 4 and len({t for batch in drawn for t in batch}) > 4
@@ -885,7 +885,7 @@ def test_a_step_that_the_script_breaks_off_is_forgotten(train: Train, monkeypatc
 
     def after_another(self: DreamBoothRun) -> Any:
         with frozen_pass(self):
-            self._run.objective.frozen_modules[0](torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 6, 16))
+            self._run.objective.reference.modules[0](torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 6, 16))
         self.begin_tuned_pass(torch.zeros(1))  # in which the memory ran out
         return frozen_pass(self)
 

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import math
 
 import pytest
@@ -157,8 +158,9 @@ def test_a_border_that_is_ignored_has_no_part_in_loss_indicator_and_channel_stat
     case = Case(layout, checkpointing)
     with make_objective(case.unet, case.network, **config) as objective:
         found = objective.covered(placement, (8 * height, 8 * width))
-        passes = objective.passes(case.predict, counted=counted, covered=found)
-        step = objective.assess(passes, case.target, TIMESTEPS, counted, covered=found)
+        passes = objective.passes(counted, found)
+        passes.run(case.predict)
+        step = passes.assess(case.target, TIMESTEPS)
         step.loss(case.per_sample(step.prediction)).backward()
     assert relative_difference(case.network.gradient(), wanted_gradient) < 1e-5
     # What the indicator takes in is the mean over what is covered, whatever its size.
@@ -220,7 +222,7 @@ def test_with_the_start_for_reference_a_step_is_the_total_loss_by_a_copy_of_the_
     lambdas = {"lambda_dist": 0.7, "lambda_attn": 3.0}
     case, plain = Case(layout, checkpointing), Case(layout)
     objective = make_objective(case.unet, case.network, reference="start", **lambdas)
-    objective.trained = list(case.network.named_parameters())
+    objective.reference.trained = list(case.network.named_parameters())
     with objective:
         for number in range(3):
             case.network.zero_grad()
@@ -240,7 +242,7 @@ def test_with_the_start_for_reference_a_step_is_the_total_loss_by_a_copy_of_the_
 def test_dco_takes_the_start_for_its_reference_too():
     case, start = Case(), Case()
     objective = make_objective(case.unet, case.network, objective="dco", dco_beta=BETA, reference="start")
-    objective.trained = list(case.network.named_parameters())
+    objective.reference.trained = list(case.network.named_parameters())
     for _ in range(2):
         case.network.zero_grad()
         step = objective.step(case.predict, case.target, TIMESTEPS)
@@ -389,7 +391,7 @@ def test_a_frozen_pass_every_third_step_regularizes_with_three_times_the_strengt
     objective = make_objective(third.unet, third.network, frozen_every=3)
     for step in range(7):
         before, weight = objective.indicator.state_dict(), 1 - objective.indicator.gamma(TIMESTEPS)
-        due = objective.frozen_due
+        due = objective.passes().due
         made = objective.step(third.predict, third.target, TIMESTEPS)
         made.loss(third.per_sample(made.prediction)).backward()
         objective.verify()
@@ -402,16 +404,22 @@ def test_a_frozen_pass_every_third_step_regularizes_with_three_times_the_strengt
     assert third.frozen_calls == 3
 
 
+def in_pieces(objective, case, counted=None):
+    """The passes of one batch, as a script's own lines make them."""
+    passes = objective.passes(counted)
+    with passes.frozen():
+        frozen = case.predict()
+    passes.begin_tuned(frozen)
+    passes.end_tuned(case.predict())
+    return passes
+
+
 def test_a_loop_that_makes_the_frozen_pass_when_none_is_due_gets_no_regularizer_there():
     case = Case()
     found = []
     with make_objective(case.unet, case.network, frozen_every=2) as objective:
         for _ in range(3):
-            with objective.frozen_pass() as features:
-                frozen = case.predict()
-            with objective.tuned_pass(features) as tuned_pass:
-                tuned = case.predict()
-            step = objective.assess(objective.join(tuned, frozen, tuned_pass), case.target, TIMESTEPS)
+            step = in_pieces(objective, case).assess(case.target, TIMESTEPS)
             found.append(float(step.regularizer.detach()))
     assert found[0] == found[2] > 0.0
     assert found[1] == 0.0
@@ -542,7 +550,7 @@ def test_a_step_ends_though_its_last_batch_has_no_frozen_pass():
     objective = make_objective(case.unet, case.network, frozen_every=2)
     before = objective.indicator.state_dict()
     objective.step(case.predict, case.target, TIMESTEPS, ends_step=False)
-    assert objective.indicator.state_dict() == before and not objective.frozen_due
+    assert objective.indicator.state_dict() == before and not objective.passes().due
     objective.step(case.predict, case.target, TIMESTEPS)
     assert objective.indicator.state_dict() != before
 
@@ -731,13 +739,14 @@ def test_a_step_keeps_for_its_backward_pass_one_gradient_a_layer_and_no_map(conf
     del prediction
     with make_objective(case.unet, case.network, **config) as objective:
         with Storages() as storages:
-            passes = objective.passes(case.predict)
+            passes = objective.passes()
+            passes.run(case.predict)
             found = storages.alive()
         with torch.no_grad(), objective.capture.record() as features:
             case.predict()
     read = [x.numel() * 8 for kind in (features.queries, features.keys, features.hidden) for x in kind.values()]
     maps = sum(4 * HEADS * q.shape[1] * TOKENS * 8 for q in features.queries.values())
-    small = 2 * passes.tuned.numel() * 8 + 4096  # both predictions and numbers a channel
+    small = 2 * passes.tuned_prediction.numel() * 8 + 4096  # both predictions and numbers a channel
     assert found - wanted <= sum(read) + small
     assert maps > small or not features.queries  # the bound would notice one
 
@@ -989,12 +998,7 @@ def test_a_step_in_pieces_is_the_step(layout, checkpointing, config, counted):
     whole, wanted_loss, wanted = Case(layout, checkpointing).run(counted=counted, **config)
     case = Case(layout, checkpointing)
     with make_objective(case.unet, case.network, **config) as objective:
-        with objective.frozen_pass() as before:
-            frozen = case.predict()
-        with objective.tuned_pass(before, counted) as now:
-            tuned = case.predict()
-        passes = objective.join(tuned, frozen, now)
-        step = objective.assess(passes, case.target, TIMESTEPS, counted)
+        step = in_pieces(objective, case, counted).assess(case.target, TIMESTEPS)
         loss = step.loss(case.per_sample(step.prediction))
         loss.backward()
     for name in ("prediction", "weight", "regularizer", "gammas"):
@@ -1011,12 +1015,11 @@ def test_the_frozen_pass_alone_is_the_base_model_without_a_graph_and_puts_everyt
     with torch.no_grad(), case.network.off():
         wanted = case.predict()
     with make_objective(case.unet, case.network) as objective:
-        with objective.frozen_pass() as features:
+        with objective.passes().frozen():
             assert not case.unet.training
             torch.rand(1)
             prediction = case.predict()
-        assert torch.equal(prediction, wanted)
-        assert not any(x.requires_grad for x in (prediction, *features.queries.values(), *features.hidden.values()))
+        assert torch.equal(prediction, wanted) and not prediction.requires_grad
     assert torch.equal(torch.get_rng_state(), stream)
     assert [m.training for m in case.unet.modules()] == modes
     assert torch.is_grad_enabled()
@@ -1026,9 +1029,27 @@ def test_the_frozen_pass_alone_is_the_base_model_without_a_graph_and_puts_everyt
 def test_without_hooks_the_passes_read_nothing(config):
     case = Case()
     objective = make_objective(case.unet, case.network, **config)
-    with objective.frozen_pass() as before:
+    prediction = case.predict()
+    passes = objective.passes()
+    with passes.frozen():
         frozen = case.predict()
-    with objective.tuned_pass(before) as now:
-        tuned = case.predict()
-    assert (before, now) == (None, None)
-    assert objective.join(tuned, frozen, now).tuned is tuned
+    passes.begin_tuned(frozen)
+    assert passes.end_tuned(prediction) is prediction and passes.terms == {}
+
+
+def test_a_batch_that_is_assessed_before_its_passes_is_an_error():
+    case = Case()
+    objective = make_objective(case.unet, case.network)
+    with pytest.raises(AptError, match=r"assessed before its passes have ended; call run\(\) or end_tuned\(\) first"):
+        objective.passes().assess(case.target, TIMESTEPS)
+
+
+def test_an_objective_goes_on_from_its_state():
+    case = Case()
+    first = make_objective(case.unet, case.network, frozen_every=2)
+    for _ in range(3):
+        first.step(case.predict, case.target, TIMESTEPS)
+    second = make_objective(case.unet, case.network, seen=False, frozen_every=2)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.state_dict() == first.state_dict() and not second.passes().due
+    assert torch.equal(second.indicator.gammas, first.indicator.gammas)

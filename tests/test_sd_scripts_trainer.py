@@ -514,14 +514,14 @@ def test_a_border_that_is_ignored_gets_no_gradient_but_that_of_the_prior_samples
     train: Train, monkeypatch: pytest.MonkeyPatch, border: str, cached: bool
 ) -> None:
     gradients: list[tuple[Tensor, Tensor]] = []
-    assess = AptObjective.assess
+    assess = AptObjective._assess
 
-    def spied(self: AptObjective, passes: Any, target: Tensor, timesteps: Tensor, counted: Any, **options: Any) -> Any:
-        step = assess(self, passes, target, timesteps, counted, **options)
-        passes.tuned.register_hook(lambda gradient: gradients.append((gradient, counted)))
+    def spied(self: AptObjective, passes: Any, *rest: Any, **options: Any) -> Any:
+        step = assess(self, passes, *rest, **options)
+        passes.tuned_prediction.register_hook(lambda gradient: gradients.append((gradient, passes.counted)))
         return step
 
-    monkeypatch.setattr(AptObjective, "assess", spied)
+    monkeypatch.setattr(AptObjective, "_assess", spied)
     apt = {**ALWAYS_SMALLER, "augment_border": border, "lambda_dist": 0.0, "lambda_attn": 0.0, "loss_weighting": False}
     train(apt, spy=Overfitted, cache_latents=cached, subsets=({**OWN}, {**OWN, "is_reg": True}))
     assert len(gradients) == 3 and any(not counted.all() for _, counted in gradients)

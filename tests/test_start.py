@@ -171,7 +171,7 @@ def test_python_s_random_numbers_are_those_of_a_run_without_the_pass() -> None:
     unet, network = make_tuned("up_blocks")
     network.loras[0].down.register_forward_hook(lambda *_: random.random() and None)
     state = random.getstate()
-    with objective_of(unet, network).frozen_pass(), torch.no_grad():
+    with objective_of(unet, network).passes().frozen(), torch.no_grad():
         unet(*make_batch(unet)[:3])
     assert random.getstate() == state
 
@@ -195,8 +195,8 @@ def test_a_first_batch_of_which_nothing_counts_does_not_put_the_start_behind_it(
     step(objective, unet, counted=torch.zeros(2, dtype=torch.bool))
     descend(network)
     assert float(step(objective, unet).values["delta_noise"]) > 0
-    assert objective.start is not None
-    assert all(map(torch.equal, first, objective.start.weights))
+    assert objective.reference.start is not None
+    assert all(map(torch.equal, first, objective.reference.start.weights))
 
 
 def test_pefts_lora_needs_no_word_of_what_is_trained() -> None:
@@ -239,7 +239,7 @@ def test_what_was_computed_of_trained_weights_before_the_pass_is_an_error() -> N
     encoder = nn.Linear(24, 24)
     x, timesteps, context, target = make_batch(unet)
     objective = objective_of(unet, network)
-    objective.trained = [*network.named_parameters(), *encoder.named_parameters()]
+    objective.reference.trained = [*network.named_parameters(), *encoder.named_parameters()]
     encoded = encoder(context)
     with pytest.raises(AptError, match=NOT_THE_START + r"2 in all \(bias, weight\)"):
         objective.step(lambda: unet(x, timesteps, encoded), target, timesteps)
@@ -313,7 +313,7 @@ def test_a_state_without_the_start_is_an_error_that_says_the_way_out_and_changes
             AptError, match=rf"{STATE_FILE}: {START_FILE} cannot be read .*begin a new run from its LoRA$"
         ):
             resumed.load(tmp_path)
-        assert (resumed.step, resumed.objective.saved_start) == (0, None)
+        assert (resumed.step, resumed.objective.reference.saved_start) == (0, None)
         assert bool(resumed.objective.indicator.gaps.isnan().all())
     (tmp_path / STATE_FILE).unlink()
     based.save(tmp_path)
@@ -344,11 +344,12 @@ def test_a_run_that_goes_on_from_a_lora_says_so_once(caplog: pytest.LogCaptureFi
         elif way == "other conditioning":
             kwargs["predict_frozen"] = lambda: unet(x, timesteps, context + 1)
         if way == "context":
-            with objective.frozen_pass() as features:
+            passes = objective.passes()
+            with passes.frozen():
                 frozen = unet(x, timesteps, context)
-            with objective.tuned_pass(features) as tuned_pass:
-                tuned = unet(x, timesteps, context)
-            objective.assess(objective.join(tuned, frozen, tuned_pass), target, timesteps)
+            passes.begin_tuned(frozen)
+            tuned = passes.end_tuned(unet(x, timesteps, context))
+            passes.assess(target, timesteps)
             tuned.square().mean().backward()
         else:
             step(objective, unet, **kwargs)
@@ -361,7 +362,9 @@ def test_a_run_that_goes_on_from_a_lora_says_so_once(caplog: pytest.LogCaptureFi
 
 def test_a_base_model_that_predicts_nothing_is_compared_too(caplog: pytest.LogCaptureFixture) -> None:
     objective = objective_of(*make_tuned("up_blocks"), reference="base")
-    objective.join(torch.ones(2, 1), torch.zeros(2, 1), None)
+    passes = objective.passes()
+    passes.begin_tuned(torch.zeros(2, 1))
+    passes.end_tuned(torch.ones(2, 1))
     assert CHANGES in caplog.text and "difference inf" in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
@@ -116,3 +117,57 @@ def dco_weight(loss_tuned: Tensor, loss_frozen: Tensor, beta: float) -> Tensor:
     A trainer's own loss multiplied by it has DCO's gradient, whatever else the trainer does to its loss.
     """
     return beta * torch.sigmoid(beta * (loss_tuned - loss_frozen)).detach()
+
+
+@dataclasses.dataclass
+class SampleLosses:
+    """Mean squares of both models' errors and of their difference, of the samples that count: each [samples].
+
+    `covered` is the share of a sample that its mask covers, None without masks; where it is 0 the others are NaN.
+    """
+
+    tuned: Tensor
+    frozen: Tensor
+    delta_noise: Tensor
+    covered: Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, tuned: Tensor, frozen: Tensor, target: Tensor, mask: Tensor | None, here: slice | Tensor
+    ) -> SampleLosses:
+        if mask is not None:
+            fits = mask.ndim == target.ndim and mask.shape[:1] == target.shape[:1]
+            if not fits or any(m not in (1, n) for m, n in zip(mask.shape, target.shape, strict=True)):
+                raise AptError(
+                    f"the mask must be of the target's shape {tuple(target.shape)}, or have 1 in place of any size but "
+                    f"the first; found {tuple(mask.shape)}"
+                )
+            mask = mask.expand_as(target)[here].float()
+        tuned, frozen, target = (x[here].float() for x in (tuned, frozen, target))
+        return cls(
+            _mean_square(target - tuned, mask),
+            _mean_square(target - frozen, mask),
+            _mean_square(frozen - tuned, mask),
+            None if mask is None else mask.flatten(1).mean(dim=1),
+        )
+
+    def means(self) -> dict[str, Tensor]:
+        """Their means over the samples that have a loss, by the names in the log; NaN where none has."""
+        values = {"loss_tuned": self.tuned, "loss_frozen": self.frozen, "delta_noise": self.delta_noise}
+        if self.covered is None:
+            return {name: value.mean() for name, value in values.items()}
+        seen = self.covered > 0
+        return {name: torch.where(seen, value, 0.0).sum() / seen.sum() for name, value in values.items()}
+
+    def whole(self, loss: Tensor) -> Tensor:
+        """A loss as a trainer has it that takes the mean over the whole frame, nothing outside the mask."""
+        return loss if self.covered is None else torch.where(self.covered > 0, loss * self.covered, 0.0)
+
+
+def _mean_square(x: Tensor, mask: Tensor | None) -> Tensor:
+    squares = x.square().flatten(1)
+    if mask is None:
+        return squares.mean(dim=1)
+    weights = mask.flatten(1)
+    return (squares * weights).sum(dim=1) / weights.sum(dim=1)

@@ -63,7 +63,6 @@ class AptRun:
         self.augment_space = augment_space
         self.step = 0
         self.log = StepLog(log_path, self._about(trainer))
-        self._batches = 0
         self._resumed = False
         self._begun_at: int | None = None  # the step behind which this process's first one stands
         self._stream = f"{seed}/{rank}"
@@ -102,7 +101,7 @@ class AptRun:
     def generator(self) -> torch.Generator:
         """The random stream of the batch to come: the same for a resumed run, and independent of the trainer's."""
         # Hashed: of a longer seed, torch's CPU generator would take the low 32 bits only.
-        return torch.Generator().manual_seed(zlib.crc32(f"{self._stream}/{self._batches}".encode()))
+        return torch.Generator().manual_seed(zlib.crc32(f"{self._stream}/{self.objective.steps}".encode()))
 
     def has_dropout(self, dropout: Mapping[str, float]) -> None:
         """Say that the LoRA is trained with dropout, and have the log say so; to be called before the first step ends.
@@ -122,7 +121,6 @@ class AptRun:
 
     def record(self, step: AptStep, placement: Placement | None = None, *, ends_step: bool = True) -> None:
         """Take in one batch; under gradient accumulation the batches up to `ends_step` make one step."""
-        self._batches += 1
         self.log.add(step, 0 if placement is None else int(placement.chosen.sum()))
         if ends_step:
             if self._begun_at is None:
@@ -201,16 +199,16 @@ class AptRun:
                 self.step + 1,
             )
         self.log.flush()
+        objective, reference = self.objective.state_dict(), self.objective.reference
         state = {
             "format": FORMAT,
             "step": self.step,
-            "batches": self._batches,
+            "batches": objective["steps"],
             "indicator_units": self.indicator_units,
-            "reference": self.objective.config.reference,
-            "indicator": self.objective.indicator.state_dict(),
+            "reference": reference.kind,
+            "indicator": objective["indicator"],
         }
-        objective = self.objective
-        start = objective.saved_start if objective.start is None else objective.start.named()
+        start = reference.saved_start if reference.start is None else reference.start.named()
         if start is not None:
             write_atomically(Path(folder) / START_FILE, to_bytes(start))
         write_atomically(Path(folder) / STATE_FILE, json.dumps(state, indent=1).encode())
@@ -247,7 +245,7 @@ class AptRun:
                     f'[apt] indicator_space = "{"target" if units == self.target else "epsilon"}", or delete the saved '
                     "state to start the indicator anew"
                 )
-            own, saved = self.objective.config.reference, state.get("reference", "base")
+            own, saved = self.objective.reference.kind, state.get("reference", "base")
             if saved != own:
                 raise AptError(
                     f'the saved indicator is of reference = "{saved}", this run\'s of "{own}": resume with [apt] '
@@ -256,7 +254,7 @@ class AptRun:
             step, batches = int(state["step"]), int(state["batches"])
             # Before the first batch the LoRA of the state is what the training begins from.
             start = from_file(path.with_name(START_FILE)) if own == "start" and batches else None
-            self.objective.indicator.load_state_dict(state["indicator"])
+            self.objective.load_state_dict({"steps": batches, "indicator": state["indicator"]})
         except AptError as error:
             raise AptError(f"{path}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -264,8 +262,7 @@ class AptRun:
                 f"{path}: no state of apt-hooks ({error!r}); delete it to start the indicator anew"
             ) from error
         self.step, self._resumed = step, True
-        self.objective.start, self.objective.saved_start = None, start
-        self._batches = self.objective.steps = batches
+        self.objective.reference.start, self.objective.reference.saved_start = None, start
         return True
 
     def close(self) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures.unet import check_preset
-from apt_hooks.hooks.capture import Features
 from apt_hooks.method.augmentation import Placement
 from apt_hooks.method.units import epsilon_error_scale
-from apt_hooks.training.objective import AptObjective, Passes, TunedPass
+from apt_hooks.training.objective import AptObjective
+from apt_hooks.training.passes import Passes
 from apt_hooks.training.run import AptRun
 from apt_hooks.training.step import AptStep
 
@@ -33,6 +33,9 @@ logger = logging.getLogger("apt_hooks")
 
 WEIGHTS = "pytorch_lora_weights"
 """The name under which diffusers saves a LoRA."""
+
+
+_NO_FROZEN_PASS = "the base model's pass did not run before the U-Net's call; patch the script again"
 
 
 def start(
@@ -105,14 +108,10 @@ class DreamBoothRun:
         )
         self.augments = objective.augments
         self.trains_text_encoders = bool(self._text_encoders)
-        self._tuned_pass = contextlib.ExitStack()
         self._timesteps: Tensor | None = None
         self._drawn: tuple[Any, ...] = ()
         self._placement: Placement | None = None
         self._covered: Tensor | None = None
-        self._frozen: Features | None = None
-        self._tuned: TunedPass | None = None
-        self._frozen_prediction: Tensor | None = None
         self._passes: Passes | None = None
         self._version = 0
         self._step: AptStep | None = None
@@ -148,7 +147,7 @@ class DreamBoothRun:
     def frozen_due(self) -> bool:
         """Whether this step has a `frozen_pass`, and `begin_tuned_pass` after it."""
         self._give_up()
-        return self._run.objective.frozen_due
+        return self._run.objective.passes().due
 
     @contextlib.contextmanager
     def frozen_pass(self) -> Iterator[None]:
@@ -160,7 +159,8 @@ class DreamBoothRun:
                 for encoder in self._text_encoders:
                     handle = encoder.register_forward_pre_hook(lambda module, _: called.add(module))
                     stack.callback(handle.remove)
-                self._frozen = stack.enter_context(self._run.objective.frozen_pass(self._covered))
+                self._passes = self._run.objective.passes(covered=self._covered)
+                stack.enter_context(self._passes.frozen())
                 yield
             if len(called) < len(self._text_encoders):
                 raise AptError(
@@ -172,30 +172,27 @@ class DreamBoothRun:
     def begin_tuned_pass(self, frozen_prediction: Tensor) -> None:
         """What the base model predicted; the next pass of the U-Net is the one that is trained."""
         with errors_in_one_line():
-            self._frozen_prediction, frozen = frozen_prediction, self._frozen
-            self._frozen = None
-            passing = self._run.objective.tuned_pass(frozen, self._counted(frozen_prediction), self._covered)
-            self._tuned = self._tuned_pass.enter_context(passing)
+            if self._passes is None:
+                raise AptError(_NO_FROZEN_PASS)
+            self._passes.counted = self._counted(frozen_prediction)
+            self._passes.begin_tuned(frozen_prediction)
 
     def end_tuned_pass(self, prediction: Tensor) -> Tensor:
         """The prediction, to go on with in place of `prediction`."""
         with errors_in_one_line():
-            self._tuned_pass.close()
-            if self._frozen_prediction is not None:
-                self._passes = self._run.objective.join(prediction, self._frozen_prediction, self._tuned)
-            elif self._run.objective.frozen_due:
-                raise AptError("the base model's pass did not run before the U-Net's call; patch the script again")
-            else:
-                self._passes = Passes(prediction)
-            self._tuned = self._frozen_prediction = None
-            self._version = self._passes.tuned._version
-            return self._passes.tuned
+            if self._passes is None:
+                self._passes = self._run.objective.passes(self._counted(prediction), self._covered)
+                if self._passes.due:
+                    raise AptError(_NO_FROZEN_PASS)
+            prediction = self._passes.end_tuned(prediction)
+            self._version = prediction._version
+            return prediction
 
     def assess(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
         """The prediction, its gradient scaled by each sample's weight, whatever loss is taken of it."""
         with errors_in_one_line():
             passes, self._passes = self._passes, None
-            if passes is None or prediction is not passes.tuned or prediction._version != self._version:
+            if passes is None or prediction is not passes.tuned_prediction or prediction._version != self._version:
                 raise AptError(
                     "the script changes the U-Net's prediction before the loss, but not the base model's, so the two "
                     "cannot be compared; take the loss of what the U-Net predicts"
@@ -211,14 +208,11 @@ class DreamBoothRun:
                     "encode them in every step, or set [apt] augmentation = false"
                 )
             timesteps = _one_each(timesteps, prediction)
-            self._step = self._run.objective.assess(
-                passes,
+            self._step = passes.assess(
                 target,
                 timesteps,
-                self._counted(prediction),
                 ends_step=self._accelerator.sync_gradients,
                 error_scale=self._error_scale(timesteps),
-                covered=self._covered,
             )
             return self._step.weigh(self._step.prediction)
 
@@ -263,9 +257,9 @@ class DreamBoothRun:
 
     def _give_up(self) -> None:
         """Forget a step that the script broke off between the passes, as one does that ran out of memory."""
-        given_up = RuntimeError("the step was broken off")
-        self._tuned_pass.__exit__(RuntimeError, given_up, None)
-        self._passes = self._step = self._frozen = self._tuned = self._frozen_prediction = None
+        if self._passes is not None:
+            self._passes.give_up()
+        self._passes = self._step = None
 
     def _error_scale(self, timesteps: Tensor) -> Tensor | None:
         predicted = self._schedule.config.prediction_type

@@ -227,13 +227,8 @@ class AptTrainer:
         if current is None or current.passes is not None:
             return predict(text_conds)
         other = None if self._conditioning is None else lambda: predict(current.frozen_conds(text_conds))
-        current.passes = self.apt.objective.passes(
-            lambda: predict(text_conds),
-            other,
-            current.counted,
-            current.covered,
-        )
-        return current.passes.tuned
+        current.passes = self.apt.objective.passes(current.counted, current.covered)
+        return current.passes.run(lambda: predict(text_conds), other)
 
     def get_noise_pred_and_target(self, *args: Any, **kwargs: Any) -> Any:
         result = super().get_noise_pred_and_target(*args, **kwargs)  # type: ignore[misc]
@@ -247,15 +242,12 @@ class AptTrainer:
                     "the trainer adds noise at other timesteps than those drawn for the augmentation; "
                     "set [apt] augmentation = false"
                 )
-            current.step = self.apt.objective.assess(
-                current.passes,
+            current.step = current.passes.assess(
                 target,
                 timesteps,
-                current.counted,
                 ends_step=current.ends_step,
                 error_scale=epsilon_error_scale(self.apt.target, current.alphas_cumprod, timesteps),
                 mask=current.mask(target),
-                covered=current.covered,
             )
             if current.covered is not None:
                 result = (current.step.prediction, *result[1:])
@@ -292,9 +284,9 @@ class AptTrainer:
         network = accelerator.unwrap_model(network)
         self._switch = LoraSwitch(self._switched, self._network, network)
         # And nothing else, though a text encoder's embeddings require a gradient for the sake of its checkpointing.
-        objective.trained = list(network.named_parameters())
+        objective.reference.trained = list(network.named_parameters())
         if self.apt_config.reference == "start":
-            objective.frozen_modules = (*objective.frozen_modules, network)
+            objective.reference.modules = (*objective.reference.modules, network)
         self.apt.has_dropout(dropout(network))
 
     @contextlib.contextmanager

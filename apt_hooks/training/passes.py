@@ -1,0 +1,170 @@
+"""The two passes of one batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AptError
+from ..hooks.gradients import ObservedPass
+from .regularizers import Regularizers, frozen_reduction
+
+if TYPE_CHECKING:
+    from ..hooks.capture import Features
+    from .objective import AptObjective
+    from .step import AptStep
+
+
+class Passes:
+    """Both passes of one batch and what is made of them; for adapters, in place of `AptObjective.step`.
+
+    Where the passes can be called, `prediction = passes.run(predict)`. In a script's own lines:
+
+        if passes.due:
+            with passes.frozen():
+                frozen = unet(noisy, ...)
+            passes.begin_tuned(frozen)
+        prediction = passes.end_tuned(unet(noisy, ...))
+
+    Then, with the target, `step = passes.assess(target, timesteps)`; the loss is to be taken of `step.prediction`.
+
+    Args:
+        counted: [batch], bool; False for regularization images, which are trained on as ever. None counts all.
+        covered: [batch, 1, height, width] of the images or of the latents, what of each sample to learn from
+            (`AptObjective.covered`). The rest has no part in losses, indicator and channel statistics, and
+            `AptStep.prediction` no gradient there. None: all.
+
+    Attributes:
+        due: whether this batch has a frozen pass; in others no regularizer acts.
+        tuned_prediction, frozen_prediction: [batch, ...]; the latter None without a frozen pass.
+        terms: `l_mu`, `l_sigma`, `l_attn`, `l_joint`, those that are on; scalars that reach the LoRA.
+    """
+
+    def __init__(self, objective: AptObjective, counted: Tensor | None = None, covered: Tensor | None = None) -> None:
+        self._objective = objective
+        self.counted, self.covered = counted, covered
+        self.due = objective.steps % objective.config.frozen_every == 0
+        self.tuned_prediction: Tensor | None = None
+        self.frozen_prediction: Tensor | None = None
+        self.terms: dict[str, Tensor] = {}
+        self._features: Features | None = None
+        self._compared: tuple[Regularizers, ObservedPass] | None = None
+        self._tuned = contextlib.ExitStack()
+
+    def run(self, predict: Callable[[], Tensor], predict_frozen: Callable[[], Tensor] | None = None) -> Tensor:
+        """Both passes; the tuned model's prediction. Arguments as in `AptObjective.step`."""
+        reference, step = self._objective.reference, self._objective.steps
+        counts = self.counted is None or bool(self.counted.any())
+        reference.keep_start()
+        if not self.due or not (counts or reference.awaits_comparison(step)):
+            return self.end_tuned(predict())
+        with self.frozen():
+            frozen = (predict_frozen or predict)()
+        if predict_frozen is not None and reference.awaits_comparison(step):
+            # With other conditioning predictions differ for another reason too.
+            reference.compare_alike(predict_frozen, frozen)
+        if not counts:
+            tuned = self.end_tuned(predict())
+            if reference.awaits_comparison(step):
+                reference.compare(tuned, frozen)
+            return tuned
+        with self.begin_tuned(frozen):
+            tuned = predict()
+        return self.end_tuned(tuned)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, the model is the reference, and is read."""
+        objective = self._objective
+        with objective.reference.frozen(), contextlib.ExitStack() as stack:
+            if objective.capture is not None:
+                config = objective.config
+                reduce = frozen_reduction(config.regularizer, config.attention_impl, self.covered)
+                self._features = stack.enter_context(objective.capture.record(reduce))
+            yield
+
+    def begin_tuned(self, frozen_prediction: Tensor) -> contextlib.ExitStack:
+        """From here on, up to `end_tuned`, the pass is the one that is differentiated, and is compared.
+
+        Returns:
+            A context manager that ends the comparison, also where the pass is broken off.
+        """
+        objective, features = self._objective, self._features
+        self.frozen_prediction, self._features = frozen_prediction, None
+        self._tuned.enter_context(objective.reference.tuned())
+        if objective.capture is not None and features is not None:
+            config = objective.config
+            regularizers = Regularizers(
+                features,
+                objective.capture.layers,
+                len(objective.capture.hidden),
+                regularizer=config.regularizer,
+                rows=rows_of(self.counted),
+                covered=self.covered,
+                impl=config.attention_impl,
+                differentiable=torch.is_grad_enabled() and not config.monitor_only,
+            )
+            observed = self._tuned.enter_context(objective.capture.regularize(regularizers.observe))
+            self._compared = regularizers, observed
+        return self._tuned
+
+    def end_tuned(self, prediction: Tensor) -> Tensor:
+        """The prediction to go on with.
+
+        Raises:
+            AptError: the frozen pass was not the reference's, or both passes were; or the pass did not come through all
+                places.
+        """
+        self._tuned.close()
+        objective, reference = self._objective, self._objective.reference
+        if self.frozen_prediction is not None:
+            reference.judge(prediction, self.frozen_prediction)
+            if reference.awaits_comparison(objective.steps):
+                reference.compare(prediction, self.frozen_prediction)
+            if objective.capture is not None and self._compared is not None:
+                regularizers, observed = self._compared
+                prediction, self.terms = objective.capture.connect(prediction, observed, regularizers.values())
+        self._compared = None
+        self.tuned_prediction = prediction
+        return prediction
+
+    def give_up(self) -> None:
+        """End a tuned pass that was broken off, as by one that ran out of memory."""
+        self._tuned.__exit__(RuntimeError, RuntimeError("the step was broken off"), None)
+        self._compared = self._features = None
+
+    def assess(self, target: Tensor, timesteps: Tensor, **options: Any) -> AptStep:
+        """Losses, indicator and terms; takes the batch into the indicator. Options as in `AptObjective.step`.
+
+        Raises:
+            AptError: predictions and target differ in shape, or timesteps are none of the schedule's. What only a
+                device's numbers show is told by a later step or `AptObjective.verify`.
+        """
+        return self._objective._assess(self, target, timesteps, **options)
+
+    def check(self, target: Tensor) -> Tensor:
+        """The tuned prediction, if all that there is has the target's shape."""
+        # A target of [batch, 1, height, width] would broadcast to another loss without a word.
+        for name, prediction in (("tuned", self.tuned_prediction), ("frozen", self.frozen_prediction)):
+            if prediction is not None and prediction.shape != target.shape:
+                raise AptError(
+                    f"prediction and target must have one shape; found {tuple(prediction.shape)} of the {name} model "
+                    f"for a target of {tuple(target.shape)}: hand over what the trainer takes its loss of"
+                )
+        if self.tuned_prediction is None:
+            raise AptError("the batch is assessed before its passes have ended; call run() or end_tuned() first")
+        return self.tuned_prediction
+
+
+def rows_of(counted: Tensor | None, device: torch.device | None = None) -> Tensor | None:
+    """The samples that count, None where all do; found on the CPU, so that no device is waited for."""
+    counted = None if counted is None else counted.cpu()
+    return (
+        None
+        if counted is None or bool(counted.all())
+        else torch.nonzero(counted).flatten().to(device, non_blocking=True)
+    )
