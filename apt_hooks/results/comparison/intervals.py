@@ -20,10 +20,11 @@ it holds the true share in 92 to 99 % of the studies with five raters and more, 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+
+from apt_hooks.errors import AptError
 
 LEVEL = 0.95
 
@@ -36,6 +37,9 @@ def share_interval(chosen: Sequence[bool], raters: Sequence[str], prompts: Seque
     Args:
         chosen: whether each vote is for the method; one or more.
         raters, prompts: whose it is, and on what.
+
+    Raises:
+        AptError: as `student_t`.
     """
     n, p = len(chosen), sum(chosen) / len(chosen)
     groups_of_prompts, groups_of_raters = len(set(prompts)), len(set(raters))
@@ -53,7 +57,7 @@ def share_interval(chosen: Sequence[bool], raters: Sequence[str], prompts: Seque
     ]
     spread = sum(v**2 / degrees for v, degrees in parts)
     degrees = sum(v for v, _ in parts) ** 2 / spread if spread else sum(d for _, d in parts)
-    return wilson(p, worth, student_t(round(degrees, 1)))
+    return wilson(p, worth, student_t(degrees))
 
 
 def wilson(p: float, n: float, z: float) -> tuple[float, float]:
@@ -73,20 +77,14 @@ def _variance(errors: Sequence[float], groups: Sequence[Hashable]) -> float:
     return len(sums) / (len(sums) - 1) * sum(total**2 for total in sums.values()) / len(errors) ** 2
 
 
-@functools.cache
 def student_t(degrees: float) -> float:
-    """The distance from 0 that Student's t, of 1 degree of freedom or more, whole or not, keeps to at `LEVEL`."""
-    degrees = min(degrees, 1000.0)  # beyond, hardly anything changes, and the sum below would want more pieces
-    # With t = sqrt(degrees) tan(a) the density is one of cos(a)^(degrees - 1), integrated by Simpson's rule.
-    scale = 2 * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
+    """The distance from 0 that Student's t, of 1 degree of freedom or more, whole or not, keeps to at `LEVEL`.
 
-    def within(angle: float, pieces: int = 200) -> float:
-        heights = [math.cos(angle * i / pieces) ** (degrees - 1) for i in range(pieces + 1)]
-        inner = 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2])
-        return scale * angle / pieces / 3 * (heights[0] + inner + heights[-1])
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(50):
-        angle = (low + high) / 2
-        low, high = (angle, high) if within(angle) < LEVEL else (low, angle)
-    return math.sqrt(degrees) * math.tan(low)
+    Raises:
+        AptError: scipy is missing.
+    """
+    try:
+        from scipy.special import stdtrit
+    except ImportError as error:
+        raise AptError(f'intervals of votes need scipy ({error}): pip install "apt-hooks[eval]"') from error
+    return float(stdtrit(degrees, (1 + LEVEL) / 2))

@@ -116,7 +116,7 @@ def run_votes(votes: Path, *, say: Callable[[str], None]) -> list[Result]:
         A result a criterion.
 
     Raises:
-        AptError: no such file, no file of votes, or no vote in it yet.
+        AptError: no such file, no file of votes, or no vote in it yet; scipy is missing.
     """
     results = count_votes(read_votes(votes))
     if not results:

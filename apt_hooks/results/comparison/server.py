@@ -26,6 +26,7 @@ from apt_hooks.images import bare_png
 from .ballot import Ballot
 from .booth import Booth, Refused, checked_rater
 from .folders import read_comparison
+from .intervals import student_t
 from .result import count_votes, table
 
 ADDRESS = "127.0.0.1"
@@ -70,7 +71,8 @@ def serve(
         AptError: as `read_comparison`, `Ballot` and `VoteFile`; votes of another comparison; a port that is in use.
     """
     ballot = Ballot(read_comparison(folders, references=references, methods=methods), seed)
-    bare_png(ballot.comparison.references[0], LONGEST_SIDE)  # without Pillow no picture can be sent: say so now
+    bare_png(ballot.comparison.references[0], LONGEST_SIDE)  # without Pillow no picture can be sent,
+    student_t(1)  # without scipy there is no result of the votes: say so now
     with Booth(ballot, votes) as booth, _listen(port, booth, say) as server:
         number = server.server_address[1]
         try:
