@@ -52,8 +52,10 @@ def to_tensor(picture: Any) -> Tensor:
     return values.view(picture.height, picture.width, 3).permute(2, 0, 1)
 
 
-def bare_png(path: Path, longest: int) -> bytes:
-    """A picture as a PNG of its pixels alone: no file's metadata, which may name a model, a place or a person.
+def bare_picture(path: Path, longest: int = 1024) -> tuple[bytes, str]:
+    """A picture's pixels alone, and their format: no file's metadata, which may name a model, a place or a person.
+
+    A JPEG, as some hundreds have to fit into a page, or a PNG where both sides have at most 256 pixels.
 
     Args:
         longest: side in pixels above which the picture is made smaller.
@@ -64,6 +66,7 @@ def bare_png(path: Path, longest: int) -> bytes:
     picture = open_picture(path)
     picture.thumbnail((longest, longest))
     picture.info.clear()
+    kind = "png" if max(picture.size) <= 256 else "jpeg"
     content = io.BytesIO()
-    picture.save(content, format="png", compress_level=1)
-    return content.getvalue()
+    picture.save(content, format=kind, **({} if kind == "png" else {"quality": 92}))
+    return content.getvalue(), kind

@@ -1,22 +1,17 @@
-"""Folders side by side, what raters see and do not see, votes that are never lost, and what they come to."""
+"""Folders side by side, what raters see and do not see, their votes, and what these come to."""
 
 from __future__ import annotations
 
-import contextlib
+import base64
 import dataclasses
-import http.client
 import io
 import json
 import math
-import os
 import random
 import re
-import socket
 import statistics
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +23,13 @@ from eval_folders import PROMPTS, SAMPLING, SECRET, color_of, write_eval
 from PIL import Image
 
 from apt_hooks import AptError
-from apt_hooks.results.comparison import server as server_module
-from apt_hooks.results.comparison.ballot import QUESTIONS, Ballot
-from apt_hooks.results.comparison.booth import Booth
+from apt_hooks.results.comparison.ballot import QUESTIONS, Ballot, picture_ids
 from apt_hooks.results.comparison.folders import read_comparison
 from apt_hooks.results.comparison.grid import box_of, choose_rows, run_grid
 from apt_hooks.results.comparison.intervals import share_interval, student_t, wilson
+from apt_hooks.results.comparison.rating import ORDERS, write_page
 from apt_hooks.results.comparison.result import count_votes, run_votes, table
-from apt_hooks.results.comparison.server import Server, serve
-from apt_hooks.results.comparison.votes import Vote, VoteFile, read_votes
+from apt_hooks.results.comparison.votes import Vote, last_votes, read_votes
 
 APT, DCO, DREAMBOOTH = (SECRET + name for name in ("apt", "dco", "dreambooth"))
 
@@ -240,80 +233,72 @@ def test_raters_compare_two_to_six_methods_with_a_photo(evaluation: Path, tmp_pa
         Ballot(dataclasses.replace(read_comparison([evaluation]), references=()), 0)
 
 
-# -- the file of votes -------------------------------------------------------------------------------------------------
+# -- votes -------------------------------------------------------------------------------------------------------------
 
 
 def vote(chosen: str | None = "a", **changed: Any) -> Vote:
-    fields = {"rater": "ann", "prompt": 0, "text": "a cup", "seed": 1, "criterion": "subject", "shown": ("b", "a")}
-    return Vote(**{**fields, "chosen": chosen, "time": "2025-01-01T00:00:00+00:00", **changed})
+    fields = {"rater": "ann", "prompt": 0, "seed": 1, "criterion": "subject", "shown": ("b", "a")}
+    return Vote(**{**fields, "chosen": chosen, "time": "2025-01-01T00:00:00.000Z", **changed})
 
 
-def test_votes_are_only_ever_added_and_the_last_one_counts(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "votes.jsonl"
-    given = [vote("a"), vote("b"), vote(None, criterion="prior"), vote("a", rater="Zoë")]
-    with contextlib.closing(VoteFile(path)) as file:
-        for one in given:
-            file.add(one)
-        assert file.answers("ann") == {(0, 1, "subject"): given[1], (0, 1, "prior"): given[2]}
-    assert read_votes(path) == given
-    assert json.loads(path.read_text(encoding="utf-8").splitlines()[0])["shown"] == ["b", "a"]
-    with contextlib.closing(VoteFile(path)) as again:
-        assert {*again.votes} == {*given[1:]} and again.answers("bob") == {}
+def save(path: Path, ballot: Ballot, *votes: Vote) -> Path:
+    """A file as a rater's page saves it, with votes on pictures of a ballot."""
+    ids = picture_ids(ballot.comparison)
+    lines = []
+    for one in votes:
+        of = {method: ids[one.prompt, one.seed, method] for method in one.shown}
+        chosen = None if one.chosen is None else of[one.chosen]
+        answer = {"rater": one.rater, "criterion": one.criterion, "shown": [*of.values()], "chosen": chosen}
+        lines.append(json.dumps({**answer, "time": one.time}) + "\n")
+    path.write_text("".join(lines))
+    return path
 
 
-def test_the_piece_of_a_line_is_no_error_and_the_next_vote_begins_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "votes.jsonl"
-    with contextlib.closing(VoteFile(path)) as file:
-        file.add(vote("a"))
-        file.add(vote("b"))
-    whole = path.read_bytes()
-    for cut, kept in ((9, [vote("a")]), (1, [vote("a"), vote("b")])):  # in the second vote; its end of line alone
-        path.write_bytes(whole[:-cut])
-        assert read_votes(path) == kept
-        with contextlib.closing(VoteFile(path)) as file:
-            file.add(vote(None))
-        assert read_votes(path) == [*kept, vote(None)]
+def test_votes_are_read_back_to_methods(ballot: Ballot, tmp_path: Path) -> None:
+    given = [
+        vote(APT, shown=(DCO, APT, DREAMBOOTH)),
+        vote(None, shown=(APT, DCO), criterion="prior", rater="Zoë", prompt=4, seed=0),
+    ]
+    path, empty = save(tmp_path / "a.jsonl", ballot, *given), save(tmp_path / "b.jsonl", ballot)
+    assert read_votes([path, empty], ballot.comparison) == {path: given, empty: []}
 
 
-def test_a_line_that_is_no_vote_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "votes.jsonl"
-    good = json.dumps(dataclasses.asdict(vote()))
-    for bad in ("step 1", "{}", "[1]", good.replace('"chosen": "a"', '"chosen": "c"'), good.replace("1,", '"1",')):
-        path.write_text(f"{good}\n{bad}\n{good}\n")
-        with pytest.raises(AptError, match=r"votes\.jsonl: line 2 is no vote; found"):
-            read_votes(path)
-        with pytest.raises(AptError, match="line 2 is no vote"):
-            VoteFile(path)
-    with pytest.raises(AptError, match="cannot be read: No such file"):
-        read_votes(tmp_path / "none.jsonl")
-    with pytest.raises(AptError, match="cannot be written to"):
-        VoteFile(tmp_path)
+def test_a_later_answer_replaces_an_earlier_one_whatever_file_is_named_first() -> None:
+    late, early = vote("a", time="2025-01-02T00:00:00.000Z"), vote("b")
+    other = vote(None, rater="Zoë")
+    assert {*last_votes([late, early, other])} == {*last_votes([other, early, late])} == {late, other}
 
 
-def test_a_vote_that_cannot_be_written_leaves_the_file_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "votes.jsonl"
-    with contextlib.closing(VoteFile(path)) as file:
-        file.add(vote("a"))
-        write = os.write
-        monkeypatch.setattr(os, "write", lambda handle, line: write(handle, line[:10]))
-        with pytest.raises(AptError, match="a vote cannot be written: the disk is full"):
-            file.add(vote("b"))
-        monkeypatch.undo()
-        assert read_votes(path) == [vote("a")] == file.votes
-        file.add(vote("b"))
-    assert read_votes(path) == [vote("a"), vote("b")]
-    with pytest.raises(AptError, match="is closed"):
-        file.add(vote("a"))
+def test_a_line_that_is_no_vote_is_named(ballot: Ballot, tmp_path: Path) -> None:
+    path = save(tmp_path / "votes.jsonl", ballot, vote(APT, shown=(DCO, APT)))
+    good = json.loads(path.read_text())
+    one, _ = good["shown"]
+    no_vote = [
+        *("step 1", "{}", "[1]", "7", json.dumps(good)[:-9], "[" * 100_000),
+        *({**good, "chosen": "x"}, {**good, "rater": 1}, {**good, "shown": "ab"}, {**good, "shown": [one, one]}),
+        *({**good, "shown": [{}, one]}, {**good, "shown": [one], "chosen": one}),
+    ]
+    for bad in no_vote:
+        text = bad if isinstance(bad, str) else json.dumps(bad)
+        path.write_text(f"{json.dumps(good)}\n{text}\n")
+        with pytest.raises(AptError, match=r"votes\.jsonl: line 2 is no vote; found") as caught:
+            read_votes([path], ballot.comparison)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(AptError, match=r"none\.jsonl: cannot be read: No such file"):
+        read_votes([tmp_path / "none.jsonl"], ballot.comparison)
 
 
-def test_a_vote_is_on_the_disk_before_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, sizes = tmp_path / "votes.jsonl", []
-    monkeypatch.setattr(os, "fsync", lambda handle: sizes.append(os.fstat(handle).st_size))
-    with contextlib.closing(VoteFile(path)) as file:
-        file.add(vote("a"))
-    assert sizes == [path.stat().st_size]
+def test_votes_on_other_pictures_are_not_mixed_with_these(ballot: Ballot, tmp_path: Path, evaluation: Path) -> None:
+    ids, path = picture_ids(ballot.comparison), tmp_path / "votes.jsonl"
+    first, other, prior = ids[0, 0, APT], ids[1, 0, DCO], ids[0, 0, None]
+    for shown in ([first, other], [first, prior], [first, "x"], [1, 2]):
+        path.write_text(json.dumps({"rater": "a", "criterion": "b", "shown": shown, "chosen": None, "time": ""}))
+        with pytest.raises(AptError, match=r"votes\.jsonl: line 1 is a vote on other pictures than these; name the"):
+            read_votes([path], ballot.comparison)
+    save(path, ballot, vote(APT, shown=(DCO, APT)))
+    Image.new("RGB", (64, 64), "white").save(evaluation / APT / "000-1.png")  # drawn anew since
+    with pytest.raises(AptError, match="a vote on other pictures than these"):
+        read_votes([path], ballot.comparison)
 
 
 # -- intervals and the result ------------------------------------------------------------------------------------------
@@ -325,17 +310,10 @@ def test_students_t_is_that_of_tables() -> None:
     assert student_t(1.5) == pytest.approx(6.01666, rel=1e-4)
 
 
-def test_without_scipy_its_install_line_is_told_before_anybody_votes(
-    evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "votes.jsonl"
-    path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in study()))
+def test_without_scipy_its_install_line_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.special", None)
     with pytest.raises(AptError, match=r'need scipy .*: pip install "apt-hooks\[eval\]"'):
-        run_votes(path, say=print)
-    with pytest.raises(AptError, match="need scipy"):
-        serve([evaluation], tmp_path / "new.jsonl", references=None, port=0, methods=None, seed=0, say=print)
-    assert not (tmp_path / "new.jsonl").exists()
+        count_votes(study())
 
 
 def test_wilsons_interval_by_hand() -> None:
@@ -394,7 +372,7 @@ def study() -> list[Vote]:
             for seed in (0, 1):
                 chosen = "apt" if seed else ("dco" if prompt % 2 else None)
                 votes.append(vote(chosen, rater=rater, prompt=prompt, seed=seed, shown=("apt", "dco", "db")))
-    return [dataclasses.replace(votes[0], chosen="db"), *votes]
+    return [dataclasses.replace(votes[0], chosen="db", time=""), *votes]
 
 
 def test_shares_are_of_all_answers_and_the_last_vote_counts() -> None:
@@ -410,13 +388,14 @@ def test_shares_are_of_all_answers_and_the_last_vote_counts() -> None:
 
 
 def test_the_result_is_a_table_of_methods_and_criteria(tmp_path: Path) -> None:
-    path = tmp_path / "votes.jsonl"
-    with contextlib.closing(VoteFile(path)) as file:
-        for one in study():
-            file.add(one)
-            file.add(dataclasses.replace(one, criterion="prior", rater="ann"))
+    folder = write_eval(tmp_path / "eval", ["apt", "dco", "db"])
+    ballot = Ballot(read_comparison([folder]), 0)
+    both = [*study(), *(dataclasses.replace(one, criterion="prior", rater="ann") for one in study())]
+    files = [
+        save(tmp_path / f"{name}.jsonl", ballot, *(one for one in both if one.rater == name)) for name in ("ann", "bob")
+    ]
     said: list[str] = []
-    results = run_votes(path, say=said.append)
+    results = run_votes([folder], files, say=said.append)
     assert [result.criterion for result in results] == ["subject", "prior"]
     assert said[0].split() == ["subject", "prior"]
     assert [line.split("  ")[0] for line in said[1:9]] == [
@@ -428,354 +407,113 @@ def test_the_result_is_a_table_of_methods_and_criteria(tmp_path: Path) -> None:
     assert said == table(results)
 
 
-def test_a_result_without_votes_says_where_they_come_from(tmp_path: Path) -> None:
-    (tmp_path / "votes.jsonl").touch()
-    with pytest.raises(AptError, match=r"votes\.jsonl: has no vote yet; `apt-hooks compare`"):
-        run_votes(tmp_path / "votes.jsonl", say=print)
-
-
-# -- the server --------------------------------------------------------------------------------------------------------
-
-
-class Client:
-    """Speaks with a server as a browser does, and keeps all that it says."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.heard = b""
-
-    def ask(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        with contextlib.closing(connection):
-            connection.request(method, path, body, headers or {})
-            response = connection.getresponse()
-            content = response.read()
-        self.heard += f"{response.status} {response.reason}\n{response.headers}".encode() + content
-        self.headers = response.headers
-        return response.status, content
-
-    def form(self, rater: str = "ann") -> dict[str, Any]:
-        status, content = self.ask("GET", f"/form?rater={rater}")
-        assert status == 200
-        found: dict[str, Any] = json.loads(content)
-        return found
-
-    def post(self, posted: object, **headers: str) -> tuple[int, str]:
-        given = {"Content-Type": "application/json", "Origin": f"http://127.0.0.1:{self.port}"}
-        given |= {name.replace("_", "-"): value for name, value in headers.items()}
-        body = posted if isinstance(posted, bytes) else json.dumps(posted).encode()
-        status, content = self.ask("POST", "/vote", body, given)
-        return status, content.decode()
-
-
-@contextlib.contextmanager
-def open_booth(ballot: Ballot, votes: Path) -> Iterator[Client]:
-    told: list[str] = []
-    with Booth(ballot, votes) as booth, Server(0, booth, told.append) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            client = Client(server.server_address[1])
-            client.told = told  # type: ignore[attr-defined]
-            yield client
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@pytest.fixture
-def votes(tmp_path: Path) -> Path:
-    return tmp_path / "votes.jsonl"
-
-
-@pytest.fixture
-def client(ballot: Ballot, votes: Path) -> Iterator[Client]:
-    with open_booth(ballot, votes) as client:
-        yield client
-
-
-def method_of(picture: bytes, item: tuple[int, int]) -> str:
-    color = Image.open(io.BytesIO(picture)).getpixel((0, 0))
-    return next(m for m in ("base", APT, DCO, DREAMBOOTH) if color_of(m, *item) == color)
-
-
-def test_nothing_that_a_rater_is_sent_names_a_method(client: Client) -> None:
-    form = client.form()
-    for path in ("/", "/rater.css", "/rater.js", "/form?rater=bob", "/nothing"):
-        client.ask("GET", path)
-    for item in form["items"]:
-        for name in (item["reference"], item["prior"], *item["candidates"]):
-            assert client.ask("GET", f"/picture/{name}")[0] == 200
-            assert client.headers["Content-Type"] == "image/png" and "Content-Disposition" not in client.headers
-    item = form["items"][0]
-    client.post({"rater": "ann", "item": item["item"], "criterion": "prior", "choice": item["candidates"][0]})
-    client.post({"rater": "ann", "item": item["item"], "criterion": "prior", "choice": "x"})
-    assert len(client.heard) > 10_000
-    for word in (SECRET, "dreambooth", "safetensors"):
-        assert word.encode() not in client.heard, word
-
-
-def test_ids_are_new_at_each_start(ballot: Ballot, votes: Path) -> None:
-    forms = []
-    for _ in range(2):
-        with open_booth(ballot, votes) as client:
-            forms.append(client.form())
-    ids = [{name for item in form["items"] for name in (item["prior"], *item["candidates"])} for form in forms]
-    assert len(ids[0]) == 40 and not ids[0] & ids[1]
-    assert [item["item"] for item in forms[0]["items"]] == [item["item"] for item in forms[1]["items"]]
-
-
-def test_the_form_shows_the_pictures_that_the_ballot_says(client: Client, ballot: Ballot) -> None:
-    form = client.form("bob")
-    assert [question["criterion"] for question in form["questions"]] == ["subject", "prompt", "prior"]
-    for item, shown in zip(form["items"], ballot.order("bob"), strict=True):
-        where = shown.item.prompt, shown.item.seed
-        pictures = [client.ask("GET", f"/picture/{name}")[1] for name in (item["prior"], *item["candidates"])]
-        assert [method_of(picture, where) for picture in pictures] == ["base", *shown.candidates]
-        assert item["prompt"] == f"a backpack {PROMPTS[shown.item.prompt]}"
-
-
-def test_a_photo_is_sent_upright_without_what_else_its_file_says(ballot: Ballot, votes: Path) -> None:
-    photo = Image.new("RGB", (2000, 900), "red")
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "my camera"  # lying on its side
-    for path in ballot.comparison.references:
-        photo.save(path, exif=exif)
-    with open_booth(ballot, votes) as client:
-        content = client.ask("GET", f"/picture/{client.form()['items'][0]['reference']}")[1]
-    assert b"camera" not in content
-    sent = Image.open(io.BytesIO(content))
-    assert sent.size == (691, 1536) and not sent.getexif()
-
-
-def test_a_vote_is_a_line_of_the_file_and_is_not_asked_for_again(client: Client, ballot: Ballot, votes: Path) -> None:
-    shown = ballot.order("ann")[3]
-    item = client.form()["items"][3]
-    assert item["answers"] == {}
-    for criterion, choice in (("subject", item["candidates"][2]), ("prior", None)):
-        posted = {"rater": " ann ", "item": item["item"], "criterion": criterion, "choice": choice}
-        assert client.post(posted) == (200, '{"saved": true}')
-    first, second = read_votes(votes)
-    assert (first.rater, first.prompt, first.seed, first.criterion) == (
-        "ann",
-        *dataclasses.astuple(shown.item),
-        "subject",
-    )
-    assert (first.shown, first.chosen, first.text) == (shown.candidates, shown.candidates[2], item["prompt"])
-    assert (second.criterion, second.chosen) == ("prior", None)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first.time)
-    assert client.form()["items"][3]["answers"] == {"subject": item["candidates"][2], "prior": None}
-    assert all(other["answers"] == {} for other in client.form("bob")["items"])
-
-
-def test_a_second_answer_replaces_the_first_and_both_stay_in_the_file(client: Client, votes: Path) -> None:
-    item = client.form()["items"][0]
-    for choice in item["candidates"][:2]:
-        client.post({"rater": "ann", "item": item["item"], "criterion": "prompt", "choice": choice})
-    assert client.form()["items"][0]["answers"] == {"prompt": item["candidates"][1]}
-    assert len(read_votes(votes)) == 2 and count_votes(read_votes(votes))[0].votes == 1
-
-
-def test_raters_at_the_same_time_lose_no_vote(client: Client, votes: Path) -> None:
-    item = client.form("0")["items"][0]
-
-    def rate(rater: str) -> None:
-        for criterion in ("subject", "prompt", "prior"):
-            posted = {"rater": rater, "item": item["item"], "criterion": criterion, "choice": None}
-            assert client.post(posted)[0] == 200
-
-    threads = [threading.Thread(target=rate, args=(str(rater),)) for rater in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({vote.question for vote in read_votes(votes)}) == 24
-
-
-def test_bad_votes_are_refused_in_one_line_and_not_recorded(client: Client, votes: Path) -> None:
-    first, second = client.form()["items"][:2]
-    good = {"rater": "ann", "item": first["item"], "criterion": "subject", "choice": first["candidates"][0]}
-    for changed, status, message in (
-        ({"item": 10}, 400, "no such item"),
-        ({"item": -1}, 400, "no such item"),
-        ({"item": True}, 400, "no such item"),
-        ({"item": "0"}, 400, "no such item"),
-        ({"criterion": "beauty"}, 400, "no such criterion"),
-        ({"criterion": ["subject"]}, 400, "no such criterion"),
-        ({"choice": second["candidates"][0]}, 409, "load the page again"),
-        ({"choice": first["prior"]}, 409, "load the page again"),
-        ({"choice": 0}, 409, "load the page again"),
-        ({"choice": [None]}, 409, "load the page again"),
-        ({"rater": "  "}, 400, "1 to 40 printable characters"),
-        ({"rater": "a" * 41}, 400, "1 to 40 printable characters"),
-        ({"rater": "a\x00b"}, 400, "1 to 40 printable characters"),
-        ({"rater": 7}, 400, "1 to 40 printable characters"),
-        ({"more": 1}, 400, "a vote has rater, item, criterion and choice"),
-    ):
-        found, content = client.post({**good, **changed})
-        assert (found, content.count("\n")) == (status, 1) and message in content
-    for body, headers, status, message in (
-        (b"{", {}, 400, "a vote is JSON"),
-        (b"[" * 4000, {}, 400, "a vote is JSON"),
-        (b"[]", {}, 400, "a vote has rater"),
-        (b" " * 4097, {}, 413, "at most 4096 bytes"),
-        (good, {"Content_Type": "text/plain"}, 415, "application/json"),
-        (good, {"Content_Type": "application/x-www-form-urlencoded"}, 415, "application/json"),
-        (good, {"Origin": "https://example.com"}, 403, "from this page only"),
-        (good, {"Origin": "null"}, 403, "from this page only"),
-        (good, {"Origin": "http://127.0.0.1:1"}, 403, "from this page only"),
-    ):
-        found, content = client.post(body, **headers)
-        assert (found, content.count("\n")) == (status, 1) and message in content
-    assert votes.read_bytes() == b""
-    assert client.post(good)[0] == 200 and len(read_votes(votes)) == 1
-
-
-def test_a_post_to_elsewhere_or_of_no_known_length_is_refused(client: Client) -> None:
-    assert client.ask("POST", "/form", b"{}", {"Content-Type": "application/json"})[0] == 404
-    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
-        connection.sendall(b"POST /vote HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
-        assert connection.recv(4096).startswith(b"HTTP/1.1 411 ")
-    for method in ("PUT", "DELETE", "OPTIONS", "HEAD"):
-        assert client.ask(method, "/vote")[0] == 501
-
-
-@pytest.mark.parametrize(
-    "host", ["example.com", "127.0.0.1.example.com", "localhost.example.com:80", "", "10.0.0.1", "::1"]
-)
-def test_a_name_other_than_this_machines_is_refused(client: Client, votes: Path, host: str) -> None:
-    item = client.form()["items"][0]
-    good = {"rater": "ann", "item": item["item"], "criterion": "subject", "choice": None}
-    for path in ("/", "/form?rater=ann", f"/picture/{item['prior']}"):
-        status, content = client.ask("GET", path, headers={"Host": host})
-        assert status == 421 and content == b"this is served as 127.0.0.1 and localhost only\n"
-    assert client.post(good, Host=host, Origin=f"http://{host}")[0] == 421
-    assert votes.read_bytes() == b""
-
-
-def test_this_machines_names_are_served_at_any_port_of_a_tunnel(client: Client) -> None:
-    for host in ("localhost", f"127.0.0.1:{client.port}", "localhost:9999", "[::1]:80"):
-        assert client.ask("GET", "/", headers={"Host": host})[0] == 200
-    item = client.form()["items"][0]
-    good = {"rater": "ann", "item": item["item"], "criterion": "subject", "choice": None}
-    assert client.post(good, Host="localhost:9999", Origin="http://localhost:9999")[0] == 200
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        *("/manifest.json", "/picture/", "/picture/000-0.png", "/picture/../rater.html", "/form/"),
-        *("/picture/%2e%2e/photos/0.jpg", "/../../../../etc/passwd", "//etc/passwd", "/rater.py", "/votes.jsonl"),
-    ],
-)
-def test_nothing_else_of_the_disk_is_served(client: Client, path: str) -> None:
-    status, content = client.ask("GET", path)
-    assert status == 404 and content == b"there is nothing here\n"
-
-
-def test_what_is_no_request_is_answered_in_one_line(client: Client) -> None:
-    for request, answer in (
-        (b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\n\r\n", rb"HTTP/1.1 400 .*that is no address\n"),
-        (b"GET / HTTP/1.1\r\n\r\n", rb"HTTP/1.1 421 .*localhost only\n"),
-        (b"hello world\r\n\r\n", rb"Bad HTTP/0.9 request type [^\n]*\n"),
-    ):
-        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
-            connection.sendall(request)
-            content = b"".join(iter(lambda: connection.recv(4096), b""))
-        assert re.fullmatch(answer, content, re.DOTALL), content
-
-
-def test_the_page_may_use_nothing_but_this_server(client: Client) -> None:
-    for path in ("/", "/rater.css", "/rater.js", "/nothing"):
-        _, content = client.ask("GET", path)
-        policy = client.headers["Content-Security-Policy"]
-        assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "http" not in policy
-        assert client.headers["X-Content-Type-Options"] == "nosniff" and client.headers["Server"] == "apt-hooks"
-        assert b"//" not in re.sub(rb"(?m)^ *// .*|; // .*", b"", content)  # no address of another place
-
-
-def test_a_picture_that_cannot_be_read_is_told_in_the_terminal_alone(client: Client, evaluation: Path) -> None:
-    (evaluation / APT / "000-0.png").write_bytes(b"no picture")
-    names = [name for item in client.form()["items"] for name in item["candidates"]]
-    found = Counter(client.ask("GET", f"/picture/{name}")[0] for name in names)
-    assert found == {200: 29, 500: 1} and SECRET.encode() not in client.heard
-    assert "000-0.png: cannot be read as a picture" in client.told[0]  # type: ignore[attr-defined]
-
-
-def test_votes_of_another_comparison_are_not_mixed_with_these(evaluation: Path, tmp_path: Path, votes: Path) -> None:
-    comparison = read_comparison([evaluation], methods=[APT, DCO])
-    text = comparison.prompts[0].plain
-    for other in (
-        vote(APT, text=text, shown=(APT, DREAMBOOTH)),
-        vote(APT, text="a cup", shown=(APT, DCO)),
-        vote(APT, text=text, shown=(APT, DCO), seed=7),
-        vote(APT, text=text, shown=(APT, DCO), prompt=5),
-    ):
-        votes.write_text(json.dumps(dataclasses.asdict(other)) + "\n")
-        with pytest.raises(AptError, match=r"votes\.jsonl: has votes of another comparison, on .*; name another file"):
-            Booth(Ballot(comparison, 0), votes)
-    votes.write_text(json.dumps(dataclasses.asdict(vote(APT, text=text, shown=(DCO, APT)))) + "\n")
-    Booth(Ballot(comparison, 5), votes).close()
-
-
-# -- serve -------------------------------------------------------------------------------------------------------------
-
-
-def serve_with(monkeypatch: pytest.MonkeyPatch, during: Any, folder: Path, votes: Path, **options: Any) -> list[str]:
-    """What `serve` says until it is interrupted, after `during` was called with the port."""
-    said: list[str] = []
-
-    def interrupted(server: Server) -> None:
-        thread = threading.Thread(target=super(Server, server).serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            during(server.server_address[1])
-        finally:
-            server.shutdown()
-            thread.join()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(server_module.Server, "serve_forever", interrupted)
-    given = {"references": None, "port": 0, "methods": None, "seed": 0, **options}
-    serve([folder], votes, say=said.append, **given)
-    return said
-
-
-def test_serve_says_where_it_is_and_ends_with_the_result(
-    evaluation: Path, votes: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_name_in_two_files_and_a_file_without_votes_are_told(
+    evaluation: Path, ballot: Ballot, tmp_path: Path
 ) -> None:
-    def answer(port: int) -> None:
-        client = Client(port)
-        item = client.form()["items"][0]
-        assert len(item["candidates"]) == 2
-        client.post({"rater": "ann", "item": item["item"], "criterion": "prompt", "choice": None})
-
-    said = serve_with(monkeypatch, answer, evaluation, votes, methods=[APT, DCO])
-    assert said[0] == f"10 pages of 2 methods; 0 votes in {votes}"
-    assert re.match(r"open http://127\.0\.0\.1:\d+/ ", said[1])
-    assert [line.split()[0] for line in said[4:]] == [
-        *("prompt", APT, DCO, "cannot", "votes", "raters", "prompts", "items", "share", "note:")
-    ]
-    again = serve_with(monkeypatch, lambda port: None, evaluation, votes, methods=[APT, DCO])
-    assert "1 votes in" in again[0] and again[4:] == said[4:]
-    assert serve_with(monkeypatch, lambda port: None, evaluation, votes.with_name("new"))[-1] == "no votes yet"
-
-
-def test_a_port_that_cannot_be_had_is_one_line(evaluation: Path, votes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(AptError, match=f"port {port} is in use; choose another by --port"):
-            serve_with(monkeypatch, lambda port: None, evaluation, votes, port=port)
-    with pytest.raises(AptError, match=r"port 70000 cannot be had \(.*\); choose another by --port"):
-        serve_with(monkeypatch, lambda port: None, evaluation, votes, port=70000)
-
-
-def test_only_this_machine_can_connect(client: Client, ballot: Ballot, votes: Path) -> None:
-    with Booth(ballot, votes.with_name("other")) as booth, Server(0, booth, print) as server:
-        assert server.socket.getsockname()[0] == "127.0.0.1"
+    one, two, none = tmp_path / "1.jsonl", tmp_path / "2.jsonl", tmp_path / "3.jsonl"
+    save(one, ballot, vote(APT, shown=(APT, DCO)))
+    save(two, ballot, vote(DCO, shown=(APT, DCO), time="2026"))
+    save(none, ballot)
+    said: list[str] = []
+    (result,) = run_votes([evaluation], [one, two, none], methods=[APT, DCO], say=said.append)
+    assert said[0] == f"note: {none} has no vote"
+    assert said[1].startswith(f"note: 'ann' is the rater of {one} and {two}: of two answers to a question the later")
+    assert result.votes == 1 and result.shares[DCO].share == 1
+    with pytest.raises(AptError, match="--result: a file is named twice"):
+        run_votes([evaluation], [one, tmp_path / "." / "1.jsonl"], say=print)
+    with pytest.raises(AptError, match="no vote in any of the files; raters give some on the page"):
+        run_votes([evaluation], [none], say=print)
 
 
 def test_the_questions_are_three() -> None:
     assert [question.criterion for question in QUESTIONS] == ["subject", "prompt", "prior"]
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, out: Path, **options: Any) -> tuple[str, list[str]]:
+    said: list[str] = []
+    write_page([folder], out, say=said.append, **{"references": None, "methods": None, "seed": 0, **options})
+    return out.read_text(encoding="utf-8"), said
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    return found
+
+
+def content_of(uri: str) -> bytes:
+    return base64.b64decode(uri.split(";base64,")[1])
+
+
+def test_nothing_that_a_rater_gets_names_a_method(evaluation: Path, tmp_path: Path) -> None:
+    page, said = write(evaluation, tmp_path / "new" / "rate.html")
+    data = data_of(page)
+    assert len(data["pictures"]) == 40
+    everything = page.encode() + b"".join(map(content_of, [*data["pictures"].values(), *data["photos"]]))
+    for word in (SECRET, "dreambooth", "safetensors", str(tmp_path)):
+        assert word.encode() not in everything, word
+    assert re.match(r".*new.rate\.html: \d\.\d MB; open it in a browser, or send", said[1])
+    assert said[0] == "10 pages of 3 methods: reading 40 pictures"
+    # In the page a picture's candidates stand in the order of their ids, which is none of the methods'.
+    ids = picture_ids(read_comparison([evaluation]))
+    method_of = {name: method for (*_, method), name in ids.items()}
+    assert len({tuple(method_of[name] for name in item["candidates"]) for item in data["items"]}) > 2
+
+
+def test_the_page_may_fetch_nothing(evaluation: Path, tmp_path: Path) -> None:
+    page, _ = write(evaluation, tmp_path / "rate.html")
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy and policy[1] == (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+    )
+    assert "http://" not in page and "https://" not in page
+
+
+def test_the_page_shows_the_pictures_that_the_ballot_says(evaluation: Path, ballot: Ballot, tmp_path: Path) -> None:
+    data = data_of(write(evaluation, tmp_path / "rate.html")[0])
+    assert [question["criterion"] for question in data["questions"]] == ["subject", "prompt", "prior"]
+    assert len(data["orders"]) == ORDERS and len({json.dumps(order) for order in data["orders"]}) == ORDERS
+    for number in (0, 7):
+        for (index, places), shown in zip(data["orders"][number], ballot.order(str(number)), strict=True):
+            item, where = data["items"][index], (shown.item.prompt, shown.item.seed)
+            names = [item["prior"], *(item["candidates"][place] for place in places)]
+            colors = [Image.open(io.BytesIO(content_of(data["pictures"][name]))).getpixel((0, 0)) for name in names]
+            assert colors == [color_of(method, *where) for method in ("base", *shown.candidates)]
+            assert item["prompt"] == f"a backpack {PROMPTS[shown.item.prompt]}"
+            assert item["reference"] == ballot.reference(shown.item)
+
+
+def test_the_same_pictures_give_the_same_page_so_that_votes_stay_valid(evaluation: Path, tmp_path: Path) -> None:
+    first, again = (write(evaluation, tmp_path / name)[0] for name in ("a.html", "b.html"))
+    assert first == again
+    ids = [
+        {*data_of(write(evaluation, tmp_path / "c.html", methods=names)[0])["pictures"]} for names in (None, [APT, DCO])
+    ]
+    assert ids[1] < ids[0]
+
+
+def test_a_prompt_may_hold_what_html_and_templates_mean_something_by(tmp_path: Path) -> None:
+    text = 'a "$5" </script><b> & ${x}'
+    folder = write_eval(tmp_path / "eval", ["a", "b"], prompts=[{"prompt": text, "plain": text}] * 5)
+    assert data_of(write(folder, tmp_path / "rate.html")[0])["items"][0]["prompt"] == text
+
+
+def test_a_photo_is_upright_without_what_else_its_file_says(evaluation: Path, tmp_path: Path) -> None:
+    photo = Image.new("RGB", (2000, 900), "red")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "my camera"  # lying on its side
+    for path in read_comparison([evaluation]).references:
+        photo.save(path, exif=exif, comment=b"my camera")
+    content = content_of(data_of(write(evaluation, tmp_path / "rate.html")[0])["photos"][0])
+    assert b"camera" not in content
+    sent = Image.open(io.BytesIO(content))
+    assert sent.size == (461, 1024) and sent.format == "JPEG" and not sent.getexif()
+
+
+def test_a_picture_that_cannot_be_read_leaves_no_page(evaluation: Path, tmp_path: Path) -> None:
+    (evaluation / APT / "000-0.png").write_bytes(b"no picture")
+    with pytest.raises(AptError, match=r"000-0\.png: cannot be read as a picture"):
+        write(evaluation, tmp_path / "rate.html")
+    assert not (tmp_path / "rate.html").exists()

@@ -1,9 +1,8 @@
-"""A rater at a desk and one with a phone: what they see, and that each answer is a line of the file."""
+"""A rater at a desk and one with a phone: what they see, what their browser keeps, and what they save."""
 
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from apt_hooks.results.comparison.ballot import Ballot
-from apt_hooks.results.comparison.booth import Booth
 from apt_hooks.results.comparison.folders import read_comparison
-from apt_hooks.results.comparison.server import Server
+from apt_hooks.results.comparison.rating import ORDERS, write_page
 from apt_hooks.results.comparison.votes import Vote, read_votes
 
 QUESTIONS = ["subject", "prompt", "prior"]
@@ -41,18 +39,23 @@ def ballot(tmp_path: Path) -> Ballot:
 
 
 @pytest.fixture
-def votes(tmp_path: Path) -> Path:
-    return tmp_path / "votes.jsonl"
+def url(driver: Any, ballot: Ballot, tmp_path: Path) -> str:
+    write_page([tmp_path / "eval"], tmp_path / "rate.html", references=None, methods=None, seed=0, say=print)
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    url = (tmp_path / "rate.html").as_uri()
+    driver.get(url)
+    driver.execute_script("localStorage.clear()")
+    driver.get("about:blank")
+    return url
 
 
-@pytest.fixture
-def url(ballot: Ballot, votes: Path) -> Iterator[str]:
-    with Booth(ballot, votes) as booth, Server(0, booth, print) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        thread.join()
+def save(driver: Any, file: Path, ballot: Ballot) -> list[Vote]:
+    """The votes in the file that the button which is in view saves."""
+    next(button for button in driver.find_elements(By.CLASS_NAME, "save") if button.is_displayed()).click()
+    WebDriverWait(driver, 10, 0.02).until(lambda _: file.exists())
+    found = read_votes([file], ballot.comparison)[file]
+    file.unlink()
+    return found
 
 
 def shown(driver: Any) -> str:
@@ -85,7 +88,7 @@ def chosen(vote: Vote) -> int:
     return 0 if vote.chosen is None else vote.shown.index(vote.chosen) + 1
 
 
-def test_a_rater_at_a_desk_answers_all_by_keys(driver: Any, url: str, ballot: Ballot, votes: Path) -> None:
+def test_a_rater_at_a_desk_answers_all_by_keys_and_saves_them(driver: Any, url: str, ballot: Ballot) -> None:
     resize(driver, 1400, 900)
     driver.get(url)
     begin(driver, "ann")
@@ -95,13 +98,13 @@ def test_a_rater_at_a_desk_answers_all_by_keys(driver: Any, url: str, ballot: Ba
             assert shown(driver) == f"page {page + 1} of 5, {criterion}"
             given.append((page + question) % 4)
             press(driver, str(given[-1]))
-    assert shown(driver) == "end"
-    found = read_votes(votes)
-    assert [chosen(vote) for vote in found] == given
-    expected = [(s.item.prompt, s.candidates, criterion) for s in ballot.order("ann") for criterion in QUESTIONS]
-    assert [(vote.prompt, vote.shown, vote.criterion) for vote in found] == expected
-    assert errors(driver) == []
-    assert {address.split("/")[2] for address in requests(driver)} == {url.split("/")[2]}
+    assert shown(driver) == "end" and driver.find_element(By.ID, "file").text == "votes-ann.jsonl"
+    found = save(driver, ballot.comparison.base.parents[1] / "votes-ann.jsonl", ballot)
+    assert [chosen(vote) for vote in found] == given and {vote.rater for vote in found} == {"ann"}
+    asked = [(vote.prompt, vote.shown, vote.criterion) for vote in found]
+    orders = [ballot.order(str(number)) for number in range(ORDERS)]
+    assert asked in [[(s.item.prompt, s.candidates, name) for s in order for name in QUESTIONS] for order in orders]
+    assert errors(driver) == [] and requests(driver) == []
     assert SECRET not in driver.page_source
 
 
@@ -126,18 +129,16 @@ def test_everything_fits_and_is_in_its_place(driver: Any, url: str, ballot: Ball
     assert tops["#ask"]["y"] + tops["#ask"]["height"] == pytest.approx(height, abs=1)  # in view without scrolling
     for button in driver.find_elements(By.CSS_SELECTOR, "#choices button"):
         assert button.rect["height"] >= 44 and button.rect["x"] + button.rect["width"] <= width
-    assert (
-        ballot.comparison.prompts[ballot.order("ann")[0].item.prompt].plain in driver.find_element(By.ID, "prompt").text
-    )
+    assert driver.find_element(By.ID, "prompt").text[1:-1] in [prompt.plain for prompt in ballot.comparison.prompts]
     assert errors(driver) == []
 
 
 def test_with_a_phone_answers_are_changed_by_going_back_and_a_reload_asks_nothing_again(
-    driver: Any, url: str, votes: Path
+    driver: Any, url: str, ballot: Ballot, tmp_path: Path
 ) -> None:
     resize(driver, 390, 844)
     driver.get(url)
-    begin(driver, " bob ")
+    begin(driver, " Zoë  B. ")
     for number in (1, 3):
         shown(driver)
         choose(driver, number)
@@ -147,24 +148,33 @@ def test_with_a_phone_answers_are_changed_by_going_back_and_a_reload_asks_nothin
     pressed = driver.find_elements(By.CSS_SELECTOR, "#choices [aria-pressed=true]")
     assert [button.text for button in pressed] == ["3"]
     choose(driver, 0)
-    assert shown(driver) == "page 1 of 5, prior"
-    driver.refresh()
-    assert shown(driver) == "page 1 of 5, prior"
-    assert [(vote.rater, vote.criterion, chosen(vote)) for vote in read_votes(votes)] == [
-        ("bob", "subject", 1),
-        ("bob", "prompt", 3),
-        ("bob", "prompt", 0),
-    ]
+    assert shown(driver) == "page 1 of 5, prior" and overflow(driver) == 0
+    expected = [("Zoë B.", "subject", 1), ("Zoë B.", "prompt", 0)]
+    for _ in range(2):
+        found = save(driver, tmp_path / "votes-Zoë_B_.jsonl", ballot)
+        assert [(vote.rater, vote.criterion, chosen(vote)) for vote in found] == expected
+        driver.refresh()
+        assert shown(driver) == "page 1 of 5, prior"
     driver.find_element(By.ID, "rater").click()
     begin(driver, "eve")
     assert shown(driver) == "page 1 of 5, subject"
+    assert save(driver, tmp_path / "votes-eve.jsonl", ballot) == []
     assert errors(driver) == []
 
 
-def test_a_click_enlarges_a_picture_and_keys_rest_meanwhile(driver: Any, url: str, votes: Path) -> None:
+def test_raters_of_other_names_see_other_orders(driver: Any, url: str) -> None:
+    driver.get(url)
+    script = (
+        """const found = {}; for (const name of arguments[0]) found[orderOf(name)] = 1; return Object.keys(found)"""
+    )
+    taken = driver.execute_script(script, [f"rater {number}" for number in range(1000)])
+    assert {*map(int, taken)} == {*range(ORDERS)}
+
+
+def test_a_click_enlarges_a_picture_and_keys_rest_meanwhile(driver: Any, url: str) -> None:
     resize(driver, 1400, 900)
     driver.get(url)
-    begin(driver, "ann")
+    begin(driver, "Ann 2")
     shown(driver)
     small = driver.find_element(By.CSS_SELECTOR, "#candidates figure:nth-child(2) img")
     small.click()
@@ -172,18 +182,36 @@ def test_a_click_enlarges_a_picture_and_keys_rest_meanwhile(driver: Any, url: st
     assert large.get_attribute("src") == small.get_attribute("src") and large.rect["width"] > small.rect["width"]
     press(driver, "1")
     large.click()
-    assert not large.is_displayed() and votes.read_bytes() == b""
+    assert not large.is_displayed() and shown(driver) == "page 1 of 5, subject"
 
 
-def test_an_answer_that_is_not_saved_is_said_and_the_question_stays(driver: Any, url: str, votes: Path) -> None:
-    resize(driver, 1400, 900)
+def test_what_is_in_no_file_yet_is_asked_about_before_it_is_left(
+    driver: Any, url: str, ballot: Ballot, tmp_path: Path
+) -> None:
     driver.get(url)
-    begin(driver, "ann")
+    begin(driver, "tom")
     shown(driver)
-    driver.execute_script("form.items[place.page].item = 99")
     press(driver, "2")
+    shown(driver)
+    driver.find_element(By.ID, "rater").click()
+    driver.switch_to.alert.dismiss()
+    assert shown(driver) == "page 1 of 5, prompt"
+    # WebDriver itself says yes to the browser's question.
+    script = "const e = new Event('beforeunload', {cancelable: true}); dispatchEvent(e); return e.defaultPrevented"
+    assert driver.execute_script(script)
+    assert [chosen(vote) for vote in save(driver, tmp_path / "votes-tom.jsonl", ballot)] == [2]
+    assert not driver.execute_script(script)
+
+
+def test_a_browser_that_keeps_nothing_says_so_and_votes_can_be_saved(
+    driver: Any, url: str, ballot: Ballot, tmp_path: Path
+) -> None:
+    driver.get(url)
+    driver.execute_script("Storage.prototype.setItem = () => { throw new DOMException('full') }")
+    begin(driver, "max")
+    shown(driver)
+    press(driver, "1")
+    assert shown(driver) == "page 1 of 5, prompt"
     failure = driver.find_element(By.CSS_SELECTOR, "#ask .failure")
-    WebDriverWait(driver, 10, 0.02).until(lambda driver: failure.text)
-    assert failure.text == "Not done: no such item" and shown(driver) == "page 1 of 5, subject"
-    assert not driver.find_elements(By.CSS_SELECTOR, "#choices [aria-pressed=true]") and votes.read_bytes() == b""
-    assert [message for message in errors(driver) if "400" not in message] == []
+    assert failure.text == "This browser keeps nothing: save your votes before you close this page."
+    assert [chosen(vote) for vote in save(driver, tmp_path / "votes-max.jsonl", ballot)] == [1]

@@ -95,53 +95,49 @@ def watch(
 
 
 @app.command(
-    epilog="Examples: `apt-hooks compare eval/ --out grid.png`, `apt-hooks compare eval/ --serve`, "
-    "`apt-hooks compare --result votes.jsonl`"
+    epilog="Examples: `apt-hooks compare eval/ --out grid.png`, `apt-hooks compare eval/ --page rate.html`, "
+    "`apt-hooks compare eval/ --result votes-ann.jsonl --result votes-bob.jsonl`"
 )
 def compare(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="DIR...", help="What `eval` wrote; several of equal settings.")
-    ] = None,
+        list[Path], typer.Argument(metavar="DIR...", help="What `eval` wrote; several of equal settings.")
+    ],
     out: Annotated[Path | None, typer.Option(metavar="PICTURE.png", help="The grid; compare.png if not given.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Prompts in the grid, at most.")] = 8,
-    serve: Annotated[
-        bool, typer.Option("--serve", help="In place of a grid: a page on this machine for raters, names hidden.")
-    ] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(metavar="PAGE.html", help="In place of a grid: a page to send to raters, names hidden."),
+    ] = None,
     result: Annotated[
-        Path | None, typer.Option(metavar="VOTES.jsonl", help="In place of both: what the votes come to.")
+        list[Path] | None,
+        typer.Option(metavar="VOTES.jsonl", help="In place of both: what a rater saved; may be given again."),
     ] = None,
     references: Annotated[
         Path | None, typer.Option(help="Folder of photos of the subject; those that `eval` took if not given.")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="With --serve: two to six LoRAs, separated by commas; all if not given.")
+        str | None, typer.Option(help="With --page, --result: two to six LoRAs, separated by commas; all if not given.")
     ] = None,
-    votes: Annotated[
-        Path | None, typer.Option(metavar="VOTES.jsonl", help="With --serve: the file of votes; votes.jsonl.")
-    ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve: the port; 0: any.")] = 8765,
-    seed: Annotated[int, typer.Option(min=0, help="With --serve: of the order that raters see.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="With --page: of the orders that raters see.")] = 0,
 ) -> None:
     """Put pictures of several LoRAs side by side, in a grid or on a page for people to vote on, names hidden."""
     from apt_hooks.results.comparison.grid import run_grid
+    from apt_hooks.results.comparison.rating import write_page
     from apt_hooks.results.comparison.result import run_votes
-    from apt_hooks.results.comparison.server import serve as run_server
 
-    if result is not None:
-        if folders or serve:
-            raise AptError("--result reads a file of votes: leave out the folders and --serve")
-        run_votes(result, say=typer.echo)
-        return
-    if not serve and (votes is not None or methods is not None):
-        raise AptError("--votes and --methods go with --serve")
-    if serve:
-        if out is not None:
-            raise AptError("--serve draws no grid: leave out --out")
-        names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
-        where = votes or Path("votes.jsonl")
-        run_server(folders or [], where, references=references, port=port, methods=names, seed=seed, say=typer.echo)
+    if sum(given not in (None, []) for given in (out, page, result)) > 1:
+        raise AptError("--out draws a grid, --page writes a page, --result counts votes: name one of them")
+    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    if result:
+        run_votes(folders, result, references=references, methods=names, say=typer.echo)
+    elif page is not None:
+        if page.suffix.lower() not in (".html", ".htm"):
+            raise AptError(f"--page must name a .html file; found {page}")
+        write_page(folders, page, references=references, methods=names, seed=seed, say=typer.echo)
+    elif names is not None:
+        raise AptError("--methods goes with --page and --result")
     else:
         picture = out or Path("compare.png")
         if picture.suffix.lower() != ".png":
             raise AptError(f"--out must name a .png file; found {picture}")
-        run_grid(folders or [], picture, references=references, rows=rows, say=typer.echo)
+        run_grid(folders, picture, references=references, rows=rows, say=typer.echo)

@@ -4,13 +4,19 @@ The layout is that of the user study of APT's paper (arXiv 2507.02687): a refere
 ("prior") of the same prompt and seed, and below them the methods' pictures in random order, judged by three criteria.
 The wording of its questions is not public; `QUESTIONS` are ours. So is "cannot tell", an answer that counts for no
 method. Raters read the prompt without the identifier ("a backpack in the snow"), which would mean nothing to them.
+
+Raters are blind: they get each picture under an id that is made of its file, and who has the files finds the method of
+an id again. So there is no key to keep apart, or to lose. An id tells nothing to who has not the files, for what raters
+get are their pixels alone; it is no secret from somebody who guesses LoRAs' names to try them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 from apt_hooks.errors import AptError
 
@@ -80,7 +86,7 @@ class Ballot:
         self.items = tuple(Item(p, s) for p in range(len(comparison.prompts)) for s in comparison.seeds)
 
     def order(self, rater: str) -> list[Shown]:
-        """The items in this rater's order, each with its candidates in this rater's order.
+        """The items in this rater's order, each with its candidates in this rater's order; a page numbers its orders.
 
         Among each as many items in a row as there are methods, every method is once at every place, so that a liking
         for the left or the middle favors none, however early a rater stops.
@@ -97,6 +103,23 @@ class Ballot:
     def reference(self, item: Item) -> int:
         """Index of the photo beside an item: the same for all raters."""
         return random.Random(f"{self.seed}/{item.prompt}/{item.seed}").randrange(len(self.comparison.references))
+
+
+def picture_ids(comparison: Comparison) -> dict[tuple[int, int, str | None], str]:
+    """The id of each picture, by prompt, seed and method (None: the base model)."""
+    return {
+        (prompt, seed, method): _id(repr((prompt, seed, method)), comparison.picture(method, prompt, seed))
+        for prompt in range(len(comparison.prompts))
+        for seed in comparison.seeds
+        for method in (None, *comparison.methods)
+    }
+
+
+def _id(name: str, file: Path) -> str:
+    try:
+        return hashlib.blake2b(name.encode() + file.read_bytes(), digest_size=9).hexdigest()
+    except OSError as error:
+        raise AptError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 def _turns(methods: Sequence[str]) -> list[tuple[str, ...]]:

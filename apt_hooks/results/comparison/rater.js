@@ -2,11 +2,12 @@
 
 const find = (selector) => document.querySelector(selector);
 const views = [...document.querySelectorAll("main")];
-let form; // of this rater, as the server gives it
+const data = JSON.parse(find("#data").textContent);
+let form; // this rater's items, in order, each with its answers: {choice, time} by criterion
 let rater;
 let place = { page: 0, question: 0 };
 let loaded = false; // the page's pictures are there
-let sending = false; // an answer is on its way
+let unsaved = false; // there are answers that are in no file yet
 
 function view(id) {
   for (const main of views) main.hidden = main.id !== id;
@@ -16,31 +17,62 @@ function fail(message) {
   for (const line of document.querySelectorAll(".failure")) line.textContent = message;
 }
 
-async function ask(address, options) {
-  let response;
+// -- what is kept in this browser, and saved as a file -----------------------------------------------------------------
+
+const drawer = () => `apt-hooks ${data.id} ${rater}`;
+
+function keep() {
   try {
-    response = await fetch(address, options);
+    localStorage.setItem(drawer(), JSON.stringify(Object.fromEntries(form.map(({ prior, answers }) => [prior, answers]))));
   } catch {
-    throw new Error("The server does not answer; is it still running?");
+    fail("This browser keeps nothing: save your votes before you close this page.");
   }
-  if (!response.ok) throw new Error(`Not done: ${(await response.text()).trim()}`);
-  return response.json();
+}
+
+function kept() {
+  try {
+    return JSON.parse(localStorage.getItem(drawer())) ?? {};
+  } catch {
+    return {};
+  }
+}
+
+const fileName = () => `votes-${rater.replace(/[^\p{L}\p{N}]+/gu, "_")}.jsonl`;
+
+function save() {
+  const lines = form.flatMap(({ candidates, answers }) =>
+    Object.entries(answers).map(([criterion, { choice, time }]) =>
+      JSON.stringify({ rater, criterion, shown: candidates, chosen: choice, time }),
+    ),
+  );
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob(lines.map((line) => `${line}\n`), { type: "application/jsonl" }));
+  link.download = fileName();
+  link.click();
+  unsaved = false;
+}
+
+/** The number of this rater's order: a hash of the name. */
+function orderOf(name) {
+  let hash = 2166136261;
+  for (const character of name) hash = Math.imul(hash ^ character.codePointAt(0), 16777619) >>> 0;
+  return ((hash ^ (hash >>> 15)) >>> 0) % data.orders.length;
 }
 
 // -- where we are -----------------------------------------------------------------------------------------------------
 
-const isAnswered = ({ page, question }) => form.questions[question].criterion in form.items[page].answers;
+const isAnswered = ({ page, question }) => data.questions[question].criterion in form[page].answers;
 const step = ({ page, question }, by) => {
-  const index = page * form.questions.length + question + by;
-  return { page: Math.floor(index / form.questions.length), question: index % form.questions.length };
+  const index = page * data.questions.length + question + by;
+  return { page: Math.floor(index / data.questions.length), question: index % data.questions.length };
 };
-const isInside = ({ page }) => page >= 0 && page < form.items.length;
+const isInside = ({ page }) => page >= 0 && page < form.length;
 
 /** The first question without an answer, from here on and then from the beginning; null: all have one. */
 function nextOpen() {
-  const total = form.items.length * form.questions.length;
+  const total = form.length * data.questions.length;
   for (let i = 0; i < total; i++) {
-    const index = (place.page * form.questions.length + place.question + i) % total;
+    const index = (place.page * data.questions.length + place.question + i) % total;
     const there = step({ page: 0, question: 0 }, index);
     if (!isAnswered(there)) return there;
   }
@@ -55,27 +87,27 @@ function show(there) {
   fail("");
   view("page");
   if (newPage) {
-    showPictures(form.items[place.page]);
+    showPictures(form[place.page]);
     scrollTo(0, 0);
   }
-  const { criterion, text, hint } = form.questions[place.question];
-  const count = form.questions.length;
-  const answered = form.items.reduce((sum, item) => sum + Object.keys(item.answers).length, 0);
+  const { criterion, text, hint } = data.questions[place.question];
+  const count = data.questions.length;
+  const answered = form.reduce((sum, item) => sum + Object.keys(item.answers).length, 0);
   find("#page").dataset.criterion = criterion;
   find("#number").textContent = `${place.question + 1}/${count}`;
   find("#text").textContent = text;
   find("#hint").textContent = hint;
-  find("#progress").textContent = `page ${place.page + 1} of ${form.items.length}`;
-  find("progress").value = answered / (form.items.length * count);
+  find("#progress").textContent = `page ${place.page + 1} of ${form.length}`;
+  find("progress").value = answered / (form.length * count);
   find("#back").disabled = !isInside(step(place, -1));
   find("#forward").disabled = !isAnswered(place);
   showAnswer();
 }
 
 function showAnswer() {
-  const item = form.items[place.page];
-  const { criterion } = form.questions[place.question];
-  const chosen = item.answers[criterion]; // undefined: none yet
+  const item = form[place.page];
+  const { criterion } = data.questions[place.question];
+  const chosen = item.answers[criterion]?.choice; // undefined: none yet
   find("#choices").replaceChildren(
     ...[...item.candidates, null].map((choice, index) => {
       const button = document.createElement("button");
@@ -83,7 +115,7 @@ function showAnswer() {
       button.textContent = choice === null ? "cannot tell" : `${index + 1}`;
       button.classList.toggle("tie", choice === null);
       button.setAttribute("aria-pressed", `${chosen === choice}`);
-      button.disabled = !loaded || sending;
+      button.disabled = !loaded;
       button.onclick = () => vote(choice);
       return button;
     }),
@@ -108,46 +140,28 @@ async function showPictures(item) {
   find("#candidates").style.setProperty("--count", item.candidates.length);
   find("#keys").textContent = `keys 1 to ${item.candidates.length}, 0: cannot tell, ←: back; a click enlarges a picture`;
   const images = [...document.querySelectorAll("#page figure img")];
-  const ids = [item.reference, item.prior, ...item.candidates];
+  const sources = [data.photos[item.reference], ...[item.prior, ...item.candidates].map((id) => data.pictures[id])];
   images.forEach((image, index) => {
-    image.src = `picture/${ids[index]}`;
+    image.src = sources[index];
     image.parentElement.onclick = () => enlarge(image);
   });
   try {
     await Promise.all(images.map((image) => image.decode()));
   } catch {
-    if (item === form.items[place.page]) fail("A picture cannot be loaded; load the page again.");
+    if (item === form[place.page]) fail("A picture cannot be shown; try another browser.");
     return;
   }
-  if (item !== form.items[place.page]) return; // gone on in the meantime
+  if (item !== form[place.page]) return; // gone on in the meantime
   loaded = true;
   showAnswer();
-  const next = form.items[place.page + 1];
-  for (const id of next ? [next.reference, next.prior, ...next.candidates] : []) new Image().src = `picture/${id}`;
 }
 
-async function vote(choice) {
-  if (!loaded || sending) return;
-  sending = true;
-  showAnswer();
-  const item = form.items[place.page];
-  const { criterion } = form.questions[place.question];
-  fail("");
-  try {
-    await ask("vote", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ rater, item: item.item, criterion, choice }),
-    });
-    item.answers[criterion] = choice;
-  } catch (error) {
-    fail(error.message);
-    return;
-  } finally {
-    sending = false;
-    showAnswer();
-  }
+function vote(choice) {
+  if (!loaded) return;
+  form[place.page].answers[data.questions[place.question].criterion] = { choice, time: new Date().toISOString() };
+  unsaved = true;
   goOn();
+  keep();
 }
 
 function goOn() {
@@ -165,34 +179,37 @@ function enlarge(image) {
 // -- what a rater does ------------------------------------------------------------------------------------------------
 
 function back() {
-  if (!sending && isInside(step(place, -1))) show(step(place, -1));
+  if (isInside(step(place, -1))) show(step(place, -1));
 }
 
 function forward() {
-  if (sending || !isAnswered(place)) return;
+  if (!isAnswered(place)) return;
   if (isInside(step(place, 1))) show(step(place, 1));
   else goOn();
 }
 
 function leave() {
-  if (sending) return;
-  sessionStorage.removeItem("rater");
+  if (unsaved && !confirm("Your votes are in no file yet, but this browser keeps them. Go on to another rater?")) return;
+  unsaved = false;
+  location.hash = "";
   find("#name").value = "";
   fail("");
   view("start");
   find("#name").focus();
 }
 
-async function begin(name) {
-  try {
-    form = await ask(`form?rater=${encodeURIComponent(name)}`);
-  } catch (error) {
-    fail(error.message);
-    return;
-  }
-  rater = name;
-  find("#rater").textContent = name;
-  sessionStorage.setItem("rater", name);
+function begin(name) {
+  rater = name.trim().replace(/\s+/g, " ");
+  if (!rater) return;
+  const before = kept();
+  form = data.orders[orderOf(rater)].map(([number, places]) => {
+    const { prompt, reference, prior, candidates } = data.items[number];
+    const shown = places.map((index) => candidates[index]);
+    return { prompt, reference, prior, candidates: shown, answers: before[prior] ?? {} };
+  });
+  find("#rater").textContent = rater;
+  find("#file").textContent = fileName();
+  location.hash = encodeURIComponent(rater);
   place = { page: 0, question: 0 };
   goOn();
 }
@@ -206,21 +223,25 @@ find("#forward").onclick = forward;
 find("#rater").onclick = leave;
 find("#another").onclick = leave;
 find("#review").onclick = () => show({ page: 0, question: 0 });
+for (const button of document.querySelectorAll(".save")) button.onclick = save;
 find("#large button").onclick = () => find("#large").close();
 
 document.addEventListener("keydown", (event) => {
   const busy = find("#page").hidden || find("#large").open || event.ctrlKey || event.altKey || event.metaKey;
   if (busy || event.repeat) return; // a key held down is one answer
-  const { candidates } = form.items[place.page];
+  const { candidates } = form[place.page];
   if (event.key === "ArrowLeft") back();
   else if (event.key === "ArrowRight") forward();
   else if (event.key === "0") vote(null);
   else if (/^[1-9]$/.test(event.key) && Number(event.key) <= candidates.length) vote(candidates[Number(event.key) - 1]);
 });
 
+addEventListener("beforeunload", (event) => {
+  if (unsaved) event.preventDefault();
+});
+
 // After a reload of the page the rater goes on without the first view.
-const known = sessionStorage.getItem("rater");
-if (known) {
-  find("#name").value = known;
-  begin(known);
+if (location.hash.length > 1) {
+  find("#name").value = decodeURIComponent(location.hash.slice(1));
+  begin(find("#name").value);
 }

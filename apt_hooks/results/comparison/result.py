@@ -9,6 +9,7 @@ from pathlib import Path
 from apt_hooks.errors import AptError
 
 from .ballot import QUESTIONS
+from .folders import read_comparison
 from .intervals import share_interval
 from .votes import Vote, last_votes, read_votes
 
@@ -105,22 +106,42 @@ def _text(share: Share | None) -> str:
     return "-" if share is None else f"{share.share:.1%} ({share.low:.0%} to {share.high:.0%})"
 
 
-def run_votes(votes: Path, *, say: Callable[[str], None]) -> list[Result]:
-    """Print what a file of votes comes to.
+def run_votes(
+    folders: Sequence[Path],
+    files: Sequence[Path],
+    *,
+    references: Path | None = None,
+    methods: Sequence[str] | None = None,
+    say: Callable[[str], None],
+) -> list[Result]:
+    """Print what votes come to.
 
     Args:
-        votes: the file that `serve` writes.
+        folders, references, methods: as for the page (`write_page`).
+        files: what raters have saved.
         say: takes each line of text for the user.
 
     Returns:
         A result a criterion.
 
     Raises:
-        AptError: no such file, no file of votes, or no vote in it yet; scipy is missing.
+        AptError: as `read_comparison` and `read_votes`; no vote in any file; scipy is missing.
     """
-    results = count_votes(read_votes(votes))
+    if len({file.resolve() for file in files}) < len(files):
+        raise AptError(f"--result: a file is named twice; found {', '.join(map(str, files))}")
+    read = read_votes(files, read_comparison(folders, references=references, methods=methods))
+    for file in [file for file, votes in read.items() if not votes]:
+        say(f"note: {file} has no vote")
+    results = count_votes([vote for votes in read.values() for vote in votes])
     if not results:
-        raise AptError(f"{votes}: has no vote yet; `apt-hooks compare` serves the page to give some")
+        raise AptError("--result: no vote in any of the files; raters give some on the page that --page writes")
+    for rater in sorted({vote.rater for votes in read.values() for vote in votes}):
+        of_one = [str(file) for file, votes in read.items() if any(vote.rater == rater for vote in votes)]
+        if len(of_one) > 1:
+            say(
+                f"note: {rater!r} is the rater of {' and '.join(of_one)}: of two answers to a question the later one "
+                "counts; if these are two people, change the name in one of the files"
+            )
     for line in table(results):
         say(line)
     return results
