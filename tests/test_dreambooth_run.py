@@ -44,6 +44,7 @@ from apt_hooks.integrations.diffusers_dreambooth.adapter import DreamBoothRun
 from apt_hooks.integrations.diffusers_dreambooth.patch import patch
 from apt_hooks.method.augmentation import Placement
 from apt_hooks.method.indicator import OverfittingIndicator
+from apt_hooks.training import contract
 from apt_hooks.training.objective import AptObjective
 
 SCRIPTS = Path(__file__).with_name("dreambooth_scripts")
@@ -684,6 +685,27 @@ def test_a_script_that_a_user_edited_trains_alike(train: Train) -> None:
     assert found.lines == wanted.lines
     plain = train("one_encoder", config="")
     assert any(not torch.equal(plain.lora[k], wanted.lora[k]) for k in plain.lora)
+
+
+@pytest.mark.parametrize("check", contract.CONTRACT, ids=lambda check: check.__name__)
+def test_the_adapter_keeps_the_contract(
+    train: Train, bases: dict[str, Any], tmp_path: Path, check: Callable[[Any], None]
+) -> None:
+    names = iter(range(9))
+
+    def run(config: dict[str, Any] | None, *, stopped: bool = False) -> contract.Trained:
+        folder, text = tmp_path / str(next(names)), None
+        if config is not None:
+            text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in config.items())
+        given = {"config": text, "folder": folder, "patched": config is not None}
+        if stopped:
+            train("one_encoder", "--checkpointing_steps", "2", "--max_train_steps", "2", **given)
+            found = train("one_encoder", "--resume_from_checkpoint", "checkpoint-2", **given)
+        else:
+            found = train("one_encoder", **given)
+        return contract.Trained(found.lora, [] if config is None else found.lines, [bases["own_unet"]])
+
+    check(run)
 
 
 # -- saving and resuming -----------------------------------------------------------------------------------------------

@@ -395,7 +395,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from apt_hooks.ops.attention_alignment_triton import _attention_alignment as kernel, block_sizes
+from apt_hooks.method.ops.attention_alignment_triton import _attention_alignment as kernel, block_sizes
 
 blocks = block_sizes(77, 64, torch.bfloat16)
 options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": False}

@@ -26,6 +26,7 @@ from apt_hooks.hooks.architectures import unet as blocks
 from apt_hooks.integrations.sd_scripts import adapter, trainer
 from apt_hooks.results.read_steplog import read_run
 from apt_hooks.results.report.samples import read_samples
+from apt_hooks.training.contract import CONTRACT, Trained
 from apt_hooks.training.run import START_FILE, STATE_FILE, version
 from apt_hooks.training.steplog import VALUES
 
@@ -258,6 +259,39 @@ def test_monitoring_and_all_terms_off_give_the_plain_trainers_lora_bit_for_bit(
         assert run.same_lora(plain), name
         assert [line["loss/current"] for line in run.tracked] == [line["loss/current"] for line in plain.tracked], name
         assert len(run.log) == 3, name
+
+
+class SeededSteps:
+    """Random numbers by the step: what the trainer itself does not bring back on resuming."""
+
+    taken = 0
+
+    def load_target_model(self, *args: Any) -> Any:
+        self.models = super().load_target_model(*args)  # type: ignore[misc]
+        return self.models
+
+    def on_step_start(self, *args: Any, is_train: bool) -> None:
+        super().on_step_start(*args, is_train=is_train)  # type: ignore[misc]
+        torch.manual_seed(self.apt.step if hasattr(self, "apt") else self.taken)
+        self.taken += 1
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_the_adapter_keeps_the_contract(train: Train, kind: str, check: Callable[[Any], None]) -> None:
+    names = iter(range(9))
+
+    def run(config: dict[str, Any] | None, *, stopped: bool = False) -> Trained:
+        options = {"kind": kind, "subsets": (OWN,), "spy": SeededSteps, "save_state": True, "save_every_n_steps": 2}
+        options["name"] = str(next(names))
+        found = train(config, max_train_steps=2 if stopped else 4, **options)
+        if stopped:
+            found = train(config, max_train_steps=2, resume=str(found.folder / "lora-step2-state"), **options)
+        models = [m for given in found.trainer.models for m in (given if isinstance(given, list) else [given])]
+        models = [model for model in models if isinstance(model, torch.nn.Module)]
+        return Trained(found.saved()["weights"], [] if config is None else found.log, models)
+
+    check(run)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
