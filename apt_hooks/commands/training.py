@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +12,18 @@ from apt_hooks.config import AptConfig, preset_names, preset_text
 from apt_hooks.errors import AptError
 from apt_hooks.integrations.diffusers_dreambooth import patch as diffusers
 from apt_hooks.integrations.sd_scripts import patch as sd_scripts
+from apt_hooks.integrations.trainers import Change, Trainer
 
 app = typer.Typer()
 presets = typer.Typer(help="The presets that come with apt-hooks.", no_args_is_help=True)
 app.add_typer(presets, name="presets")
 
 
-SD_SCRIPTS, DIFFUSERS = "sd-scripts", "diffusers"
-Trainer = Annotated[str, typer.Argument(metavar="TRAINER", help=f"{SD_SCRIPTS} or {DIFFUSERS}.")]
+TRAINERS: tuple[Trainer, ...] = (sd_scripts, diffusers)
+_NAMES = " and ".join(trainer.NAME for trainer in TRAINERS)
+TrainerName = Annotated[
+    str, typer.Argument(metavar="TRAINER", help=f"{' or '.join(trainer.NAME for trainer in TRAINERS)}.")
+]
 Place = Annotated[
     Path, typer.Argument(metavar="PATH", help="sd-scripts' folder, or a DreamBooth-LoRA script of diffusers.")
 ]
@@ -32,7 +35,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the diff and chan
     "`apt-hooks patch diffusers train_dreambooth_lora_sdxl.py`"
 )
 def patch(
-    trainer: Trainer,
+    trainer: TrainerName,
     path: Place = Path(),
     dry_run: DryRun = False,
     output: Annotated[
@@ -46,51 +49,38 @@ def patch(
     ] = False,
 ) -> None:
     """Insert the lines that let a trainer take `[apt]`. Undone by `unpatch`; twice is once."""
-    if _is_script(trainer):
-        if output is not None and in_place:
-            raise AptError(f"both --output {output} and --in-place are given; keep one")
-        target = path if in_place else output or diffusers.beside(path)
-        diff = diffusers.patch(path, target, dry_run=dry_run, force=force)
-        if dry_run:
-            typer.echo(diff or f"{path}: already patched")
-        else:
-            typer.echo(f"{target}: {'patched' if diff or target != path else 'already patched'}")
-        found: diffusers.Status | sd_scripts.Status = diffusers.status(path)
-    else:
-        if output is not None or in_place or force:
-            raise AptError(
-                f"--output, --in-place and --force are for {DIFFUSERS}; {SD_SCRIPTS} is always patched in its folder"
-            )
-        _apply(sd_scripts.patch, path, dry_run, "patched", "already patched")
-        found = sd_scripts.status(path)
-    if found.version not in _tested(found):
-        name = f"{path.name}, {_version(found)}," if isinstance(found, diffusers.Status) else _version(found)
+    known = _trainer(trainer)
+    options = {"output": output, "in_place": in_place, "force": force}
+    given = {name: value for name, value in options.items() if value}
+    if not given.keys() <= known.OPTIONS:
+        takers = [other.NAME for other in TRAINERS if given.keys() <= other.OPTIONS]
+        raise AptError(
+            f"--output, --in-place and --force are for {' and '.join(takers)}; {known.NAME} is always patched in its "
+            "folder"
+        )
+    change = known.apply(path, dry_run=dry_run, **given)
+    _tell(change, dry_run, "patched", "already patched")
+    found = known.status(path)
+    if found.version not in known.TESTED:
+        name = known.named(found)
+        name = f"{path.name}, {name}," if path.is_file() else name
         typer.echo(f"note: {name} has the structure of the tested ones, but was not tested")
 
 
 @app.command(epilog="Example: `apt-hooks unpatch sd-scripts ~/sd-scripts`")
-def unpatch(trainer: Trainer, path: Place = Path(), dry_run: DryRun = False) -> None:
+def unpatch(trainer: TrainerName, path: Place = Path(), dry_run: DryRun = False) -> None:
     """Take the inserted lines out again; the files are then what they were, to the byte."""
-    change = diffusers.unpatch if _is_script(trainer) else sd_scripts.unpatch
-    _apply(change, path, dry_run, "unpatched", "not patched, nothing to do")
+    _tell(_trainer(trainer).revert(path, dry_run=dry_run), dry_run, "unpatched", "not patched, nothing to do")
 
 
 @app.command(epilog="Example: `apt-hooks status sd-scripts && echo patched`")
-def status(trainer: Trainer, path: Place = Path()) -> None:
+def status(trainer: TrainerName, path: Place = Path()) -> None:
     """Say the trainer's version and which of its files are patched. Exit code 0 if all are, 1 if not."""
-    if _is_script(trainer):
-        script = diffusers.status(path)
-        typer.echo(f"{path}, {_version(script)}: {script.state}")
-        patched = script.patched
-    else:
-        found = sd_scripts.status(path)
-        typer.echo(f"{_version(found)} in {path.resolve()}")
-        for name, state in found.state.items():
-            typer.echo(f"  {name}: {state}")
-        patched = found.patched
-        if not patched:
-            typer.echo(f"`apt-hooks patch {SD_SCRIPTS} {path}` inserts the lines, and mends what an update left")
-    if not patched:
+    known = _trainer(trainer)
+    found = known.status(path)
+    for line in known.report(path, found):
+        typer.echo(line)
+    if not found.patched:
         raise typer.Exit(1)
 
 
@@ -211,30 +201,15 @@ def _typed(path: Path) -> str:
     return f'"{path}"' if " " in str(path) else str(path)
 
 
-def _version(found: sd_scripts.Status | diffusers.Status) -> str:
-    tested, known = found.version in _tested(found), found.version != "unknown"
-    if isinstance(found, diffusers.Status):
-        name = f"for {DIFFUSERS} {found.version}" if known else f"for no stated version of {DIFFUSERS}"
-    else:
-        # GUIs carry copies whose README is of another version.
-        name = f"{SD_SCRIPTS} {found.version}" if tested else f"{SD_SCRIPTS}, by its README {found.version}"
-    return name if tested else f"{name} (tested: {', '.join(_tested(found))})"
+def _trainer(name: str) -> Trainer:
+    found = next((trainer for trainer in TRAINERS if name == trainer.NAME), None)
+    if found is None:
+        raise AptError(f"{name}: no such trainer; there are {_NAMES}")
+    return found
 
 
-def _tested(found: sd_scripts.Status | diffusers.Status) -> tuple[str, ...]:
-    return diffusers.TESTED if isinstance(found, diffusers.Status) else sd_scripts.TESTED
-
-
-def _is_script(trainer: str) -> bool:
-    """Whether the trainer is a script of diffusers rather than a folder of sd-scripts."""
-    if trainer not in (SD_SCRIPTS, DIFFUSERS):
-        raise AptError(f"{trainer}: no such trainer; there are {SD_SCRIPTS} and {DIFFUSERS}")
-    return trainer == DIFFUSERS
-
-
-def _apply(change: Callable[..., str], path: Path, dry_run: bool, done: str, nothing: str) -> None:
-    diff = change(path, dry_run=dry_run)
+def _tell(change: Change, dry_run: bool, done: str, nothing: str) -> None:
     if dry_run:
-        typer.echo(diff or f"{path.resolve()}: {nothing}")
+        typer.echo(change.diff or f"{change.path}: {nothing}")
     else:
-        typer.echo(f"{path.resolve()}: {done if diff else nothing}")
+        typer.echo(f"{change.path}: {done if change.changed else nothing}")

@@ -12,8 +12,11 @@ from apt_hooks.files import remove_leftovers, write_atomically
 
 from .. import patching
 from ..patching import Places, Statements
+from ..trainers import Change
 from .script import Script, find
 
+NAME = "diffusers"
+OPTIONS = frozenset({"output", "in_place", "force"})
 TESTED: tuple[str, ...] = ("0.32.0", "0.35.0", "0.40.0")
 """What the tested scripts ask diffusers for at least: those of the tags v0.32.1, v0.35.2 and v0.40.0."""
 
@@ -102,6 +105,38 @@ def unpatch(path: Path, *, dry_run: bool = False) -> str:
         if new != content:
             write_atomically(path, new)
     return patching.diff(content, new, path.name)
+
+
+def apply(
+    path: Path, *, dry_run: bool = False, output: Path | None = None, in_place: bool = False, force: bool = False
+) -> Change:
+    """`patch`, for the command: to `output`, to the script itself, or beside it.
+
+    Raises:
+        AptError: as `patch`; or both `output` and `in_place` are given.
+    """
+    if output is not None and in_place:
+        raise AptError(f"both --output {output} and --in-place are given; keep one")
+    target = path if in_place else output or beside(path)
+    diff = patch(path, target, dry_run=dry_run, force=force)
+    return Change(path if dry_run else target, diff, bool(diff) or target != path)
+
+
+def revert(path: Path, *, dry_run: bool = False) -> Change:
+    """`unpatch`, for the command."""
+    diff = unpatch(path, dry_run=dry_run)
+    return Change(path.resolve(), diff, bool(diff))
+
+
+def named(found: Status) -> str:
+    """The version that the script asks for."""
+    known = f"for {NAME} {found.version}" if found.version != "unknown" else f"for no stated version of {NAME}"
+    return known if found.version in TESTED else f"{known} (tested: {', '.join(TESTED)})"
+
+
+def report(path: Path, found: Status) -> list[str]:
+    """One line."""
+    return [f"{path}, {named(found)}: {found.state}"]
 
 
 def _read(path: Path) -> bytes:

@@ -11,8 +11,11 @@ from apt_hooks.errors import AptError
 from apt_hooks.files import remove_leftovers, write_atomically
 
 from .. import patching
+from ..trainers import Change
 from .checkout import SCRIPTS, Checkout
 
+NAME = "sd-scripts"
+OPTIONS: frozenset[str] = frozenset()
 TESTED: tuple[str, ...] = ("0.10.0", "0.10.1", "0.10.4", "0.10.6", "0.11.0", "0.11.1")
 
 PATCHED, NOT_PATCHED = "patched", "not patched"
@@ -89,6 +92,33 @@ def unpatch(folder: Path, *, dry_run: bool = False) -> str:
     contents, merged = _read(folder)
     plain = {name: patching.stripped_python(merged.get(name, content), name) for name, content in contents.items()}
     return _replace(folder, contents, {name: plain[name] for name in reversed(plain)}, dry_run)
+
+
+def apply(path: Path, *, dry_run: bool = False) -> Change:
+    """`patch`, for the command."""
+    diff = patch(path, dry_run=dry_run)
+    return Change(path.resolve(), diff, bool(diff))
+
+
+def revert(path: Path, *, dry_run: bool = False) -> Change:
+    """`unpatch`, for the command."""
+    diff = unpatch(path, dry_run=dry_run)
+    return Change(path.resolve(), diff, bool(diff))
+
+
+def named(found: Status) -> str:
+    """The version; GUIs carry copies whose README is of another one."""
+    if found.version in TESTED:
+        return f"{NAME} {found.version}"
+    return f"{NAME}, by its README {found.version} (tested: {', '.join(TESTED)})"
+
+
+def report(path: Path, found: Status) -> list[str]:
+    """A line a file."""
+    lines = [f"{named(found)} in {path.resolve()}", *(f"  {name}: {state}" for name, state in found.state.items())]
+    if not found.patched:
+        lines.append(f"`apt-hooks patch {NAME} {path}` inserts the lines, and mends what an update left")
+    return lines
 
 
 def _patched(folder: Path, contents: Contents, merged: Contents) -> Contents:

@@ -1,0 +1,67 @@
+"""What the commands `patch`, `unpatch` and `status` know of a trainer; its `patch` module is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What a command did, or would do.
+
+    Attributes:
+        path: where.
+        diff: of the files; empty where nothing had to change in them.
+        changed: whether something was written, be it a copy without a difference.
+    """
+
+    path: Path
+    diff: str
+    changed: bool
+
+
+class Status(Protocol):
+    """What is at a place."""
+
+    @property
+    def version(self) -> str:
+        """As the place itself says, or "unknown"."""
+        ...
+
+    @property
+    def patched(self) -> bool:
+        """Whether all of it is patched, by this version of apt-hooks."""
+        ...
+
+
+class Trainer(Protocol):
+    """A module of a trainer's."""
+
+    NAME: str
+    TESTED: tuple[str, ...]
+    """Versions that were tested; others are taken by their structure, and told."""
+
+    OPTIONS: frozenset[str]
+    """Those of the command `patch` that `apply` takes."""
+
+    def status(self, path: Path) -> Any:
+        """The `Status` of what is there."""
+        ...
+
+    def apply(self, path: Path, *, dry_run: bool, **options: Any) -> Change:
+        """Insert the lines."""
+        ...
+
+    def revert(self, path: Path, *, dry_run: bool) -> Change:
+        """Take them out again."""
+        ...
+
+    def named(self, found: Any) -> str:
+        """The trainer with its version, for a `Status` of its own; which are tested, where this one is not."""
+        ...
+
+    def report(self, path: Path, found: Any) -> list[str]:
+        """What `status` prints."""
+        ...
