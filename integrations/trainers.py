@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,22 +47,23 @@ class Trainer(Protocol):
     OPTIONS: frozenset[str]
     """Those of the command `patch` that `apply` takes."""
 
-    def status(self, path: Path) -> Any:
+    def status(self, path: Path, /) -> Any:
         """The `Status` of what is there."""
         ...
 
-    def apply(self, path: Path, *, dry_run: bool, **options: Any) -> Change:
-        """Insert the lines."""
+    @property
+    def apply(self) -> Callable[..., Change]:
+        """Inserts the lines, at a path, with `dry_run` and `OPTIONS`."""
         ...
 
-    def revert(self, path: Path, *, dry_run: bool) -> Change:
+    def revert(self, path: Path, /, *, dry_run: bool) -> Change:
         """Take them out again."""
         ...
 
-    def named(self, found: Any) -> str:
+    def named(self, found: Any, /) -> str:
         """The trainer with its version, for a `Status` of its own; which are tested, where this one is not."""
         ...
 
-    def report(self, path: Path, found: Any) -> list[str]:
+    def report(self, path: Path, found: Any, /) -> list[str]:
         """What `status` prints."""
         ...

@@ -88,7 +88,8 @@ class FeatureCapture:
         self._handles: list[RemovableHandle] = []
         self._told: dict[Told, Any] = {}
         """What the pass that is being read has told so far."""
-        for told in {told: None for point in (*self.layers, *self.hidden) for told in point.told}:
+        points: tuple[AttentionPoint | HiddenPoint, ...] = (*self.layers, *self.hidden)
+        for told in dict.fromkeys(told for point in points for told in point.told):
             self._listen(told)
         for i, point in enumerate(self.layers):
             self._hook(point.queries, ("queries", i))

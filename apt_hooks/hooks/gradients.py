@@ -26,7 +26,9 @@ class Contribution(Protocol):
     """
 
     gradient: Tensor | None
-    needs_output: bool
+
+    @property
+    def needs_output(self) -> bool: ...
 
     def __call__(self, upstream: Tensor, output: Tensor | None, factors: Factors) -> Tensor:
         """`upstream`, the gradient of the place's output, with the regularizer's added; of its shape and dtype."""

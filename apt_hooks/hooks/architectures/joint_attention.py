@@ -94,9 +94,10 @@ def layout(
                 told=own,
             )
         )
-        at_end = source == "block"
-        tap = Tap(*((block.name, block.module) if at_end else (name, block.attention)), select=int(at_end))
-        hidden.append(HiddenPoint(tap.name, dataclasses.replace(tap, read=part.image), own))
+        tap = Tap(name, block.attention, select=0, read=part.image)
+        if source == "block":  # which gives the text first
+            tap = Tap(block.name, block.module, select=1, read=part.image)
+        hidden.append(HiddenPoint(tap.name, tap, own))
     return Layout(attention, hidden, numbers)
 
 
