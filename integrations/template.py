@@ -71,7 +71,7 @@ class Adapter:
     def loss(self, target: Tensor, timesteps: Tensor, per_sample: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
         """The loss to differentiate; `per_sample` makes your loss of a prediction, one number a sample."""
         assert self._passes is not None  # `predict` comes first
-        self._step = self._passes.assess(target, timesteps, **options)
+        self._step = self._passes.step(target, timesteps, **options)
         return self._step.loss(per_sample(self._step.prediction))
 
     def ended(self, ends_step: bool = True) -> None:

@@ -23,11 +23,11 @@ from eval_folders import PROMPTS, SAMPLING, SECRET, color_of, write_eval
 from PIL import Image
 
 from apt_hooks import AptError
-from apt_hooks.results.comparison.ballot import QUESTIONS, Ballot, picture_ids
 from apt_hooks.results.comparison.folders import read_comparison
 from apt_hooks.results.comparison.grid import box_of, choose_rows, run_grid
 from apt_hooks.results.comparison.intervals import share_interval, student_t, wilson
 from apt_hooks.results.comparison.rating import ORDERS, write_page
+from apt_hooks.results.comparison.rating_plan import QUESTIONS, RatingPlan, picture_ids
 from apt_hooks.results.comparison.result import count_votes, run_votes, table
 from apt_hooks.results.comparison.votes import Vote, last_votes, read_votes
 
@@ -190,33 +190,33 @@ def test_a_grid_that_cannot_be_drawn_says_why(evaluation: Path, tmp_path: Path) 
     assert not (tmp_path / "grid.png").exists()
 
 
-# -- the ballot --------------------------------------------------------------------------------------------------------
+# -- the plan --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def ballot(evaluation: Path) -> Ballot:
-    return Ballot(read_comparison([evaluation]), seed=0)
+def plan(evaluation: Path) -> RatingPlan:
+    return RatingPlan(read_comparison([evaluation]), seed=0)
 
 
-def test_a_rater_finds_the_same_order_again_and_another_rater_another_one(evaluation: Path, ballot: Ballot) -> None:
-    again = Ballot(read_comparison([evaluation]), seed=0)
-    assert ballot.order("ann") == again.order("ann")
-    assert ballot.order("ann") != ballot.order("bob")
-    assert ballot.order("ann") != Ballot(read_comparison([evaluation]), seed=1).order("ann")
-    assert {shown.item for shown in ballot.order("ann")} == {*ballot.items} and len(ballot.items) == 10
-    assert all(sorted(shown.candidates) == [APT, DCO, DREAMBOOTH] for shown in ballot.order("ann"))
+def test_a_rater_finds_the_same_order_again_and_another_rater_another_one(evaluation: Path, plan: RatingPlan) -> None:
+    again = RatingPlan(read_comparison([evaluation]), seed=0)
+    assert plan.order("ann") == again.order("ann")
+    assert plan.order("ann") != plan.order("bob")
+    assert plan.order("ann") != RatingPlan(read_comparison([evaluation]), seed=1).order("ann")
+    assert {shown.item for shown in plan.order("ann")} == {*plan.items} and len(plan.items) == 10
+    assert all(sorted(shown.candidates) == [APT, DCO, DREAMBOOTH] for shown in plan.order("ann"))
 
 
-def test_every_method_is_at_every_place_equally_often_for_each_rater(ballot: Ballot) -> None:
+def test_every_method_is_at_every_place_equally_often_for_each_rater(plan: RatingPlan) -> None:
     for rater in map(str, range(20)):
-        first_nine = [shown.candidates for shown in ballot.order(rater)][:9]
+        first_nine = [shown.candidates for shown in plan.order(rater)][:9]
         assert Counter((place, method) for shown in first_nine for place, method in enumerate(shown)) == {
-            (place, method): 3 for place in range(3) for method in ballot.methods
+            (place, method): 3 for place in range(3) for method in plan.methods
         }
 
 
-def test_neither_items_nor_candidates_have_a_favored_order_over_raters(ballot: Ballot) -> None:
-    orders = [ballot.order(f"rater {number}") for number in range(1200)]
+def test_neither_items_nor_candidates_have_a_favored_order_over_raters(plan: RatingPlan) -> None:
+    orders = [plan.order(f"rater {number}") for number in range(1200)]
     first_items = Counter(order[0].item for order in orders)
     assert len(first_items) == 10 and max(first_items.values()) < 170  # 120 each, give or take 10
     arrangements = Counter(order[4].candidates for order in orders)
@@ -225,12 +225,12 @@ def test_neither_items_nor_candidates_have_a_favored_order_over_raters(ballot: B
 
 def test_raters_compare_two_to_six_methods_with_a_photo(evaluation: Path, tmp_path: Path) -> None:
     with pytest.raises(AptError, match=r"2 to 6 methods, found 1 \(trained-by-apt\)"):
-        Ballot(read_comparison([evaluation], methods=[APT]), 0)
+        RatingPlan(read_comparison([evaluation], methods=[APT]), 0)
     many = read_comparison([write_eval(tmp_path / "many", [f"m{i}" for i in range(7)])])
     with pytest.raises(AptError, match=r"2 to 6 methods, found 7 .*--methods"):
-        Ballot(many, 0)
+        RatingPlan(many, 0)
     with pytest.raises(AptError, match=r"need a photo of the subject .*--references"):
-        Ballot(dataclasses.replace(read_comparison([evaluation]), references=()), 0)
+        RatingPlan(dataclasses.replace(read_comparison([evaluation]), references=()), 0)
 
 
 # -- votes -------------------------------------------------------------------------------------------------------------
@@ -241,9 +241,9 @@ def vote(chosen: str | None = "a", **changed: Any) -> Vote:
     return Vote(**{**fields, "chosen": chosen, "time": "2025-01-01T00:00:00.000Z", **changed})
 
 
-def save(path: Path, ballot: Ballot, *votes: Vote) -> Path:
-    """A file as a rater's page saves it, with votes on pictures of a ballot."""
-    ids = picture_ids(ballot.comparison)
+def save(path: Path, plan: RatingPlan, *votes: Vote) -> Path:
+    """A file as a rater's page saves it, with votes on pictures of a plan."""
+    ids = picture_ids(plan.comparison)
     lines = []
     for one in votes:
         of = {method: ids[one.prompt, one.seed, method] for method in one.shown}
@@ -254,13 +254,13 @@ def save(path: Path, ballot: Ballot, *votes: Vote) -> Path:
     return path
 
 
-def test_votes_are_read_back_to_methods(ballot: Ballot, tmp_path: Path) -> None:
+def test_votes_are_read_back_to_methods(plan: RatingPlan, tmp_path: Path) -> None:
     given = [
         vote(APT, shown=(DCO, APT, DREAMBOOTH)),
         vote(None, shown=(APT, DCO), criterion="prior", rater="Zoë", prompt=4, seed=0),
     ]
-    path, empty = save(tmp_path / "a.jsonl", ballot, *given), save(tmp_path / "b.jsonl", ballot)
-    assert read_votes([path, empty], ballot.comparison) == {path: given, empty: []}
+    path, empty = save(tmp_path / "a.jsonl", plan, *given), save(tmp_path / "b.jsonl", plan)
+    assert read_votes([path, empty], plan.comparison) == {path: given, empty: []}
 
 
 def test_a_later_answer_replaces_an_earlier_one_whatever_file_is_named_first() -> None:
@@ -269,8 +269,8 @@ def test_a_later_answer_replaces_an_earlier_one_whatever_file_is_named_first() -
     assert {*last_votes([late, early, other])} == {*last_votes([other, early, late])} == {late, other}
 
 
-def test_a_line_that_is_no_vote_is_named(ballot: Ballot, tmp_path: Path) -> None:
-    path = save(tmp_path / "votes.jsonl", ballot, vote(APT, shown=(DCO, APT)))
+def test_a_line_that_is_no_vote_is_named(plan: RatingPlan, tmp_path: Path) -> None:
+    path = save(tmp_path / "votes.jsonl", plan, vote(APT, shown=(DCO, APT)))
     good = json.loads(path.read_text())
     one, _ = good["shown"]
     no_vote = [
@@ -282,23 +282,23 @@ def test_a_line_that_is_no_vote_is_named(ballot: Ballot, tmp_path: Path) -> None
         text = bad if isinstance(bad, str) else json.dumps(bad)
         path.write_text(f"{json.dumps(good)}\n{text}\n")
         with pytest.raises(AptError, match=r"votes\.jsonl: line 2 is no vote; found") as caught:
-            read_votes([path], ballot.comparison)
+            read_votes([path], plan.comparison)
         assert "\n" not in str(caught.value)
     with pytest.raises(AptError, match=r"none\.jsonl: cannot be read: No such file"):
-        read_votes([tmp_path / "none.jsonl"], ballot.comparison)
+        read_votes([tmp_path / "none.jsonl"], plan.comparison)
 
 
-def test_votes_on_other_pictures_are_not_mixed_with_these(ballot: Ballot, tmp_path: Path, evaluation: Path) -> None:
-    ids, path = picture_ids(ballot.comparison), tmp_path / "votes.jsonl"
+def test_votes_on_other_pictures_are_not_mixed_with_these(plan: RatingPlan, tmp_path: Path, evaluation: Path) -> None:
+    ids, path = picture_ids(plan.comparison), tmp_path / "votes.jsonl"
     first, other, prior = ids[0, 0, APT], ids[1, 0, DCO], ids[0, 0, None]
     for shown in ([first, other], [first, prior], [first, "x"], [1, 2]):
         path.write_text(json.dumps({"rater": "a", "criterion": "b", "shown": shown, "chosen": None, "time": ""}))
         with pytest.raises(AptError, match=r"votes\.jsonl: line 1 is a vote on other pictures than these; name the"):
-            read_votes([path], ballot.comparison)
-    save(path, ballot, vote(APT, shown=(DCO, APT)))
+            read_votes([path], plan.comparison)
+    save(path, plan, vote(APT, shown=(DCO, APT)))
     Image.new("RGB", (64, 64), "white").save(evaluation / APT / "000-1.png")  # drawn anew since
     with pytest.raises(AptError, match="a vote on other pictures than these"):
-        read_votes([path], ballot.comparison)
+        read_votes([path], plan.comparison)
 
 
 # -- intervals and the result ------------------------------------------------------------------------------------------
@@ -389,10 +389,10 @@ def test_shares_are_of_all_answers_and_the_last_vote_counts() -> None:
 
 def test_the_result_is_a_table_of_methods_and_criteria(tmp_path: Path) -> None:
     folder = write_eval(tmp_path / "eval", ["apt", "dco", "db"])
-    ballot = Ballot(read_comparison([folder]), 0)
+    plan = RatingPlan(read_comparison([folder]), 0)
     both = [*study(), *(dataclasses.replace(one, criterion="prior", rater="ann") for one in study())]
     files = [
-        save(tmp_path / f"{name}.jsonl", ballot, *(one for one in both if one.rater == name)) for name in ("ann", "bob")
+        save(tmp_path / f"{name}.jsonl", plan, *(one for one in both if one.rater == name)) for name in ("ann", "bob")
     ]
     said: list[str] = []
     results = run_votes([folder], files, say=said.append)
@@ -408,12 +408,12 @@ def test_the_result_is_a_table_of_methods_and_criteria(tmp_path: Path) -> None:
 
 
 def test_a_name_in_two_files_and_a_file_without_votes_are_told(
-    evaluation: Path, ballot: Ballot, tmp_path: Path
+    evaluation: Path, plan: RatingPlan, tmp_path: Path
 ) -> None:
     one, two, none = tmp_path / "1.jsonl", tmp_path / "2.jsonl", tmp_path / "3.jsonl"
-    save(one, ballot, vote(APT, shown=(APT, DCO)))
-    save(two, ballot, vote(DCO, shown=(APT, DCO), time="2026"))
-    save(none, ballot)
+    save(one, plan, vote(APT, shown=(APT, DCO)))
+    save(two, plan, vote(DCO, shown=(APT, DCO), time="2026"))
+    save(none, plan)
     said: list[str] = []
     (result,) = run_votes([evaluation], [one, two, none], methods=[APT, DCO], say=said.append)
     assert said[0] == f"note: {none} has no vote"
@@ -471,18 +471,18 @@ def test_the_page_may_fetch_nothing(evaluation: Path, tmp_path: Path) -> None:
     assert "http://" not in page and "https://" not in page
 
 
-def test_the_page_shows_the_pictures_that_the_ballot_says(evaluation: Path, ballot: Ballot, tmp_path: Path) -> None:
+def test_the_page_shows_the_pictures_that_the_ballot_says(evaluation: Path, plan: RatingPlan, tmp_path: Path) -> None:
     data = data_of(write(evaluation, tmp_path / "rate.html")[0])
     assert [question["criterion"] for question in data["questions"]] == ["subject", "prompt", "prior"]
     assert len(data["orders"]) == ORDERS and len({json.dumps(order) for order in data["orders"]}) == ORDERS
     for number in (0, 7):
-        for (index, places), shown in zip(data["orders"][number], ballot.order(str(number)), strict=True):
+        for (index, places), shown in zip(data["orders"][number], plan.order(str(number)), strict=True):
             item, where = data["items"][index], (shown.item.prompt, shown.item.seed)
             names = [item["prior"], *(item["candidates"][place] for place in places)]
             colors = [Image.open(io.BytesIO(content_of(data["pictures"][name]))).getpixel((0, 0)) for name in names]
             assert colors == [color_of(method, *where) for method in ("base", *shown.candidates)]
             assert item["prompt"] == f"a backpack {PROMPTS[shown.item.prompt]}"
-            assert item["reference"] == ballot.reference(shown.item)
+            assert item["reference"] == plan.reference(shown.item)
 
 
 def test_the_same_pictures_give_the_same_page_so_that_votes_stay_valid(evaluation: Path, tmp_path: Path) -> None:

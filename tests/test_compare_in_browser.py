@@ -18,9 +18,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from apt_hooks.results.comparison.ballot import Ballot
 from apt_hooks.results.comparison.folders import read_comparison
 from apt_hooks.results.comparison.rating import ORDERS, write_page
+from apt_hooks.results.comparison.rating_plan import RatingPlan
 from apt_hooks.results.comparison.votes import Vote, read_votes
 
 QUESTIONS = ["subject", "prompt", "prior"]
@@ -33,13 +33,13 @@ def driver() -> Iterator[Any]:
 
 
 @pytest.fixture
-def ballot(tmp_path: Path) -> Ballot:
+def plan(tmp_path: Path) -> RatingPlan:
     loras = [SECRET + name for name in ("apt", "dco", "dreambooth")]
-    return Ballot(read_comparison([write_eval(tmp_path / "eval", loras, seeds=(0,))]), seed=0)
+    return RatingPlan(read_comparison([write_eval(tmp_path / "eval", loras, seeds=(0,))]), seed=0)
 
 
 @pytest.fixture
-def url(driver: Any, ballot: Ballot, tmp_path: Path) -> str:
+def url(driver: Any, plan: RatingPlan, tmp_path: Path) -> str:
     write_page([tmp_path / "eval"], tmp_path / "rate.html", references=None, methods=None, seed=0, say=print)
     driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
     url = (tmp_path / "rate.html").as_uri()
@@ -49,11 +49,11 @@ def url(driver: Any, ballot: Ballot, tmp_path: Path) -> str:
     return url
 
 
-def save(driver: Any, file: Path, ballot: Ballot) -> list[Vote]:
+def save(driver: Any, file: Path, plan: RatingPlan) -> list[Vote]:
     """The votes in the file that the button which is in view saves."""
     next(button for button in driver.find_elements(By.CLASS_NAME, "save") if button.is_displayed()).click()
     WebDriverWait(driver, 10, 0.02).until(lambda _: file.exists())
-    found = read_votes([file], ballot.comparison)[file]
+    found = read_votes([file], plan.comparison)[file]
     file.unlink()
     return found
 
@@ -88,7 +88,7 @@ def chosen(vote: Vote) -> int:
     return 0 if vote.chosen is None else vote.shown.index(vote.chosen) + 1
 
 
-def test_a_rater_at_a_desk_answers_all_by_keys_and_saves_them(driver: Any, url: str, ballot: Ballot) -> None:
+def test_a_rater_at_a_desk_answers_all_by_keys_and_saves_them(driver: Any, url: str, plan: RatingPlan) -> None:
     resize(driver, 1400, 900)
     driver.get(url)
     begin(driver, "ann")
@@ -99,17 +99,17 @@ def test_a_rater_at_a_desk_answers_all_by_keys_and_saves_them(driver: Any, url: 
             given.append((page + question) % 4)
             press(driver, str(given[-1]))
     assert shown(driver) == "end" and driver.find_element(By.ID, "file").text == "votes-ann.jsonl"
-    found = save(driver, ballot.comparison.base.parents[1] / "votes-ann.jsonl", ballot)
+    found = save(driver, plan.comparison.base.parents[1] / "votes-ann.jsonl", plan)
     assert [chosen(vote) for vote in found] == given and {vote.rater for vote in found} == {"ann"}
     asked = [(vote.prompt, vote.shown, vote.criterion) for vote in found]
-    orders = [ballot.order(str(number)) for number in range(ORDERS)]
+    orders = [plan.order(str(number)) for number in range(ORDERS)]
     assert asked in [[(s.item.prompt, s.candidates, name) for s in order for name in QUESTIONS] for order in orders]
     assert errors(driver) == [] and requests(driver) == []
     assert SECRET not in driver.page_source
 
 
 @pytest.mark.parametrize(("width", "height"), [(1400, 900), (390, 844)])
-def test_everything_fits_and_is_in_its_place(driver: Any, url: str, ballot: Ballot, width: int, height: int) -> None:
+def test_everything_fits_and_is_in_its_place(driver: Any, url: str, plan: RatingPlan, width: int, height: int) -> None:
     resize(driver, width, height)
     driver.get(url)
     begin(driver, "ann")
@@ -129,12 +129,12 @@ def test_everything_fits_and_is_in_its_place(driver: Any, url: str, ballot: Ball
     assert tops["#ask"]["y"] + tops["#ask"]["height"] == pytest.approx(height, abs=1)  # in view without scrolling
     for button in driver.find_elements(By.CSS_SELECTOR, "#choices button"):
         assert button.rect["height"] >= 44 and button.rect["x"] + button.rect["width"] <= width
-    assert driver.find_element(By.ID, "prompt").text[1:-1] in [prompt.plain for prompt in ballot.comparison.prompts]
+    assert driver.find_element(By.ID, "prompt").text[1:-1] in [prompt.plain for prompt in plan.comparison.prompts]
     assert errors(driver) == []
 
 
 def test_with_a_phone_answers_are_changed_by_going_back_and_a_reload_asks_nothing_again(
-    driver: Any, url: str, ballot: Ballot, tmp_path: Path
+    driver: Any, url: str, plan: RatingPlan, tmp_path: Path
 ) -> None:
     resize(driver, 390, 844)
     driver.get(url)
@@ -151,14 +151,14 @@ def test_with_a_phone_answers_are_changed_by_going_back_and_a_reload_asks_nothin
     assert shown(driver) == "page 1 of 5, prior" and overflow(driver) == 0
     expected = [("Zoë B.", "subject", 1), ("Zoë B.", "prompt", 0)]
     for _ in range(2):
-        found = save(driver, tmp_path / "votes-Zoë_B_.jsonl", ballot)
+        found = save(driver, tmp_path / "votes-Zoë_B_.jsonl", plan)
         assert [(vote.rater, vote.criterion, chosen(vote)) for vote in found] == expected
         driver.refresh()
         assert shown(driver) == "page 1 of 5, prior"
     driver.find_element(By.ID, "rater").click()
     begin(driver, "eve")
     assert shown(driver) == "page 1 of 5, subject"
-    assert save(driver, tmp_path / "votes-eve.jsonl", ballot) == []
+    assert save(driver, tmp_path / "votes-eve.jsonl", plan) == []
     assert errors(driver) == []
 
 
@@ -186,7 +186,7 @@ def test_a_click_enlarges_a_picture_and_keys_rest_meanwhile(driver: Any, url: st
 
 
 def test_what_is_in_no_file_yet_is_asked_about_before_it_is_left(
-    driver: Any, url: str, ballot: Ballot, tmp_path: Path
+    driver: Any, url: str, plan: RatingPlan, tmp_path: Path
 ) -> None:
     driver.get(url)
     begin(driver, "tom")
@@ -199,12 +199,12 @@ def test_what_is_in_no_file_yet_is_asked_about_before_it_is_left(
     # WebDriver itself says yes to the browser's question.
     script = "const e = new Event('beforeunload', {cancelable: true}); dispatchEvent(e); return e.defaultPrevented"
     assert driver.execute_script(script)
-    assert [chosen(vote) for vote in save(driver, tmp_path / "votes-tom.jsonl", ballot)] == [2]
+    assert [chosen(vote) for vote in save(driver, tmp_path / "votes-tom.jsonl", plan)] == [2]
     assert not driver.execute_script(script)
 
 
 def test_a_browser_that_keeps_nothing_says_so_and_votes_can_be_saved(
-    driver: Any, url: str, ballot: Ballot, tmp_path: Path
+    driver: Any, url: str, plan: RatingPlan, tmp_path: Path
 ) -> None:
     driver.get(url)
     driver.execute_script("Storage.prototype.setItem = () => { throw new DOMException('full') }")
@@ -214,4 +214,4 @@ def test_a_browser_that_keeps_nothing_says_so_and_votes_can_be_saved(
     assert shown(driver) == "page 1 of 5, prompt"
     failure = driver.find_element(By.CSS_SELECTOR, "#ask .failure")
     assert failure.text == "This browser keeps nothing: save your votes before you close this page."
-    assert [chosen(vote) for vote in save(driver, tmp_path / "votes-max.jsonl", ballot)] == [1]
+    assert [chosen(vote) for vote in save(driver, tmp_path / "votes-max.jsonl", plan)] == [1]

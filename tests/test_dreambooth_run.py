@@ -450,7 +450,7 @@ def test_class_images_are_neither_augmented_nor_counted(
 ) -> None:
     batches: list[tuple[Tensor, Tensor]] = []
     counted: list[list[bool]] = []
-    augment, assess = DreamBoothRun.augment, AptObjective._assess
+    augment, assess = DreamBoothRun.augment, AptObjective._step
 
     def spied_augment(self: DreamBoothRun, images: Tensor, timesteps: Tensor) -> Tensor:
         batches.append((images.clone(), augment(self, images, timesteps)))
@@ -463,7 +463,7 @@ def test_class_images_are_neither_augmented_nor_counted(
         return step
 
     monkeypatch.setattr(DreamBoothRun, "augment", spied_augment)
-    monkeypatch.setattr(AptObjective, "_assess", spied_assess)
+    monkeypatch.setattr(AptObjective, "_step", spied_assess)
     monkeypatch.setattr(OverfittingIndicator, "gamma", lambda self, timesteps: torch.ones(len(timesteps)))
     found = train(name, "--with_prior_preservation", config="augment_max_probability = 1.0")
     assert counted == [[True, True, False, False]] * 4
@@ -479,13 +479,13 @@ def test_a_border_that_is_ignored_gets_no_gradient_but_that_of_the_class_images(
     train: Train, monkeypatch: pytest.MonkeyPatch, name: str, border: str
 ) -> None:
     gradients: list[Tensor] = []
-    assess = AptObjective._assess
+    assess = AptObjective._step
 
     def spied(self: AptObjective, passes: Any, *rest: Any, **options: Any) -> Any:
         passes.tuned_prediction.register_hook(gradients.append)
         return assess(self, passes, *rest, **options)
 
-    monkeypatch.setattr(AptObjective, "_assess", spied)
+    monkeypatch.setattr(AptObjective, "_step", spied)
     monkeypatch.setattr(OverfittingIndicator, "gamma", lambda self, timesteps: torch.full((len(timesteps),), 0.9))
     config = (
         f'augment_max_probability = 1.0\nzoom_out = [3.0, 3.0]\nrotation_degrees = 0\naugment_border = "{border}"\n'
@@ -520,7 +520,7 @@ def test_the_timesteps_of_the_augmentation_are_those_of_the_step(train: Train, m
     noised: list[list[int]] = []
     import tiny
 
-    draw, assess, make = AptObjective.draw_augmentation, AptObjective._assess, tiny.make_scheduler
+    draw, assess, make = AptObjective.draw_augmentation, AptObjective._step, tiny.make_scheduler
 
     def spied_draw(self: AptObjective, timesteps: Tensor, *rest: Any) -> Placement:
         drawn.append(timesteps.tolist())
@@ -539,7 +539,7 @@ def test_the_timesteps_of_the_augmentation_are_those_of_the_step(train: Train, m
         return scheduler
 
     monkeypatch.setattr(AptObjective, "draw_augmentation", spied_draw)
-    monkeypatch.setattr(AptObjective, "_assess", spied_assess)
+    monkeypatch.setattr(AptObjective, "_step", spied_assess)
     monkeypatch.setattr(tiny, "make_scheduler", spied_scheduler)
     train("two_encoders", config="")
     assert drawn == used == noised and len(drawn) == 4 and len({t for batch in drawn for t in batch}) > 4

@@ -160,7 +160,7 @@ def test_a_border_that_is_ignored_has_no_part_in_loss_indicator_and_channel_stat
         found = objective.covered(placement, (8 * height, 8 * width))
         passes = objective.passes(counted, found)
         passes.run(case.predict)
-        step = passes.assess(case.target, TIMESTEPS)
+        step = passes.step(case.target, TIMESTEPS)
         step.loss(case.per_sample(step.prediction)).backward()
     assert relative_difference(case.network.gradient(), wanted_gradient) < 1e-5
     # What the indicator takes in is the mean over what is covered, whatever its size.
@@ -419,7 +419,7 @@ def test_a_loop_that_makes_the_frozen_pass_when_none_is_due_gets_no_regularizer_
     found = []
     with make_objective(case.unet, case.network, frozen_every=2) as objective:
         for _ in range(3):
-            step = in_pieces(objective, case).assess(case.target, TIMESTEPS)
+            step = in_pieces(objective, case).step(case.target, TIMESTEPS)
             found.append(float(step.regularizer.detach()))
     assert found[0] == found[2] > 0.0
     assert found[1] == 0.0
@@ -998,7 +998,7 @@ def test_a_step_in_pieces_is_the_step(layout, checkpointing, config, counted):
     whole, wanted_loss, wanted = Case(layout, checkpointing).run(counted=counted, **config)
     case = Case(layout, checkpointing)
     with make_objective(case.unet, case.network, **config) as objective:
-        step = in_pieces(objective, case, counted).assess(case.target, TIMESTEPS)
+        step = in_pieces(objective, case, counted).step(case.target, TIMESTEPS)
         loss = step.loss(case.per_sample(step.prediction))
         loss.backward()
     for name in ("prediction", "weight", "regularizer", "gammas"):
@@ -1037,11 +1037,11 @@ def test_without_hooks_the_passes_read_nothing(config):
     assert passes.end_tuned(prediction) is prediction and passes.terms == {}
 
 
-def test_a_batch_that_is_assessed_before_its_passes_is_an_error():
+def test_a_step_before_its_passes_is_an_error():
     case = Case()
     objective = make_objective(case.unet, case.network)
-    with pytest.raises(AptError, match=r"assessed before its passes have ended; call run\(\) or end_tuned\(\) first"):
-        objective.passes().assess(case.target, TIMESTEPS)
+    with pytest.raises(AptError, match=r"before the passes have ended; call run\(\) or end_tuned\(\) first"):
+        objective.passes().step(case.target, TIMESTEPS)
 
 
 def test_an_objective_goes_on_from_its_state():

@@ -20,7 +20,7 @@ from step_logs import start, step, write
 
 from apt_hooks import AptError
 from apt_hooks.results.read_steplog import Run, find_logs, read_run
-from apt_hooks.results.report.curves import fold_bins, smooth, thin, timesteps_of
+from apt_hooks.results.report.curves import downsample, fold_bins, smooth, timesteps_of
 from apt_hooks.results.report.figures import (
     bin_color,
     gamma_plot,
@@ -152,7 +152,7 @@ def test_a_broken_line_is_named(tmp_path: Path, broken: str, message: str) -> No
 
 def test_points_are_means_with_lowest_and_highest() -> None:
     values = torch.tensor([[1.0, NAN], [3.0, NAN], [5.0, 1.0], [NAN, 2.0], [9.0, 4.0]])
-    curve = thin(torch.tensor([1, 2, 3, 4, 5]), values, 3)
+    curve = downsample(torch.tensor([1, 2, 3, 4, 5]), values, 3)
     assert curve.each == 2 and curve.steps.tolist() == [2, 4, 5]
     assert curve.mean[:, 0].tolist() == [2, 5, 9] and curve.low[:, 0].tolist() == [1, 5, 9]
     assert curve.high[:, 0].tolist() == [3, 5, 9]
@@ -162,7 +162,9 @@ def test_points_are_means_with_lowest_and_highest() -> None:
 
 def test_few_steps_stay_as_they_are() -> None:
     steps, values = torch.arange(1, 6), torch.rand(5, 2)
-    assert torch.equal(thin(steps, values, 5).mean, values) and torch.equal(thin(steps, values, 5).steps, steps)
+    assert torch.equal(downsample(steps, values, 5).mean, values) and torch.equal(
+        downsample(steps, values, 5).steps, steps
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 50])

@@ -342,7 +342,7 @@ def test_the_random_stream_is_another_for_every_batch_and_the_same_until_the_bat
         drawn.append(numbers(run))
         passes = run.objective.passes()
         passes.end_tuned(torch.zeros(1, 4, 8, 8))
-        passes.assess(torch.zeros(1, 4, 8, 8), torch.tensor([3]), ends_step=ends_step)
+        passes.step(torch.zeros(1, 4, 8, 8), torch.tensor([3]), ends_step=ends_step)
     assert len(set(drawn)) == 3
 
 

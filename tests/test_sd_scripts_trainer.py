@@ -548,14 +548,14 @@ def test_a_border_that_is_ignored_gets_no_gradient_but_that_of_the_prior_samples
     train: Train, monkeypatch: pytest.MonkeyPatch, border: str, cached: bool
 ) -> None:
     gradients: list[tuple[Tensor, Tensor]] = []
-    assess = AptObjective._assess
+    assess = AptObjective._step
 
     def spied(self: AptObjective, passes: Any, *rest: Any, **options: Any) -> Any:
         step = assess(self, passes, *rest, **options)
         passes.tuned_prediction.register_hook(lambda gradient: gradients.append((gradient, passes.counted)))
         return step
 
-    monkeypatch.setattr(AptObjective, "_assess", spied)
+    monkeypatch.setattr(AptObjective, "_step", spied)
     apt = {**ALWAYS_SMALLER, "augment_border": border, "lambda_dist": 0.0, "lambda_attn": 0.0, "loss_weighting": False}
     train(apt, spy=Overfitted, cache_latents=cached, subsets=({**OWN}, {**OWN, "is_reg": True}))
     assert len(gradients) == 3 and any(not counted.all() for _, counted in gradients)

@@ -349,7 +349,7 @@ def test_a_run_that_goes_on_from_a_lora_says_so_once(caplog: pytest.LogCaptureFi
                 frozen = unet(x, timesteps, context)
             passes.begin_tuned(frozen)
             tuned = passes.end_tuned(unet(x, timesteps, context))
-            passes.assess(target, timesteps)
+            passes.step(target, timesteps)
             tuned.square().mean().backward()
         else:
             step(objective, unet, **kwargs)

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import AptError
 from .architectures import layout_of
-from .gradients import AddGradient, Awaited, Contribution, Gate, Kind, Node, ObservedPass, Place, Through
+from .gradients import AddGradient, CollectFactors, Contribution, Kind, Node, ObservedPass, Pending, Place, Through
 from .layout import AttentionPoint, HiddenPoint, Layout, Source, Tap, Told
 
 
@@ -83,7 +83,7 @@ class FeatureCapture:
         self.layers: tuple[AttentionPoint, ...] = tuple(self.layout.attention) if attention else ()
         self.hidden: tuple[HiddenPoint, ...] = tuple(self.layout.hidden) if representation else ()
         self._observe: Callable[[Place, Tensor], Node | None] | None = None
-        self._awaited = Awaited()
+        self._awaited = Pending()
         self._traceable = True
         self._handles: list[RemovableHandle] = []
         self._told: dict[Told, Any] = {}
@@ -142,12 +142,12 @@ class FeatureCapture:
             told = self._told_to(place)
             read = self._read(place, told, output.detach())
             contribution = observer(*place, read, self._mask(place, told))
-            severed = not torch.is_grad_enabled()
-            if contribution is None or not (severed or output.requires_grad):
+            without_graph = not torch.is_grad_enabled()
+            if contribution is None or not (without_graph or output.requires_grad):
                 return None
             if self._tap(place).read is not None:
                 contribution = Through(contribution, functools.partial(self._read, place, told), read.shape)
-            node = Node(self._awaited, place, contribution, observed.factors, severed)
+            node = Node(self._awaited, place, contribution, observed.factors, without_graph)
             observed.nodes.append(node)
             return node
 
@@ -164,7 +164,8 @@ class FeatureCapture:
         """
         if not observed.nodes or not prediction.requires_grad:
             return prediction, dict(values)
-        prediction, *connected = Gate.apply(self._awaited, observed, tuple(values), prediction, *values.values())
+        names = tuple(values)
+        prediction, *connected = CollectFactors.apply(self._awaited, observed, names, prediction, *values.values())
         return prediction, dict(zip(values, connected, strict=True))
 
     def verify(self) -> None:

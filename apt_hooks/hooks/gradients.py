@@ -1,4 +1,22 @@
-"""Gradients that are added inside of a network, where a layer's output is, rather than carried there by a graph."""
+"""Gradients that are added inside of a network, where a layer's output is, rather than carried there by a graph.
+
+    forward    layer --> AddGradient --> ... --> CollectFactors --> prediction, values (l_mu, l_attn, ...) --> loss
+                 |  the observer compares the output at once: the gradient of a value by it is known up to a factor
+                 v
+              Contribution, kept by its Node
+
+    backward   loss --> CollectFactors: the factor of each value arrives, that is the loss's derivative by it;
+                 |      `Pending` has the nodes from here on
+                 v
+               a checkpointed block is computed again; its hooks find the nodes in `Pending` and put AddGradient there
+                 |
+                 v
+               AddGradient: the gradient from above + factor * contribution --> layer
+
+Rests on private parts of autograd: `_execution_engine.queue_callback` ends the awaiting with the backward pass, and
+`_current_graph_task_id` tells a recomputation from a pass after a backward pass that failed. Without the nodes a value
+has no path to the layer; one that no recomputation came by is an error at the next pass (`FeatureCapture.verify`).
+"""
 
 from __future__ import annotations
 
@@ -43,7 +61,7 @@ class ObservedPass:
     factors: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
 
 
-class Awaited(dict[Place, "Node"]):
+class Pending(dict[Place, "Node"]):
     """The nodes of the backward pass that is under way: from the gate's backward to their own.
 
     A recomputation comes in between and finds them here: reentrant checkpointing differentiates the recomputed graph,
@@ -65,27 +83,27 @@ class Awaited(dict[Place, "Node"]):
 
     def _end(self) -> None:
         asked = [node for node in self.values() if any(factor is not None for factor in node.factors.values())]
-        self.lost += [node.place for node in asked if node.severed]
+        self.lost += [node.place for node in asked if node.without_graph]
         self.clear()
 
 
 @dataclasses.dataclass
 class Node:
-    """One place of one pass; `severed` where it was computed without a graph."""
+    """One place of one pass; `without_graph` where it was computed without a graph."""
 
-    awaited: Awaited
+    awaited: Pending
     place: Place
     contribution: Contribution
     factors: dict[str, Tensor | None]
-    severed: bool
+    without_graph: bool
 
 
-class Gate(torch.autograd.Function):
+class CollectFactors(torch.autograd.Function):
     """Identity; its backward keeps the gradients of the values and lets only the prediction's through."""
 
     @staticmethod
     def forward(
-        ctx: Any, awaited: Awaited, observed: ObservedPass, names: tuple, prediction: Tensor, *values: Tensor
+        ctx: Any, awaited: Pending, observed: ObservedPass, names: tuple, prediction: Tensor, *values: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.awaited, ctx.observed, ctx.names = awaited, observed, names
         ctx.shape, ctx.options = prediction.shape, {"dtype": prediction.dtype, "device": prediction.device}

@@ -146,7 +146,7 @@ def train(
             covered = objective.covered(placement, references.shape[-2:])
             passes = objective.passes(covered=covered)
             passes.run(predict)
-            apt = passes.assess(noise, timesteps)
+            apt = passes.step(noise, timesteps)
             apt.loss((apt.prediction - noise).square().mean(dim=(1, 2, 3))).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -71,7 +71,7 @@ class AptObjective:
         self.augmentation = ZoomOutRotate(config.zoom_out, config.rotation_degrees)
         self._augmented: tuple[Placement, torch.Size] | None = None  # by `augment`, for `step`
         self.steps = 0
-        """Batches assessed; every `frozen_every`-th has a frozen pass."""
+        """Batches so far; every `frozen_every`-th has a frozen pass."""
         self.capture: FeatureCapture | None = None
         joint, attention = config.regularizer == "joint", config.aligns_attention
         representation = (config.lambda_joint if joint else config.lambda_dist) > 0
@@ -170,7 +170,7 @@ class AptObjective:
         augmented, self._augmented = self._augmented, None
         passes = self.passes(counted, None if augmented is None else self.covered(*augmented))
         passes.run(predict, predict_frozen)
-        return passes.assess(target, timesteps, ends_step=ends_step, error_scale=error_scale, mask=mask)
+        return passes.step(target, timesteps, ends_step=ends_step, error_scale=error_scale, mask=mask)
 
     def passes(self, counted: Tensor | None = None, covered: Tensor | None = None) -> Passes:
         """The passes of one batch, for loops that know the target later, or run the model in lines of their own."""
@@ -190,7 +190,7 @@ class AptObjective:
         self.indicator.load_state_dict(state["indicator"])
         self.steps = steps
 
-    def _assess(
+    def _step(
         self,
         passes: Passes,
         target: Tensor,

@@ -30,7 +30,7 @@ class Passes:
             passes.begin_tuned(frozen)
         prediction = passes.end_tuned(unet(noisy, ...))
 
-    Then, with the target, `step = passes.assess(target, timesteps)`; the loss is to be taken of `step.prediction`.
+    Then, with the target, `step = passes.step(target, timesteps)`; the loss is to be taken of `step.prediction`.
 
     Args:
         counted: [batch], bool; False for regularization images, which are trained on as ever. None counts all.
@@ -137,14 +137,14 @@ class Passes:
         self._tuned.__exit__(RuntimeError, RuntimeError("the step was broken off"), None)
         self._compared = self._features = None
 
-    def assess(self, target: Tensor, timesteps: Tensor, **options: Any) -> AptStep:
+    def step(self, target: Tensor, timesteps: Tensor, **options: Any) -> AptStep:
         """Losses, indicator and terms; takes the batch into the indicator. Options as in `AptObjective.step`.
 
         Raises:
             AptError: predictions and target differ in shape, or timesteps are none of the schedule's. What only a
                 device's numbers show is told by a later step or `AptObjective.verify`.
         """
-        return self._objective._assess(self, target, timesteps, **options)
+        return self._objective._step(self, target, timesteps, **options)
 
     def check(self, target: Tensor) -> Tensor:
         """The tuned prediction, if all that there is has the target's shape."""
@@ -156,7 +156,7 @@ class Passes:
                     f"for a target of {tuple(target.shape)}: hand over what the trainer takes its loss of"
                 )
         if self.tuned_prediction is None:
-            raise AptError("the batch is assessed before its passes have ended; call run() or end_tuned() first")
+            raise AptError("step() before the passes have ended; call run() or end_tuned() first")
         return self.tuned_prediction
 
 

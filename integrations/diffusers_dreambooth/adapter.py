@@ -208,7 +208,7 @@ class DreamBoothRun:
                     "encode them in every step, or set [apt] augmentation = false"
                 )
             timesteps = _one_each(timesteps, prediction)
-            self._step = passes.assess(
+            self._step = passes.step(
                 target,
                 timesteps,
                 ends_step=self._accelerator.sync_gradients,

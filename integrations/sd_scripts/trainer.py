@@ -242,7 +242,7 @@ class AptTrainer:
                     "the trainer adds noise at other timesteps than those drawn for the augmentation; "
                     "set [apt] augmentation = false"
                 )
-            current.step = current.passes.assess(
+            current.step = current.passes.step(
                 target,
                 timesteps,
                 ends_step=current.ends_step,

@@ -1,7 +1,7 @@
 """The page for raters: one file with its pictures, to open here or to send around.
 
 It keeps answers in the browser, and a button saves them as a file, which `votes` reads. What it holds and says names no
-method (`ballot`), and its policy lets it fetch nothing.
+method (`rating_plan`), and its policy lets it fetch nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from apt_hooks.files import make_folder, write_atomically
 from apt_hooks.images import bare_picture
 
-from .ballot import QUESTIONS, Ballot, picture_ids
 from .folders import read_comparison
+from .rating_plan import QUESTIONS, RatingPlan, picture_ids
 
 ORDERS = 64
 """Orders that a page has; a rater's name says which is taken."""
@@ -44,12 +44,12 @@ def write_page(
         say: takes each line of text for the user.
 
     Raises:
-        AptError: as `read_comparison` and `Ballot`; a picture that cannot be read; `out` cannot be written.
+        AptError: as `read_comparison` and `RatingPlan`; a picture that cannot be read; `out` cannot be written.
     """
-    ballot = Ballot(read_comparison(folders, references=references, methods=methods), seed)
-    pages, count = len(ballot.items), len(ballot.methods)
+    plan = RatingPlan(read_comparison(folders, references=references, methods=methods), seed)
+    pages, count = len(plan.items), len(plan.methods)
     say(f"{pages} pages of {count} methods: reading {pages * (count + 1)} pictures")
-    data = json.dumps(page_data(ballot), separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(page_data(plan), separators=(",", ":")).replace("<", "\\u003c")
     content = Template(_part("rater.html")).substitute(style=_part("rater.css"), data=data, script=_part("rater.js"))
     make_folder(out.parent)
     write_atomically(out, content.encode())
@@ -57,25 +57,25 @@ def write_page(
     say("each rater saves a file votes-NAME.jsonl, and `apt-hooks compare DIR... --result FILE` says what they come to")
 
 
-def page_data(ballot: Ballot) -> dict[str, Any]:
+def page_data(plan: RatingPlan) -> dict[str, Any]:
     """All that the page knows: pictures by id, and orders as indices of items and of their candidates."""
-    comparison = ballot.comparison
+    comparison = plan.comparison
     ids = picture_ids(comparison)
-    candidates = [sorted(ids[item.prompt, item.seed, method] for method in ballot.methods) for item in ballot.items]
+    candidates = [sorted(ids[item.prompt, item.seed, method] for method in plan.methods) for item in plan.items]
     items = [
         {
             "prompt": comparison.prompts[item.prompt].plain,
-            "reference": ballot.reference(item),
+            "reference": plan.reference(item),
             "prior": ids[item.prompt, item.seed, None],
             "candidates": own,
         }
-        for item, own in zip(ballot.items, candidates, strict=True)
+        for item, own in zip(plan.items, candidates, strict=True)
     ]
-    numbers = {item: number for number, item in enumerate(ballot.items)}
+    numbers = {item: number for number, item in enumerate(plan.items)}
     orders: list[list[Any]] = []
     for order in range(ORDERS):
         orders.append([])
-        for shown in ballot.order(str(order)):
+        for shown in plan.order(str(order)):
             number = numbers[shown.item]
             own = [ids[shown.item.prompt, shown.item.seed, method] for method in shown.candidates]
             orders[-1].append([number, [candidates[number].index(name) for name in own]])

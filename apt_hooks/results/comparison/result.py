@@ -8,9 +8,9 @@ from pathlib import Path
 
 from apt_hooks.errors import AptError
 
-from .ballot import QUESTIONS
 from .folders import read_comparison
 from .intervals import share_interval
+from .rating_plan import QUESTIONS
 from .votes import Vote, last_votes, read_votes
 
 TIE = "cannot tell"
@@ -49,7 +49,7 @@ def count_votes(votes: Sequence[Vote]) -> list[Result]:
     """The result of each criterion that has votes, in the order of the questions.
 
     Args:
-        votes: of one ballot; of several by a rater to the same question the last counts.
+        votes: of one plan; of several by a rater to the same question the last counts.
     """
     counted = last_votes(votes)
     asked = [question.criterion for question in QUESTIONS]

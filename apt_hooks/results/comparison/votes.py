@@ -10,8 +10,8 @@ from typing import Any
 
 from apt_hooks.errors import AptError
 
-from .ballot import picture_ids
 from .folders import Comparison
+from .rating_plan import picture_ids
 
 
 @dataclasses.dataclass(frozen=True)

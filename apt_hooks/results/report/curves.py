@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Thinned(NamedTuple):
+class Downsampled(NamedTuple):
     """Points of a curve, each from `each` steps that follow each other; NaN where none of these has a value."""
 
     steps: Tensor  # [points], the mean number
@@ -19,7 +19,7 @@ class Thinned(NamedTuple):
     each: int
 
 
-def thin(steps: Tensor, values: Tensor, points: int) -> Thinned:
+def downsample(steps: Tensor, values: Tensor, points: int) -> Downsampled:
     """Means, and lowest and highest values, of at most `points` pieces of a run.
 
     Args:
@@ -29,14 +29,14 @@ def thin(steps: Tensor, values: Tensor, points: int) -> Thinned:
     """
     each = math.ceil(len(steps) / points)
     if each <= 1:
-        return Thinned(steps, values, values, values, 1)
+        return Downsampled(steps, values, values, values, 1)
     missing = -len(steps) % each
     filled = torch.cat([values, values.new_full((missing, values.shape[1]), math.nan)]).view(-1, each, values.shape[1])
     numbers = torch.cat([steps.double(), steps.new_full((missing,), math.nan, dtype=torch.float64)]).view(-1, each)
     none = filled.isnan()
     low = filled.masked_fill(none, math.inf).amin(1).masked_fill(none.all(1), math.nan)
     high = filled.masked_fill(none, -math.inf).amax(1).masked_fill(none.all(1), math.nan)
-    return Thinned(numbers.nanmean(1).round().long(), filled.nanmean(1), low, high, each)
+    return Downsampled(numbers.nanmean(1).round().long(), filled.nanmean(1), low, high, each)
 
 
 def smooth(values: Tensor, window: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apt_hooks.results.read_steplog import Run
 
-from .curves import fold_bins, smooth, thin, timesteps_of
+from .curves import downsample, fold_bins, smooth, timesteps_of
 
 MOST_LINES = 20  # of gamma; more bins are drawn as means of neighbours
 MEAN_COLOR = "#1b1f24"
@@ -53,7 +53,7 @@ def gamma_plot(run: Run, last_step: int, points: int) -> Plot:
     """Gamma over the steps, a line a bin from where it was first seen, and their mean."""
     gammas = run.gammas.masked_fill(~run.seen, math.nan)
     folded, groups = fold_bins(gammas, MOST_LINES)
-    curves = thin(run.steps, torch.cat([folded, gammas.nanmean(1, keepdim=True)], dim=1), points)
+    curves = downsample(run.steps, torch.cat([folded, gammas.nanmean(1, keepdim=True)], dim=1), points)
     traces = []
     for i, name in enumerate([*timesteps_of(groups, gammas.shape[1]), "mean of the bins"]):
         mean = i == len(groups)
@@ -109,7 +109,7 @@ def shortened(name: str, most: int = 32) -> str:
 def _noisy(run: Run, values: Tensor, name: str, key: str, color: str, points: int) -> list[dict[str, Any]]:
     """A value that jumps from step to step: pale as it is, or from its lowest to its highest, and bold its mean."""
     logged = ~values.isnan()
-    curve = thin(run.steps[logged], values[logged][:, None], points)
+    curve = downsample(run.steps[logged], values[logged][:, None], points)
     window = math.ceil(len(curve.steps) / _SMOOTHED_OVER)
     traces = []
     if curve.each > 1:

@@ -61,7 +61,7 @@ class Shown:
     candidates: tuple[str, ...]
 
 
-class Ballot:
+class RatingPlan:
     """Items of a comparison, and the order of them and of their candidates for each rater.
 
     Args:
