@@ -7,7 +7,6 @@ import torch
 from models import relative_difference
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from apt_hooks import AptConfig, AptError, AptObjective, FeatureCapture
 from apt_hooks.hooks.architectures import layout_of
@@ -65,7 +64,7 @@ class Transformer:
         self.lora = Lora(self.model, {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}).double()
         self.model.requires_grad_(False)
         if checkpointing:
-            self.model.enable_gradient_checkpointing(lambda f, *args: checkpoint(f, *args, use_reentrant=False))
+            self.model.enable_gradient_checkpointing()  # non-reentrant
         self.model.train(checkpointing)  # which has no dropout, and checkpoints in training only
         self.text = torch.randn(3, TEXT, WIDTH).double()
 
