@@ -14,6 +14,7 @@ START = {
     "config": {"objective": "apt", "num_bins": 3, "indicator_scale": 1000.0, "lambda_attn": 0.5},
     "overrides": {"lambda_attn": 0.5},
     "augment_space": "image",
+    "indicator_units": "epsilon",
     "trainer": "sd-scripts 0.10.1",
     "torch": "2.13.0",
     "python": "3.11.7",

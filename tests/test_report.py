@@ -390,6 +390,7 @@ def test_the_page_tells_results_settings_and_how_it_was_read(tmp_path: Path) -> 
     )
     assert "The config is not in the log: plain." in page
     assert ">lambda_attn</th><td>0.5 (own)</td>" in page and "3 more keys of [apt]" in page
+    assert ">indicator_units</th><td>epsilon</td>" in page
     assert "Shown: all 30 steps." in page and "None of these runs has pictures" in page
     assert 'id="plot-l_attn"' in page and 'id="plot-l_joint"' not in page
     assert "Their indicator_scale" not in page

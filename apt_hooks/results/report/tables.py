@@ -22,6 +22,7 @@ _NAMES = {
 _ABOUT = (
     "preset",
     "augment_space",
+    "indicator_units",
     "dropout",
     "trainer",
     "apt_hooks",
