@@ -16,7 +16,7 @@ def tell_noise_options(args: argparse.Namespace) -> None:
     used = [f"{name} = {value}" for name in OPTIONS if (value := getattr(args, name, None))]
     if used:
         logger.warning(
-            "apt-hooks: %s: the base model does not know this noise, and a LoRA that learns it opens a gap that is no "
-            "overfitting: gamma is higher by that (measured in docs/tinyworld.md)",
+            "apt-hooks: %s: over a base model that was not trained with this noise, a LoRA that learns it opens a gap "
+            "that is no overfitting, and gamma is higher by that (docs/tinyworld.md has measured it for its model)",
             ", ".join(used),
         )

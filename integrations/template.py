@@ -1,7 +1,8 @@
 """A template: APT in a trainer of your own. Copy it, and put your trainer's calls in place of the parameters.
 
 In the order of a step: `augment` once the timesteps are drawn, `predict` in place of the denoiser's call, `loss` of
-your losses, `ended` when the batch is over. `apt_hooks.training.contract` has the tests that it has to pass.
+your losses, `ended` when the batch is over; `close` at the end. `apt_hooks.training.contract` has the tests that it has
+to pass.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from apt_hooks.config import AptConfig
+from apt_hooks.errors import AptError
 from apt_hooks.hooks.frozen import AdaptersOff
 from apt_hooks.method.augmentation import Placement
+from apt_hooks.method.units import epsilon_error_scale
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.passes import Passes
 from apt_hooks.training.run import AptRun
@@ -30,6 +33,7 @@ class Adapter:
         trained: all that the optimizer trains, as `named_parameters` gives it.
         name: of the LoRA's files in `folder`; the log is written beside them. None writes no log (later ranks).
         predicts: "epsilon", "v_prediction" or "sample".
+        alphas_cumprod: of the noise schedule, for models that predict something else than epsilon.
     """
 
     def __init__(
@@ -44,33 +48,43 @@ class Adapter:
         seed: int,
         rank: int = 0,
         predicts: str = "epsilon",
+        alphas_cumprod: Tensor | None = None,
     ) -> None:
         objective = AptObjective(config, model, lora_off, trained=trained)
         log = None if name is None else folder / f"{name}-apt.jsonl"
         self.run = AptRun(
             objective, log_path=log, augment_space="image", seed=seed, rank=rank, trainer="mine 1.0", target=predicts
         )
+        if self.run.indicator_units != predicts and alphas_cumprod is None:
+            raise AptError(f"a model that predicts {predicts} needs alphas_cumprod, by which gamma is of epsilon")
+        self._alphas_cumprod = alphas_cumprod
+        self._counted: Tensor | None = None
         self._placement: Placement | None = None
         self._covered: Tensor | None = None
         self._passes: Passes | None = None
         self._step: AptStep | None = None
         print(self.run.start_line())
 
-    def augment(self, images: Tensor, timesteps: Tensor) -> Tensor:
-        """The images, black at -1, some of them zoomed out and rotated; call it before they are encoded."""
-        objective = self.run.objective
-        self._placement = objective.draw_augmentation(timesteps, generator=self.run.generator())
+    def augment(self, images: Tensor, timesteps: Tensor, counted: Tensor | None = None) -> Tensor:
+        """The images, black at -1, some of them zoomed out and rotated; call it before they are encoded.
+
+        `counted`, [batch], bool, is False for class images, which are neither augmented nor counted nor aligned.
+        """
+        objective, self._counted = self.run.objective, counted
+        self._placement = objective.draw_augmentation(timesteps, counted, self.run.generator())
         self._covered = objective.covered(self._placement, images.shape[-2:])
         return self._placement.apply(images, -1.0)
 
-    def predict(self, call: Callable[[], Tensor], counted: Tensor | None = None) -> Tensor:
-        """The tuned model's prediction; `call` runs the denoiser. `counted` is False for class images."""
-        self._passes = self.run.objective.passes(counted, self._covered)
+    def predict(self, call: Callable[[], Tensor]) -> Tensor:
+        """The tuned model's prediction; `call` runs the denoiser."""
+        self._passes = self.run.objective.passes(self._counted, self._covered)
         return self._passes.run(call)
 
     def loss(self, target: Tensor, timesteps: Tensor, per_sample: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
         """The loss to differentiate; `per_sample` makes your loss of a prediction, one number a sample."""
         assert self._passes is not None  # `predict` comes first
+        if self.run.indicator_units != self.run.target and self._alphas_cumprod is not None:
+            options["error_scale"] = epsilon_error_scale(self.run.target, self._alphas_cumprod, timesteps)
         self._step = self._passes.step(target, timesteps, **options)
         return self._step.loss(per_sample(self._step.prediction))
 
@@ -78,4 +92,9 @@ class Adapter:
         """The batch is over, and with it an optimizer step or not."""
         assert self._step is not None
         self.run.record(self._step, self._placement, ends_step=ends_step)
-        self._placement = self._covered = self._passes = self._step = None
+        self._counted = self._placement = self._covered = self._passes = self._step = None
+
+    def close(self) -> None:
+        """The training is over."""
+        self.run.objective.verify()
+        self.run.close()

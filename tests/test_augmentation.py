@@ -191,6 +191,12 @@ def test_what_is_covered_shrinks_with_the_picture(shape):
     assert torch.equal(plane[0], wanted)
 
 
+def test_sides_that_an_autoencoder_rounds_down_and_a_u_net_up_are_found():
+    found = placement(scale=2.0).covered((500, 500))
+    for side in (62, 31, 16):
+        assert covered_at(found, (1, side * side, 7)).shape == (1, side * side, 1)
+
+
 def test_positions_that_are_those_of_no_such_picture_are_refused():
     found = placement(scale=2.0).covered((128, 96))
     with pytest.raises(AptError, match='augment_border = "ignore" looks for 100 positions in pictures of 128x96'):

@@ -7,7 +7,7 @@ import torch
 from models import LATENTS, TEXT_WIDTH, TOKENS, make_tuned
 from torch.nn import functional as F
 
-from apt_hooks import AptConfig
+from apt_hooks import AptConfig, AptError
 from apt_hooks.integrations.template import Adapter
 from apt_hooks.training.contract import CONTRACT, Trained
 from apt_hooks.training.step import AptStep
@@ -62,7 +62,7 @@ class Trainer:
 
     def close(self):
         if self.adapter is not None:
-            self.adapter.run.close()
+            self.adapter.close()
 
 
 @pytest.fixture
@@ -130,3 +130,25 @@ def test_the_contract_notices_what_breaks_it(train, monkeypatch, breaks, rule):
     check = next(check for check in CONTRACT if check.__name__ == rule)
     with pytest.raises(AssertionError):
         check(train)
+
+
+def test_class_images_are_left_alone_and_gamma_is_of_epsilon(tmp_path):
+    unet, network = make_tuned("up_blocks")
+    named = list(network.named_parameters())
+    given = {"folder": tmp_path, "name": None, "seed": 0, "predicts": "v_prediction"}
+    with pytest.raises(AptError, match="a model that predicts v_prediction needs alphas_cumprod"):
+        Adapter(AptConfig(), unet, network.off, named, **given)
+    alphas = torch.linspace(0.99, 0.01, 1000)
+    adapter = Adapter(AptConfig(augment_max_probability=1.0), unet, network.off, named, alphas_cumprod=alphas, **given)
+    timesteps = torch.tensor([100, 900])
+    adapter.run.objective.indicator.update(timesteps, torch.zeros(2), torch.ones(2))
+    images = torch.zeros(2, LATENTS, unet.size, unet.size)
+    moved = adapter.augment(images, timesteps, torch.tensor([True, False]))
+    assert not moved[1].any() and moved[0].any()
+    target = torch.randn(images.shape)
+    adapter.predict(lambda: unet(images, timesteps, torch.zeros(2, TOKENS, TEXT_WIDTH)))
+    adapter.loss(target, timesteps, lambda x: (x - target).square().mean(dim=(1, 2, 3)))
+    taken = adapter.run.objective.indicator.state_dict()["loss_tuned"][1]
+    wanted = 0.1 * float(adapter._step.values["loss_tuned"]) * float(alphas[100])
+    assert taken == pytest.approx(wanted, rel=1e-4)
+    adapter.close()

@@ -259,10 +259,10 @@ def test_sigmas_of_flow_matching_have_bins_of_equal_width_with_1_in_the_last():
     assert indicator.gamma(sigmas).tolist() == pytest.approx(indicator.gammas[[0, 0, 1, 5, 9, 9]].tolist())
 
 
-@pytest.mark.parametrize("sigma", [-0.01, 1.01])
+@pytest.mark.parametrize("sigma", [-0.01, 1.01, float("nan")])
 def test_sigmas_out_of_range_are_refused(sigma):
     indicator = OverfittingIndicator(10, bin_of=sigma_bins(10))
     with pytest.raises(
-        AptError, match=rf"timesteps must be in one of the 10 bins; found 0.5 to 1.01|found {sigma} to 0.5"
+        AptError, match=r"timesteps must be in one of the 10 bins; found (0.5 to 1.01|-0.01 to 0.5|nan to nan)"
     ):
         indicator.update(torch.tensor([0.5, sigma]), torch.zeros(2), torch.zeros(2))

@@ -337,3 +337,19 @@ def test_a_place_that_runs_outside_of_the_call_that_tells_how_to_read_it_is_an_e
         capture.record(),
     ):
         model.inner.qkv(torch.zeros(1, TEXT, WIDTH).double())
+
+
+def test_a_layout_without_what_is_asked_for_is_an_error():
+    model = Padded()
+    layout = layout_of_padded(model)
+    with pytest.raises(AptError, match="the layout has no attention layers and no hidden states"):
+        FeatureCapture(model, layout=Layout())
+    with pytest.raises(AptError, match="the layout has no hidden states"):
+        FeatureCapture(model, layout=Layout(layout.attention))
+    FeatureCapture(model, layout=Layout(layout.attention), representation=False).close()
+
+
+def test_an_objective_takes_a_layout_of_ones_own():
+    model = Padded()
+    with AptObjective(AptConfig(), model, contextlib.nullcontext, layout=layout_of_padded(model)) as objective:
+        assert [point.name for point in objective.capture.layers] == ["padded"]

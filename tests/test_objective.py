@@ -414,17 +414,6 @@ def in_pieces(objective, case, counted=None):
     return passes
 
 
-def test_a_loop_that_makes_the_frozen_pass_when_none_is_due_gets_no_regularizer_there():
-    case = Case()
-    found = []
-    with make_objective(case.unet, case.network, frozen_every=2) as objective:
-        for _ in range(3):
-            step = in_pieces(objective, case).step(case.target, TIMESTEPS)
-            found.append(float(step.regularizer.detach()))
-    assert found[0] == found[2] > 0.0
-    assert found[1] == 0.0
-
-
 def test_the_frozen_pass_may_be_compiled():
     plain, found = Case(), Case()
     wanted, _, gradient = plain.run()
@@ -1053,3 +1042,64 @@ def test_an_objective_goes_on_from_its_state():
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.state_dict() == first.state_dict() and not second.passes().due
     assert torch.equal(second.indicator.gammas, first.indicator.gammas)
+
+
+def misused(way, passes, case):
+    """The same batch, with something left out or done twice."""
+    if way == "no frozen pass":
+        passes.end_tuned(case.predict())
+    elif way == "frozen pass not handed on":
+        with passes.frozen():
+            case.predict()
+        passes.end_tuned(case.predict())
+    elif way == "not in frozen()":
+        passes.begin_tuned(case.predict())
+    elif way == "twice":
+        passes.run(case.predict)
+        passes.step(case.target, TIMESTEPS)
+    passes.step(case.target, TIMESTEPS)
+
+
+@pytest.mark.parametrize(
+    ("way", "found"),
+    [
+        ("no frozen pass", "due in this batch, did not run before"),
+        ("frozen pass not handed on", "due in this batch, did not run before"),
+        ("not in frozen()", "did not run within `frozen"),
+        ("twice", "called twice for one batch"),
+    ],
+)
+def test_passes_that_are_not_as_they_should_be_are_an_error_and_no_step_without_terms(way, found):
+    case = Case()
+    with make_objective(case.unet, case.network) as objective:
+        passes = objective.passes()
+        with pytest.raises(AptError, match=found):
+            misused(way, passes, case)
+        passes.give_up()
+
+
+def test_a_frozen_pass_where_none_is_due_is_an_error():
+    case = Case()
+    with make_objective(case.unet, case.network, frozen_every=2) as objective:
+        objective.step(case.predict, case.target, TIMESTEPS)
+        with pytest.raises(AptError, match=r"no frozen pass is due in this batch \(frozen_every = 2\)"):
+            in_pieces(objective, case)
+
+
+def test_images_that_were_augmented_for_another_batch_are_an_error():
+    case = Case()
+    config = {"augment_border": "ignore", "zoom_out": (2.0, 2.0), "augment_max_probability": 1.0, "lambda_dist": 0.0}
+    with make_objective(case.unet, case.network, seen=False, lambda_attn=0.0, **config) as objective:
+        objective.indicator.update(TIMESTEPS, torch.zeros(4), torch.ones(4))
+        objective.augment(torch.zeros(2, 3, 64, 64), TIMESTEPS[:2])
+        with pytest.raises(AptError, match="augmented are 2, the batch is 4: augment each batch as a whole"):
+            objective.step(case.predict, case.target, TIMESTEPS)
+
+
+def test_class_images_are_not_augmented():
+    case = Case()
+    config = {"zoom_out": (2.0, 2.0), "augment_max_probability": 1.0}
+    with make_objective(case.unet, case.network, seen=False, **config) as objective:
+        objective.indicator.update(TIMESTEPS, torch.zeros(4), torch.ones(4))
+        moved = objective.augment(torch.zeros(4, 3, 64, 64), TIMESTEPS, counted=COUNTED)
+        assert moved.flatten(1).any(dim=1).tolist() == COUNTED.tolist()

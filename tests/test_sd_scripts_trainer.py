@@ -654,7 +654,7 @@ def test_latent_space_asked_for_leaves_the_images_alone(train: Train) -> None:
 def test_noise_that_the_base_model_does_not_know_is_told_at_start(
     make: Train, caplog: pytest.LogCaptureFixture, option: str
 ) -> None:
-    said = "opens a gap that is no overfitting"
+    said = "opens a gap that is no overfitting, and gamma"
     for value in (0, 1):
         run = make({"monitor_only": True})
         setattr(run.args, option, value)

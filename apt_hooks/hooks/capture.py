@@ -82,6 +82,16 @@ class FeatureCapture:
         self.layout = layout_of(model, blocks, representation_source) if layout is None else layout
         self.layers: tuple[AttentionPoint, ...] = tuple(self.layout.attention) if attention else ()
         self.hidden: tuple[HiddenPoint, ...] = tuple(self.layout.hidden) if representation else ()
+        missing = [
+            noun
+            for noun, asked, found in (
+                ("attention layers", attention, self.layers),
+                ("hidden states", representation, self.hidden),
+            )
+            if asked and not found
+        ]
+        if missing:
+            raise AptError(f"the layout has no {' and no '.join(missing)}; do not ask for them, or give their points")
         self._observe: Callable[[Place, Tensor], Node | None] | None = None
         self._awaited = Pending()
         self._traceable = True
@@ -213,8 +223,9 @@ class FeatureCapture:
         try:
             yield
         finally:
-            self._observe = None
-            self._told.clear()
+            if self._observe is noting:  # and not that of a later pass, where this one was never ended
+                self._observe = None
+                self._told.clear()
         self._check_complete(seen)
 
     def _listen(self, told: Told) -> None:

@@ -124,8 +124,8 @@ def covered_at(covered: Tensor, shape: Sequence[int]) -> Tensor:
 
     Args:
         covered: [batch, 1, height, width].
-        shape: [batch, ..., height, width], or [batch, positions, channels] of a picture whose sides were halved,
-            rounding up, some number of times.
+        shape: [batch, ..., height, width], or [batch, positions, channels] of a picture whose sides were halved some
+            number of times.
 
     Returns:
         [batch, 1, ..., height, width], or [batch, positions, 1]; on the device of `covered`.
@@ -136,15 +136,23 @@ def covered_at(covered: Tensor, shape: Sequence[int]) -> Tensor:
     if len(shape) > 3:
         shrunk = F.interpolate(covered, size=tuple(shape[-2:]), mode="area")
         return shrunk.reshape(len(shrunk), *[1] * (len(shape) - 3), *shape[-2:])
-    height, width = covered.shape[2:]
-    while height * width > shape[1] and height * width > 1:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    if height * width != shape[1]:
-        raise AptError(
-            f'[apt] augment_border = "ignore" looks for {shape[1]} positions in pictures of {covered.shape[2]}x'
-            f'{covered.shape[3]} whose sides are halved, and there is none with as many: set it to "learn"'
-        )
-    return F.interpolate(covered, size=(height, width), mode="area").flatten(2).transpose(1, 2)
+    size = _halved(covered.shape[2:], shape[1])
+    return F.interpolate(covered, size=size, mode="area").flatten(2).transpose(1, 2)
+
+
+def _halved(size: Sequence[int], positions: int) -> tuple[int, int]:
+    """The sides that have so many positions: an autoencoder rounds down where it halves an odd one, a U-Net up."""
+    sides = {(size[0], size[1])}
+    while sides:
+        for height, width in sorted(sides):
+            if height * width == positions:
+                return height, width
+        larger = [(height, width) for height, width in sides if height * width > positions and height > 1 < width]
+        sides = {side for h, w in larger for side in ((h // 2, w // 2), ((h + 1) // 2, (w + 1) // 2))}
+    raise AptError(
+        f'[apt] augment_border = "ignore" looks for {positions} positions in pictures of {size[0]}x{size[1]} whose '
+        'sides are halved, and there is none with as many: set it to "learn"'
+    )
 
 
 def _zoom_out_and_rotate(sample: Tensor, scale: float, angle: float, fill: float | Tensor) -> Tensor:

@@ -219,7 +219,7 @@ class OverfittingIndicator:
 
         def check(found: list[float]) -> None:
             least, greatest, low, high = found
-            if least < 0 or greatest >= end:
+            if not (least >= 0 and greatest < end):  # so that NaN is found too
                 last = self.num_train_timesteps - 1
                 rule = f"lie in 0 .. {last}" if self._bin_of is None else f"be in one of the {end} bins"
                 raise AptError(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AptConfig
+from ..errors import AptError
 from ..hooks.capture import FeatureCapture
 from ..hooks.frozen import AdaptersOff
+from ..hooks.layout import Layout
 from ..method.augmentation import Placement, ZoomOutRotate, covered_at
 from ..method.deferred import Deferred
 from ..method.indicator import OverfittingIndicator
@@ -35,6 +37,8 @@ class AptObjective:
         also_frozen: further modules whose adapters `adapters_off` switches, e.g. trained text encoders; with
             `reference = "start"` also the LoRA itself where it is no part of them, for the sake of its dropout.
         bin_of: as in `OverfittingIndicator`, for timesteps that are no whole numbers, such as sigmas.
+        layout: where to hook a denoiser of no known architecture, in place of the keys `blocks` and
+            `representation_source`.
         trained: (name, parameter) of all that the optimizers train, as `named_parameters` gives them; may be set later
             (`reference.trained`), up to the first frozen pass. None takes every parameter that requires a gradient for
             trained.
@@ -61,6 +65,7 @@ class AptObjective:
         also_frozen: Iterable[nn.Module] = (),
         trained: Iterable[tuple[str, nn.Parameter]] | None = None,
         bin_of: Callable[[Tensor], Tensor] | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.config = config
         self._deferred = Deferred()
@@ -82,6 +87,7 @@ class AptObjective:
                 "cross_attention" if joint else config.representation_source,
                 attention=attention,
                 representation=representation,
+                layout=layout,
             )
 
     @property
@@ -116,14 +122,15 @@ class AptObjective:
         images: Tensor,
         timesteps: Tensor,
         *,
+        counted: Tensor | None = None,
         fill: float | Tensor = -1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """`images` ([batch, channels, height, width], black = `fill`), some of them zoomed out and rotated.
 
-        `step` then knows what was uncovered.
+        `counted` is as in `step`, which then knows what was uncovered.
         """
-        placement = self.draw_augmentation(timesteps, generator=generator)
+        placement = self.draw_augmentation(timesteps, counted, generator)
         self._augmented = placement, images.shape[-2:]
         return placement.apply(images, fill)
 
@@ -203,6 +210,11 @@ class AptObjective:
         self._deferred.look()
         tuned, frozen, covered = passes.check(target), passes.frozen_prediction, passes.covered
         if covered is not None:
+            if len(covered) != len(target):
+                raise AptError(
+                    f"the last images that were augmented are {len(covered)}, the batch is {len(target)}: augment each "
+                    "batch as a whole, right before its step"
+                )
             covered = covered_at(covered, target.shape).to(target.device, non_blocking=True)
         batch, rows = len(timesteps), rows_of(passes.counted, timesteps.device)
         here = slice(None) if rows is None else rows

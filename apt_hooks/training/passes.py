@@ -27,7 +27,7 @@ class Passes:
         if passes.due:
             with passes.frozen():
                 frozen = unet(noisy, ...)
-            passes.begin_tuned(frozen)
+            passes.begin_tuned(frozen)  # `give_up` where the pass behind it breaks off
         prediction = passes.end_tuned(unet(noisy, ...))
 
     Then, with the target, `step = passes.step(target, timesteps)`; the loss is to be taken of `step.prediction`.
@@ -54,6 +54,7 @@ class Passes:
         self._features: Features | None = None
         self._compared: tuple[Regularizers, ObservedPass] | None = None
         self._tuned = contextlib.ExitStack()
+        self._over = False
 
     def run(self, predict: Callable[[], Tensor], predict_frozen: Callable[[], Tensor] | None = None) -> Tensor:
         """Both passes; the tuned model's prediction. Arguments as in `AptObjective.step`."""
@@ -68,6 +69,7 @@ class Passes:
             # With other conditioning predictions differ for another reason too.
             reference.compare_alike(predict_frozen, frozen)
         if not counts:
+            self._features = None
             tuned = self.end_tuned(predict())
             if reference.awaits_comparison(step):
                 reference.compare(tuned, frozen)
@@ -80,6 +82,8 @@ class Passes:
     def frozen(self) -> Iterator[None]:
         """Inside, the model is the reference, and is read."""
         objective = self._objective
+        if not self.due:
+            raise AptError(f"no frozen pass is due in this batch (frozen_every = {objective.config.frozen_every})")
         with objective.reference.frozen(), contextlib.ExitStack() as stack:
             if objective.capture is not None:
                 config = objective.config
@@ -94,22 +98,26 @@ class Passes:
             A context manager that ends the comparison, also where the pass is broken off.
         """
         objective, features = self._objective, self._features
+        if objective.capture is not None and features is None:
+            raise AptError("the base model's pass did not run within `frozen()`, so there is nothing to compare with")
         self.frozen_prediction, self._features = frozen_prediction, None
-        self._tuned.enter_context(objective.reference.tuned())
-        if objective.capture is not None and features is not None:
-            config = objective.config
-            regularizers = Regularizers(
-                features,
-                objective.capture.layers,
-                len(objective.capture.hidden),
-                regularizer=config.regularizer,
-                rows=rows_of(self.counted),
-                covered=self.covered,
-                impl=config.attention_impl,
-                differentiable=torch.is_grad_enabled() and not config.monitor_only,
-            )
-            observed = self._tuned.enter_context(objective.capture.regularize(regularizers.observe))
-            self._compared = regularizers, observed
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(objective.reference.tuned())
+            if objective.capture is not None and features is not None:
+                config = objective.config
+                regularizers = Regularizers(
+                    features,
+                    objective.capture.layers,
+                    len(objective.capture.hidden),
+                    regularizer=config.regularizer,
+                    rows=rows_of(self.counted),
+                    covered=self.covered,
+                    impl=config.attention_impl,
+                    differentiable=torch.is_grad_enabled() and not config.monitor_only,
+                )
+                observed = stack.enter_context(objective.capture.regularize(regularizers.observe))
+                self._compared = regularizers, observed
+            self._tuned = stack.pop_all()
         return self._tuned
 
     def end_tuned(self, prediction: Tensor) -> Tensor:
@@ -144,7 +152,14 @@ class Passes:
             AptError: predictions and target differ in shape, or timesteps are none of the schedule's. What only a
                 device's numbers show is told by a later step or `AptObjective.verify`.
         """
-        return self._objective._step(self, target, timesteps, **options)
+        if self._over:
+            raise AptError("step() was called twice for one batch; take new passes for each")
+        counts = self.counted is None or bool(self.counted.any())
+        if self.due and counts and self.tuned_prediction is not None and self.frozen_prediction is None:
+            raise AptError("the base model's pass, which is due in this batch, did not run before step()")
+        step = self._objective._step(self, target, timesteps, **options)
+        self._over = True
+        return step
 
     def check(self, target: Tensor) -> Tensor:
         """The tuned prediction, if all that there is has the target's shape."""

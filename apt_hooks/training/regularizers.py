@@ -26,10 +26,14 @@ def frozen_reduction(
     """What a frozen pass keeps of each place (`FeatureCapture.record`): where statistics are compared, those alone
     of a hidden state, of what is `covered` (`Regularizers`)."""
 
+    weights: dict[torch.Size, Tensor | None] = {}  # many places have one shape
+
     def reduce(kind: Kind, output: Tensor) -> Tensor:
         if (kind, regularizer) != ("hidden", "separate"):
             return output
-        return mean_and_deviation(output, _weights(covered, output), impl=impl)
+        if output.shape not in weights:
+            weights[output.shape] = _weights(covered, output)
+        return mean_and_deviation(output, weights[output.shape], impl=impl)
 
     return reduce
 
