@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from apt_hooks.errors import AptError
-from apt_hooks.integrations.sd_scripts.conditioning import ClassCaptions, FrozenConditioning, TextEncoders
+from apt_hooks.integrations.class_captions import ClassCaptions
+from apt_hooks.integrations.sd_scripts.conditioning import FrozenConditioning, TextEncoders
 
 
 @pytest.mark.parametrize(

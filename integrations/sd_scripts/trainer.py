@@ -26,9 +26,10 @@ from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.run import AptRun
 
 from ..accelerate_state import attach
+from ..class_captions import ClassCaptions
 from ..noise_options import tell_noise_options
 from .augment import black_latent, moved
-from .conditioning import ClassCaptions, FrozenConditioning, TextEncoders
+from .conditioning import FrozenConditioning, TextEncoders
 from .lora import LoraSwitch, dropout
 from .trainer_functions import LossMask, TimestepSampler
 

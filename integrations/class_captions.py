@@ -1,0 +1,49 @@
+"""Captions as the frozen model reads them: the class word in place of the identifier."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from apt_hooks.errors import AptError
+
+
+class ClassCaptions:
+    """Replaces whole words only, in any case, as CLIP reads them: "sks" in "a SKS dog", not in "asks".
+
+    Args:
+        identifier: the learned word or words, as they stand in the captions.
+        class_word: what the frozen model reads instead.
+    """
+
+    def __init__(self, identifier: str, class_word: str) -> None:
+        self.identifier = identifier
+        self.class_word = class_word
+        self._pattern = re.compile(rf"(?<!\w){re.escape(identifier)}(?!\w)", re.IGNORECASE)
+
+    def __call__(self, caption: str) -> str:
+        """The caption for the frozen model."""
+        return self._pattern.sub(lambda _: self.class_word, caption)
+
+    def occurs_in(self, captions: Iterable[str]) -> bool:
+        """Whether any caption has the identifier."""
+        return any(self._pattern.search(caption) for caption in captions)
+
+    def check_lengths(self, tokenizers: Sequence[Callable[..., object]]) -> None:
+        """Attention maps are compared token by token, so both words must take as many tokens.
+
+        Raises:
+            AptError: they do not.
+        """
+        for tokenizer in tokenizers:
+            own, other = (len(word_tokens(tokenizer, word)) for word in (self.identifier, self.class_word))
+            if own != other:
+                raise AptError(
+                    f"[apt] identifier {self.identifier!r} is {own} tokens, class_word {self.class_word!r} is {other}: "
+                    "attention alignment compares token by token; choose words of equal length, or set lambda_attn = 0"
+                )
+
+
+def word_tokens(tokenizer: Callable[..., object], word: str) -> list[int]:
+    """The ids of `word`, without those that begin and end a text."""
+    return list(tokenizer(word, add_special_tokens=False).input_ids)  # type: ignore[attr-defined]
