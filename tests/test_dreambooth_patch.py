@@ -139,16 +139,23 @@ def test_patching_in_place_twice_equals_once(tmp_path: Path, name: str) -> None:
 
 @both
 def test_without_an_argument_of_apt_hooks_nothing_of_it_is_imported(tmp_path: Path, name: str) -> None:
-    _, lines, _ = group(patched(tmp_path, source(name)), "import")
+    new = patched(tmp_path, source(name))
     asked = 'if (getattr(args, "apt_config", None), getattr(args, "apt_preset", None)) != (None, None):'
-    assert lines[:2] == ["apt_hooks_run = None", asked]
-    assert all("import" not in line for line in inserted(patched(tmp_path, source(name))) if line not in lines)
+    _, lines, _ = group(new, "import")
+    assert lines[:2] == ["apt_hooks_words = None", asked]
+    assert all("import" not in line for line in inserted(new) if line not in lines)
+    assert group(new, "adapter.start(")[1][:2] == ["apt_hooks_run = None", asked]
+    (small,) = [lines for _, lines, _ in groups(patched(tmp_path, script())) if "adapter.start(" in "".join(lines)]
+    assert small[:2] == ["apt_hooks_run = None", asked] and "import" in "".join(small)
 
 
 # A fragment of the inserted lines, and the lines above and below them.
 PLACES = {
     "one_encoder": [
         ('parser.add_argument("--apt_config"', 'parser.add_argument("--resume_from_checkpoint"', "return parser."),
+        ("adapter.class_words(args, locals())", "optimizer = ", "if args.pre_compute_text_embeddings:"),
+        ("words.keep(lambda: compute_text_embeddings(args.instance_prompt))", "instance_text = ", "class_text = "),
+        ("words.keep(lambda: compute_text_embeddings(args.class_prompt))", "class_text = ", "text_encoder = tok"),
         ("adapter.start(args, accelerator, unet, noise_scheduler)", "unet, optimizer, train_dataloader = accelerator.p",
          "if accelerator.is_main_process:"),
         ("pixel_values = apt_hooks_run.augment(pixel_values, timesteps)", "pixel_values = batch[", "if vae is not"),
@@ -165,13 +172,18 @@ PLACES = {
     ],
     "two_encoders": [
         ('parser.add_argument("--apt_preset"', 'parser.add_argument("--resume_from_checkpoint"', "return parser."),
+        ("adapter.class_words(args, locals())", "return prompt_embeds.to(", "# Prompts that do not change"),
+        ("words.keep(lambda: compute_text_embeddings(args.instance_prompt, text_encoders, tokenizers))",
+         "instance_states, instance_pooled = ", "if args.with_prior_preservation"),
+        ("words.keep(lambda: compute_text_embeddings(args.class_prompt, text_encoders, tokenizers))", "class_states",
+         "if not args.train_text_encoder and not args.captions:"),
         ("adapter.start(args, accelerator, unet, noise_scheduler)", "unet, optimizer, train_dataloader = accelerator.p",
          "global_step = 0"),
-        ("pixel_values = apt_hooks_run.augment(pixel_values, timesteps)", "pixel_values = batch[",
+        ("pixel_values = apt_hooks_run.augment(pixel_values, timesteps)", "tokens_two = ",
          "model_input = vae.encode(pixel_values)"),
         ("timesteps = apt_hooks_run.timesteps(timesteps)", "timesteps = noise_scheduler.timesteps[indices]",
          "noisy_model_input = noise_scheduler.add_noise("),
-        ("with apt_hooks_run.frozen_pass():", "repeats = bsz // 2", "# Predict the noise"),
+        ("with apt_hooks_run.frozen_pass():", "repeats = 1", "# Predict the noise"),
         ("model_pred = apt_hooks_run.end_tuned_pass(model_pred)", ")[0]", "weighting = None"),
         ("model_pred = apt_hooks_run.assess(model_pred, target, timesteps)", "target = noise_scheduler.get_velocity(",
          "if args.with_prior_preservation:"),
@@ -414,8 +426,8 @@ class Output(list):  # type: ignore[type-arg]
 class Run:
     """Stands for the adapter's run, and notes what it is told."""
 
-    def __init__(self, world: World, *, augments: bool, trains_text_encoders: bool) -> None:
-        self.augments, self.trains_text_encoders = augments, trains_text_encoders
+    def __init__(self, world: World, *, augments: bool, encodes_text: bool) -> None:
+        self.augments, self.encodes_text = augments, encodes_text
         self.world, self.given = world, None
         self.told: list[tuple[str, str]] = []
         self.started: list[tuple[Any, ...]] = []
@@ -475,14 +487,15 @@ class Workshop:
         text: str,
         *,
         augments: bool = False,
-        trains_text_encoders: bool = True,
+        encodes_text: bool = True,
         base: bool = False,
         **flags: object,
     ) -> tuple[World, Run]:
         """A run of the patched script with APT."""
         world = World(base=base, apt_config="apt.toml", **flags)
-        run = Run(world, augments=augments, trains_text_encoders=trains_text_encoders)
+        run = Run(world, augments=augments, encodes_text=encodes_text)
         self.monkeypatch.setattr(adapter, "start", lambda *given: run.started.append(given) or run)
+        self.monkeypatch.setattr(adapter, "class_words", lambda *given: None)
         world.train(patched(self.folder, text))
         assert world.options_parsed == ["--apt_config", "--apt_preset"]
         ((args, accelerator, unet, schedule),) = run.started
@@ -497,7 +510,7 @@ class Workshop:
         assert (without.calls, without.events) == (plain.calls, plain.events)
         for trained in (True, False):
             # Untrained encoders are the base model's in the tuned pass too.
-            world, _ = self.train(text, trains_text_encoders=trained, base=not trained, **flags)
+            world, _ = self.train(text, encodes_text=trained, base=not trained, **flags)
             tuned = [given for phase, given in world.calls if phase == "tuned"]
             frozen = [given for phase, given in world.calls if phase == "frozen"]
             assert [phase for phase, _ in world.calls] == ["frozen", "tuned"] * len(plain.calls)
@@ -747,7 +760,7 @@ def test_without_a_trained_text_encoder_only_the_call_is_repeated(tmp_path: Path
 def test_the_one_statement_of_a_text_encoder_is_repeated_under_other_names(tmp_path: Path) -> None:
     assert frozen(patched(tmp_path, script())) == [
         "frozen_emb = emb",
-        "if apt_hooks_run.trains_text_encoders:",
+        "if apt_hooks_run.encodes_text:",
         "frozen_emb = text_encoder(batch['ids'])[0]",
         "frozen_pred = unet(noisy, timesteps, frozen_emb)[0]",
     ]
@@ -933,6 +946,80 @@ def test_a_block_that_draws_and_encodes_text_is_repeated_right_or_refused(worksh
     workshop.check_passes(text)
 
 
+# -- text that is encoded before the training --------------------------------------------------------------------------
+
+HELPERS = """\
+def encode(encoder, text):
+    return encoder(text)
+
+
+def main(args):
+    text_encoder = Model.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
+    text_encoder.to(device)
+    encoders = [text_encoder]
+
+    def compute(text):
+        return encode(text_encoder, text)
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "again"),
+    [
+        ("a = compute(args.prompt)", "compute(args.prompt)"),
+        ("a, b = encode(text_encoder, args.prompt)", "encode(text_encoder, args.prompt)"),
+        ("a = encode(encoder=encoders, text=args.prompt).to(device)", "encode(encoder=encoders, text=args.prompt)"),
+        ("a = text_encoder(args.prompt)[0]", "text_encoder(args.prompt)"),
+        ("made.append(compute(args.prompt))", "compute(args.prompt)"),
+        ("made = [compute(text) for text in args.captions]", "[compute(text) for text in args.captions]"),
+        ("made = {t: encode(text_encoder, t) for t in args.captions}", "{t: encode(text_encoder, t) for t in args.cap"),
+        ("a = encode(text_encoder, compute(args.prompt))", "encode(text_encoder, compute(args.prompt))"),
+        ("args.prompt = compute(args.prompt)", "compute(args.prompt)"),
+    ],
+)
+def test_what_encodes_text_before_the_training_is_told_once_more(tmp_path: Path, line: str, again: str) -> None:
+    made = f"{HELPERS}    if args.once:\n        {line}\n"
+    new = patched(tmp_path, script().replace("def main(args):\n", made))
+    above, (guard, kept), _ = group(new, "apt_hooks_words.keep(")
+    assert above == line and guard == "if apt_hooks_words is not None:"
+    assert kept.startswith(f"apt_hooks_words.keep(lambda: {again}") and kept.endswith(")")
+    _, making, below = group(new, "adapter.class_words(args, locals())")
+    assert making[0] == "apt_hooks_words = None" and below == "if args.once:"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a = tokenizer(args.prompt)",
+        "a = encode(tokenizer, args.prompt)",
+        "a = text_encoder.parameters()",
+        "text = compute(text)",
+        "a = compute(random.choice(args.captions))",
+        "a = lambda text: compute(text)",
+        "for text in compute(args.prompt):\n            pass",
+    ],
+)
+def test_what_encodes_nothing_or_could_not_be_run_again_is_not(tmp_path: Path, line: str) -> None:
+    made = f"{HELPERS}    if args.once:\n        {line}\n"
+    new = patched(tmp_path, script().replace("def main(args):\n", made))
+    assert "apt_hooks_words.keep(" not in new
+    _, lines, _ = group(new, "adapter.class_words(args, locals())")
+    assert lines[0] == "apt_hooks_run = None", "where the run starts"
+
+
+def test_a_step_that_cannot_be_given_other_text_says_why_when_words_are_given(tmp_path: Path) -> None:
+    call = "emb = compute(choice(batch['captions']))\npred = unet(noisy, timesteps, emb)[0]"
+    new = patched(tmp_path, script(call=call).replace("def main(args):\n", HELPERS))
+    _, lines, _ = group(new, "adapter.class_words(")
+    (line,) = [line for line in lines if "class_words(" in line]
+    assert re.search(r"locals\(\), .script\.py: looked for nothing drawn at random .* found `compute\(choice\(", line)
+    assert frozen(new) == ["frozen_pred = unet(noisy, timesteps, emb)[0]"]
+    new = patched(tmp_path, script(call=call.replace("choice", "list")).replace("def main(args):\n", HELPERS))
+    assert "frozen_emb = compute(list(batch['captions']))" in frozen(new)
+
+
 # -- what users make of their scripts ----------------------------------------------------------------------------------
 
 NAMES = {
@@ -947,6 +1034,7 @@ def renamed(text: str, names: dict[str, str]) -> str:
     """All variables of these names, and their copies, but no attribute."""
     for old, new in names.items():
         text = re.sub(rf"(?<!the )(?<![\w.\"'])((?:frozen_)?){old}(?![\w\"'])", rf"\g<1>{new}", text)
+        text = text.replace(f'"{old}" in locals()', f'"{new}" in locals()')
     return text
 
 
@@ -1579,7 +1667,8 @@ def test_the_scripts_of_diffusers_are_patched_once_and_restored(tmp_path: Path, 
     assert patched_bytes(tmp_path, new) == new
     assert diffusers.status(tmp_path / "script.py").version in diffusers.TESTED
     once = [
-        "add_argument(\"--apt_config\"", "adapter.start(args, accelerator, unet, noise_scheduler)",
+        "add_argument(\"--apt_config\"", "adapter.class_words(args, locals())",
+        "adapter.start(args, accelerator, unet, noise_scheduler)", "apt_hooks_run.read_class_word(apt_hooks_words)",
         "pixel_values = apt_hooks_run.augment(pixel_values, timesteps)",
         "timesteps = apt_hooks_run.timesteps(timesteps)",
         "apt_hooks_run.begin_tuned_pass(frozen_model_pred)", "model_pred = apt_hooks_run.end_tuned_pass(model_pred)",
@@ -1591,3 +1680,8 @@ def test_the_scripts_of_diffusers_are_patched_once_and_restored(tmp_path: Path, 
     at = [[i for i, line in enumerate(lines) if fragment in line] for fragment in once]
     assert all(len(found) == 1 for found in at) and at == sorted(at)
     assert any(re.match(r"frozen_\w+.* = .*text_encoder", line) for line in frozen(new.decode()))
+    kept = [line for line in lines if "apt_hooks_words.keep(lambda: compute_text_embeddings(args." in line]
+    assert [re.search(r"args\.(\w+)", line)[1] for line in kept if "validation" not in line] == [  # type: ignore[index]
+        "instance_prompt",
+        "class_prompt",
+    ]

@@ -115,7 +115,8 @@ class Workshop:
             command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
             command += ["--main_process_port", "0"]
         command += [script, "--pretrained_model_name_or_path", f"model-{kind}"]
-        command += ["--instance_data_dir", str(self.photos), "--instance_prompt", "a photo of sks toy", "--seed", "1"]
+        command += [] if "--dataset_name" in args else ["--instance_data_dir", str(self.photos)]
+        command += ["--instance_prompt", "a photo of sks toy", "--seed", "1"]
         command += ["--resolution", "128", "--train_batch_size", "1", "--rank", "4", "--learning_rate", "1e-3"]
         command += ["--output_dir", name, *args]
         if "--max_train_steps" not in args:
@@ -191,6 +192,58 @@ def test_apt_acts_and_the_lora_says_so(shop: Workshop, kind: str, arguments: tup
     unpatched = shop.done.get(f"{named(kind, arguments)}-unpatched")
     if unpatched is not None:
         assert any(not torch.equal(run.lora[k], unpatched.lora[k]) for k in run.lora)
+
+
+WORDS = 'identifier = "sks"\nclass_word = "toy"\n'
+PROMPT_ONCE = ("--pre_compute_text_embeddings",)
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [*CASES, ("sd15", PROMPT_ONCE)])
+def test_the_base_model_reads_the_class_word(shop: Workshop, kind: str, arguments: tuple[str, ...]) -> None:
+    """What an instance prompt with the class word gives a model that knows no LoRA."""
+    name = named(kind, arguments)
+    if arguments == PROMPT_ONCE:
+        name = f"{kind}-once"
+    monitor = EAGER + "monitor_only = true\n"
+    plain = shop.run(f"{name}-unpatched", *arguments, kind=kind, patched=False)
+    worded = shop.run(f"{name}-worded", *arguments, kind=kind, apt=monitor + WORDS)
+    assert_same(worded, plain)
+    class_prompt = ("--instance_prompt", "a photo of toy toy")
+    of_class = shop.run(f"{name}-class", *arguments, *class_prompt, kind=kind, apt=monitor)
+    frozen, frozen_class = ([line["loss_frozen"] for line in run.lines] for run in (worded, of_class))
+    assert frozen == frozen_class
+    first = worded.lines[0]
+    assert first["delta_noise"] > 0.0 and first["l_attn"] > 0.0, "the LoRA is the base model yet, its text is not"
+    assert "none of the captions" not in worded.output
+
+
+@pytest.mark.parametrize("trained", [(), ("--train_text_encoder",)], ids=["", "trained"])
+def test_captions_of_a_dataset_are_read_with_the_class_word(shop: Workshop, trained: tuple[str, ...]) -> None:
+    folder = shop.folder / "captioned"
+    if not folder.exists():
+        shop.draw(folder)
+        captions = ["a sks toy", "a photo of sks", "a house", "a tree"]
+        lines = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(captions)]
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    given = ("--dataset_name", str(folder), "--caption_column", "text", "--max_train_steps", "4")
+    apt = EAGER + "monitor_only = true\n"
+    given += ("--learning_rate", "0", "--text_encoder_lr", "0")
+    run = shop.run(f"captions-{len(trained)}", *given, *trained, kind="sdxl", apt=apt + WORDS)
+    differing = [line["delta_noise"] > 0.0 for line in run.lines]
+    assert sum(differing) == 2, "with a LoRA that learns nothing, the two captions that have the identifier"
+    assert "none of the captions" not in run.output
+
+
+@pytest.mark.parametrize("arguments", [(), PROMPT_ONCE])
+def test_words_are_checked_at_start(shop: Workshop, arguments: tuple[str, ...]) -> None:
+    absent = 'identifier = "ohwx"\nclass_word = "toy"\n'
+    run = shop.run(
+        f"absent-{len(arguments)}", *arguments, "--max_train_steps", "4", apt=EAGER + absent + "lambda_attn = 0\n"
+    )
+    assert run.output.count("identifier 'ohwx' is in none of the captions") == 1
+    longer = 'identifier = "sks"\nclass_word = "stuffed animal"\n'
+    result = shop.start("longer", *arguments, kind="sd15", apt=EAGER + longer, patched=True, processes=1)
+    assert result.returncode == 1 and "is 1 tokens, class_word 'stuffed animal' is 2" in result.stderr.splitlines()[-1]
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(shop: Workshop) -> None:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -781,6 +781,278 @@ def test_every_lora_that_is_saved_carries_the_metadata(train: Train) -> None:
     assert two.metadata(names[0])["ss_apt_steps"] == two.metadata(names[1])["ss_apt_steps"] == "4"
 
 
+# -- the class word ----------------------------------------------------------------------------------------------------
+
+ONE_WORD = {"w11": "w5"}
+TWO_WORDS = {"w11": "w5 w6"}
+
+
+def worded(words: dict[str, str], *more: str) -> str:
+    ((identifier, class_word),) = words.items()
+    return "\n".join([f'identifier = "{identifier}"', f'class_word = "{class_word}"', *more])
+
+
+class Read:
+    """What the U-Net is given in each pass, and what texts are to the base model's text encoders."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import tiny
+
+        self.frozen: list[Any] = []
+        self.tuned: list[Any] = []
+        self.encoders: list[Any] = []
+        self.tokenize = tiny.make_tokenizer()
+        make_unet, make_text_encoder = tiny.make_unet, tiny.make_text_encoder
+
+        def noting_unet(*args: Any, **kwargs: Any) -> Any:
+            unet = make_unet(*args, **kwargs)
+
+            def note(_: Any, args: Any, kwargs: Any, result: Any) -> None:
+                layer = next(m for m in unet.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+                given = [args[2], *({**kwargs}.get("added_cond_kwargs") or {}).values()]
+                (self.frozen if layer.disable_adapters else self.tuned).append([t.detach().clone() for t in given])
+
+            unet.register_forward_hook(note, with_kwargs=True)
+            return unet
+
+        def kept_encoder() -> Any:
+            encoder = make_text_encoder()
+            self.encoders.append(copy.deepcopy(encoder).eval())
+            return encoder
+
+        monkeypatch.setattr(tiny, "make_unet", noting_unet)
+        monkeypatch.setattr(tiny, "make_text_encoder", kept_encoder)
+
+    @torch.no_grad()
+    def text(self, prompt: str) -> list[Tensor]:
+        """What the U-Net is given for it, without the sample."""
+        ids = self.tokenize(prompt, truncation=True, padding="max_length", return_tensors="pt").input_ids
+        states = [encoder(ids) for encoder in self.encoders]
+        pooled = [states[-1].pooler_output[0]] if len(states) > 1 else []
+        return [torch.cat([state[0] for state in states], dim=-1)[0], *pooled]
+
+    def caption(self, given: list[Tensor], row: int, prompts: Iterable[str]) -> str:
+        """Which of the prompts a row is."""
+        pairs = {prompt: self.text(prompt) for prompt in prompts}
+        own = [tensor[row] for tensor in given]
+        (found,) = [
+            prompt
+            for prompt, texts in pairs.items()
+            if all(any(o.shape == t.shape and torch.allclose(o, t, atol=1e-5) for o in own) for t in texts)
+        ]
+        return found
+
+    def check(self, captions: dict[str, str], class_prompt: str | None = None) -> None:
+        """Each sample's caption in the tuned pass, and that of `captions` in the frozen one."""
+        assert len(self.frozen) == len(self.tuned) > 0
+        known = {*captions, *captions.values(), *([class_prompt] if class_prompt else [])}
+        seen = set()
+        for frozen, tuned in zip(self.frozen, self.tuned, strict=True):
+            half = len(tuned[0]) // 2 if class_prompt else len(tuned[0])
+            for row in range(half):
+                caption = self.caption(tuned, row, known)
+                if caption != class_prompt:  # the scripts' embeddings of a batch of four alternate
+                    assert self.caption(frozen, row, known) == captions[caption]
+                    seen.add(caption)
+        assert seen == set(captions)
+
+
+@pytest.fixture
+def read(train: Train, monkeypatch: pytest.MonkeyPatch) -> Read:
+    return Read(monkeypatch)
+
+
+PRIOR = ("--with_prior_preservation", "--train_batch_size", "1", "--class_prompt", "w7 w8 w9")
+CAPTIONS = {"w8 w11 w9": "w8 w5 w9", "w11 w20": "w5 w20", "w8 w9 w10": "w8 w9 w10", "w21 w11 w11": "w21 w5 w5"}
+GIVEN = ("--captions", *CAPTIONS)
+PROMPT = ("--instance_prompt", "w8 w11 w9 w10")
+
+
+@pytest.mark.parametrize("trained", [(), ("--train_text_encoder", "--max_train_steps", "1")], ids=["", "trained"])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("one_encoder", ()),
+        ("one_encoder", PRIOR),
+        ("one_encoder", ("--pre_compute_text_embeddings",)),
+        ("one_encoder", ("--pre_compute_text_embeddings", *PRIOR)),
+        ("two_encoders", ()),
+        ("two_encoders", PRIOR),
+        ("two_encoders", GIVEN),
+        ("two_encoders", (*GIVEN, *PRIOR)),
+    ],
+)
+def test_the_base_model_reads_the_class_word_in_place_of_the_identifier(
+    train: Train, read: Read, caplog: pytest.LogCaptureFixture, name: str, arguments: tuple[str, ...], trained: Any
+) -> None:
+    if trained and "--pre_compute_text_embeddings" in arguments:
+        pytest.skip("the scripts refuse these two together")
+    if trained and arguments[:1] == ("--captions",):
+        trained = (trained[0],)  # LoRA's first weights change nothing, and one batch has not all of the captions
+        arguments += ("--learning_rate", "0.0")
+    train(name, *PROMPT, *arguments, *trained, config=worded(ONE_WORD, "monitor_only = true"))
+    prompts = CAPTIONS if "--captions" in arguments else {"w8 w11 w9 w10": "w8 w5 w9 w10"}
+    read.check(prompts, "w7 w8 w9" if PRIOR[0] in arguments else None)
+    assert "none of the captions" not in caplog.text
+
+
+@pytest.mark.parametrize("prompt", ["w11", "w8 w11 w9", "w8 w9 w11 w10 w12 w13"], ids=["alone", "padded", "full"])
+@pytest.mark.parametrize(("name", "arguments"), [("one_encoder", ()), ("two_encoders", ())])
+def test_words_of_other_length_are_read_where_attention_is_not_compared(
+    train: Train, read: Read, name: str, arguments: tuple[str, ...], prompt: str
+) -> None:
+    train(name, "--instance_prompt", prompt, config=worded(TWO_WORDS, "lambda_attn = 0"))
+    read.check({prompt: prompt.replace("w11", "w5 w6")})
+
+
+def test_words_of_other_length_are_refused_where_attention_is_compared(train: Train) -> None:
+    line = refused(train, "one_encoder", config=worded(TWO_WORDS))
+    assert "identifier 'w11' is 1 tokens, class_word 'w5 w6' is 2: attention alignment compares token by token" in line
+    train("one_encoder", "--max_train_steps", "1", config=worded(TWO_WORDS, 'regularizer = "joint"'))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("one_encoder", ()),
+        ("one_encoder", ("--pre_compute_text_embeddings", *PRIOR)),
+        ("two_encoders", ("--snr_gamma", "5")),
+        ("two_encoders", (*GIVEN, *PRIOR)),
+        ("two_encoders", (*GIVEN, "--train_text_encoder")),
+    ],
+)
+def test_with_a_class_word_a_monitored_run_trains_the_lora_of_the_unpatched_script(
+    train: Train, name: str, arguments: tuple[str, ...]
+) -> None:
+    found = train(name, *PROMPT, *arguments, config=worded(ONE_WORD, "monitor_only = true"))
+    assert_same(found, train(name, *PROMPT, *arguments, patched=False))
+    without = train(name, *PROMPT, *arguments, config="monitor_only = true")
+    assert [line["loss_tuned"] for line in found.lines] == [line["loss_tuned"] for line in without.lines]
+    assert [line["loss_frozen"] for line in found.lines] != [line["loss_frozen"] for line in without.lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "warned"),
+    [
+        ("one_encoder", PROMPT, False),
+        ("one_encoder", ("--instance_prompt", "w8 w9 w12"), True),
+        ("one_encoder", ("--instance_prompt", "w8 w9 w12", "--pre_compute_text_embeddings"), True),
+        ("two_encoders", ("--instance_prompt", "w8 w9 w12"), True),
+        ("two_encoders", ("--captions", "w8", "w11", "w10", "w10"), False),
+        ("two_encoders", ("--captions", "w8", "w9", "w10", "w110"), True),
+    ],
+)
+def test_an_identifier_in_none_of_the_captions_is_warned_of_once(
+    train: Train, caplog: pytest.LogCaptureFixture, name: str, arguments: tuple[str, ...], warned: bool
+) -> None:
+    train(name, *arguments, "--class_prompt", "w7", config=worded(ONE_WORD))
+    said = [r for r in caplog.records if "identifier 'w11' is in none of the captions" in r.getMessage()]
+    assert len(said) == warned
+
+
+def test_captions_that_a_user_encodes_once_each_are_found(train: Train, read: Read) -> None:
+    def cached(source: str) -> str:
+        at = "        instance_text = compute_text_embeddings(args.instance_prompt)\n"
+        assert at in source
+        own = "        texts = []\n"
+        own += f"        for caption in {list(CAPTIONS)}:\n            texts.append(compute_text_embeddings(caption))\n"
+        source = source.replace("tiny.Photos([instance_text]", "tiny.Photos(texts")
+        return source.replace(at, own + at)
+
+    train("one_encoder", *PROMPT, "--pre_compute_text_embeddings", config=worded(ONE_WORD), edit=cached)
+    read.check(CAPTIONS)
+
+
+def test_text_that_cannot_be_followed_is_refused_with_the_way_out(train: Train) -> None:
+    def replaced(*edits: tuple[str, str]) -> Callable[[str], str]:
+        def edit(source: str) -> str:
+            for old, new in edits:
+                assert old in source
+                source = source.replace(old, new)
+            return source
+
+        return edit
+
+    once = ("--pre_compute_text_embeddings", "--class_prompt", "w7", *PROMPT)
+    text = "compute_text_embeddings(args.instance_prompt)"
+    at = "        text_encoder = tokenizer = None\n"
+    hidden_first = (text, f"(lambda: {text})()")
+    hidden_last = (f"        instance_text = {text}\n", ""), (at, f"        instance_text = (lambda: {text})()\n{at}")
+    for hidden in (replaced(hidden_first), replaced(*hidden_last)):
+        line = refused(train, "one_encoder", *once, config=worded(ONE_WORD), edit=hidden)
+        assert "the U-Net was given text of which it cannot be told whether it has 'w11' in it" in line
+        assert line.endswith("or leave identifier and class_word out")
+
+    changed = replaced(('hidden_states = batch["input_ids"]', 'hidden_states = batch["input_ids"] * 1.5'))
+    line = refused(train, "one_encoder", *once, config=worded(ONE_WORD), edit=changed)
+    assert "the U-Net was given text of which it cannot be told whether it has 'w11' in it" in line
+    train("one_encoder", *once, "--max_train_steps", "1", config="", edit=changed)
+
+    out_of_sight = replaced(
+        ("                        text_encoder,\n", "                        encoders[0],\n"),
+        (
+            "    global_step, first_epoch",
+            "    encoders = list((text_encoder,))\n    global_step, first_epoch",
+        ),
+    )
+    line = refused(train, "one_encoder", *PROMPT, config=worded(ONE_WORD), edit=out_of_sight)
+    assert "no text encoder ran in the base model's pass" in line
+
+    elsewhere = replaced(
+        ("    tokenizer = tiny.make_tokenizer()\n", ""),
+        ("tokenize_prompt(tokenizer, args.", "tokenize_prompt(tiny.make_tokenizer(), args."),
+    )
+    line = refused(train, "one_encoder", *PROMPT, config=worded(ONE_WORD), edit=elsewhere)
+    assert "identifier needs the script's tokenizers" in line
+
+
+def test_a_class_images_text_may_be_anything(train: Train) -> None:
+    def zeroed(source: str) -> str:
+        at = "        class_text = compute_text_embeddings(args.class_prompt)\n"
+        assert at in source
+        return source.replace(at, "        class_text = torch.zeros_like(instance_text)\n")
+
+    arguments = (*PROMPT, *PRIOR, "--pre_compute_text_embeddings")
+    assert train("one_encoder", *arguments, config=worded(ONE_WORD), edit=zeroed).lines
+
+
+def test_steps_that_do_not_repeat_their_text_are_refused_for_a_class_word_alone(train: Train) -> None:
+    def drawn(source: str) -> str:
+        at = "                        prompt_embeds, unet_add_text_embeds = compute_text_embeddings(\n"
+        assert at in source
+        return source.replace(
+            at, f"                        prompts = random.sample(prompts, len(prompts))\n{at}"
+        ).replace("import os\n", "import os\nimport random\n")
+
+    line = refused(train, "two_encoders", *GIVEN, config=worded(ONE_WORD), edit=drawn)
+    assert (
+        "identifier and class_word cannot be used with this script: two_encoders.py: looked for nothing drawn" in line
+    )
+    assert train("two_encoders", *GIVEN, config="", edit=drawn).lines
+
+
+def test_a_text_encoder_that_is_never_trained_nor_prepared_is_found(train: Train, read: Read) -> None:
+    def loaded(source: str) -> str:
+        source = source.replace("unet, text_encoder, optimizer, train_dataloader", "unet, optimizer, train_dataloader")
+        at = "    tokenizer = tiny.make_tokenizer()\n"
+        assert at in source
+        load = "    loader = type('Loader', (), {'from_pretrained': staticmethod(lambda: text_encoder_made)})\n"
+        load = "    text_encoder_made = text_encoder\n" + load
+        return source.replace(
+            at, f"{at}{load}    text_encoder = loader.from_pretrained()\n    text_encoder.to('cpu')\n"
+        )
+
+    train("one_encoder", *PROMPT, config=worded(ONE_WORD), edit=loaded)
+    read.check({"w8 w11 w9 w10": "w8 w5 w9 w10"})
+
+
+def test_a_script_that_was_patched_without_words_does_not_ignore_them(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "class_words", lambda *given: None)
+    assert "patch it again" in refused(train, "one_encoder", *PROMPT, config=worded(ONE_WORD))
+
+
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
@@ -789,8 +1061,6 @@ def test_what_cannot_be_done_is_refused_before_training(train: Train) -> None:
     assert "--do_edm_style_training cannot be used with APT" in line
     assert "both --apt_config" in refused(train, "one_encoder", "--apt_preset", "sd15", config="")
     assert 'augment_space = "latent" is for' in refused(train, "one_encoder", config='augment_space = "latent"')
-    words = 'identifier = "sks"\nclass_word = "toy"'
-    assert "identifier and class_word are for sd-scripts" in refused(train, "one_encoder", config=words)
     assert "there is no such key" in refused(train, "one_encoder", config="lamda_attn = 1")
     assert "looked for a section [apt]" in refused(train, "one_encoder", "--apt_config", os.devnull)
 
@@ -827,9 +1097,9 @@ def test_a_prediction_that_the_script_changes_first_is_refused(train: Train, cha
 
 def test_a_trained_text_encoder_that_is_called_out_of_sight_is_refused(train: Train) -> None:
     def hidden(source: str) -> str:
-        source = source.replace("                    text_encoder,\n", "                    encoders[0],\n")
+        source = source.replace("                        text_encoder,\n", "                        encoders[0],\n")
         return source.replace(
-            "    global_step, first_epoch", "    encoders = [text_encoder]\n    global_step, first_epoch"
+            "    global_step, first_epoch", "    encoders = list((text_encoder,))\n    global_step, first_epoch"
         )
 
     line = refused(train, "one_encoder", "--train_text_encoder", config="", edit=hidden)

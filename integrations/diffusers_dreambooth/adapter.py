@@ -7,7 +7,8 @@ import atexit
 import contextlib
 import importlib.metadata
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from apt_hooks.training.run import AptRun
 from apt_hooks.training.step import AptStep
 
 from ..accelerate_state import attach
+from ..class_captions import ClassCaptions
 from ..noise_options import tell_noise_options
 from ..peft import adapters_off, check_active, dropout
 from .metadata import add_metadata
+from .words import ClassWords
 
 logger = logging.getLogger("apt_hooks")
 
@@ -50,13 +53,7 @@ def start(
         masked: the line by which the script's loss takes in something else of the batch, such as a mask.
     """
     with errors_in_one_line():
-        file, preset = (getattr(args, name, None) for name in ("apt_config", "apt_preset"))
-        if file is not None and preset is not None:
-            raise AptError(
-                f"both --apt_config {file} and --apt_preset {preset} are given; keep one, and name the preset in the "
-                "file if both are wanted"
-            )
-        config = AptConfig.preset(str(preset)) if file is None else AptConfig.from_toml(file)
+        config = _config(args)
         if not config.enabled:
             logger.info("apt-hooks: [apt] enabled = false, training without APT")
             return None
@@ -66,12 +63,34 @@ def start(
         return DreamBoothRun(config, args, accelerator, unet, noise_scheduler)
 
 
+def class_words(args: argparse.Namespace, names: dict[str, Any], refused: str | None = None) -> ClassWords | None:
+    """What puts the class word in place of the identifier; None where the configuration has none.
+
+    To be called once tokenizers and text encoders are loaded, before any text is encoded. Ends the program with one
+    line where this script's text cannot be followed.
+
+    Args:
+        names: the variables of the function that trains.
+        refused: what was missing in the script when it was patched.
+    """
+    with errors_in_one_line():
+        config = _config(args)
+        if not config.enabled or not config.identifier or not config.class_word:
+            return None
+        if refused is not None:
+            raise AptError(f"[apt] identifier and class_word cannot be used with this script: {refused}")
+        words = ClassWords(ClassCaptions(config.identifier, config.class_word), names)
+        if config.aligns_attention:
+            words.captions.check_lengths(words.tokenizers)
+        return words
+
+
 class DreamBoothRun:
     """APT in a script's own loop; its methods are called by the inserted lines, from top to bottom.
 
     Attributes:
         augments: whether images are augmented, so that the timesteps have to be drawn before they are encoded.
-        trains_text_encoders: whether the base model has to encode the text anew.
+        encodes_text: whether the base model has to encode the text anew.
     """
 
     def __init__(
@@ -107,7 +126,8 @@ class DreamBoothRun:
             target=noise_scheduler.config.prediction_type,
         )
         self.augments = objective.augments
-        self.trains_text_encoders = bool(self._text_encoders)
+        self.encodes_text = bool(self._text_encoders)
+        self._words: ClassWords | None = None
         self._timesteps: Tensor | None = None
         self._drawn: tuple[Any, ...] = ()
         self._placement: Placement | None = None
@@ -123,6 +143,11 @@ class DreamBoothRun:
         # Behind the script's own hook, which has saved the LoRA by then.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.add_metadata(folder))
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line
+
+    def read_class_word(self, words: ClassWords) -> None:
+        """Let the base model read the class word in place of the identifier."""
+        words.begin(_batches(self._accelerator._dataloaders))
+        self._words, self.encodes_text = words, True
 
     def augment(self, images: Tensor, timesteps: Tensor, *drawn: Any) -> Tensor:
         """`images` ([batch, channels, height, width] in [-1, 1]), some zoomed out and rotated.
@@ -155,12 +180,17 @@ class DreamBoothRun:
         called: set[nn.Module] = set()
         with errors_in_one_line():
             self._give_up()
+            if self._run.objective.config.identifier and self._words is None:
+                raise AptError("[apt] identifier is given, but the script was patched without it; patch it again")
             with contextlib.ExitStack() as stack:
                 for encoder in self._text_encoders:
                     handle = encoder.register_forward_pre_hook(lambda module, _: called.add(module))
                     stack.callback(handle.remove)
                 self._passes = self._run.objective.passes(covered=self._covered)
                 stack.enter_context(self._passes.frozen())
+                if self._words is not None:
+                    self._passes.alike = False
+                    stack.enter_context(self._words.read_by(self._run.objective.reference.modules[0], self._counted))
                 yield
             if len(called) < len(self._text_encoders):
                 raise AptError(
@@ -247,7 +277,11 @@ class DreamBoothRun:
         """Write what is left of the log and take the hooks off; may be called again."""
         with errors_in_one_line():
             atexit.unregister(self.close)
-            self._run.close()
+            try:
+                if self._words is not None:
+                    self._words.close()
+            finally:
+                self._run.close()
 
     def _count_from(self, folder: str | Path) -> None:
         """The scripts take their step from a checkpoint's name; so does the log, where it has no state of APT's."""
@@ -284,6 +318,24 @@ class DreamBoothRun:
         return torch.arange(batch) < batch // 2
 
 
+def _config(args: argparse.Namespace) -> AptConfig:
+    file, preset = (getattr(args, name, None) for name in ("apt_config", "apt_preset"))
+    if file is not None and preset is not None:
+        raise AptError(
+            f"both --apt_config {file} and --apt_preset {preset} are given; keep one, and name the preset in the "
+            "file if both are wanted"
+        )
+    return AptConfig.preset(str(preset)) if file is None else AptConfig.from_toml(file)
+
+
+def _batches(loaders: Sequence[Any]) -> float:
+    """How many batches an epoch has; infinity where that is not known."""
+    try:
+        return max(map(len, loaders), default=math.inf)
+    except TypeError:  # a dataset without a length
+        return math.inf
+
+
 def _one_each(timesteps: Tensor, samples: Tensor) -> Tensor:
     """A timestep for each sample, where a script may have drawn one for all."""
     return timesteps.reshape(-1).expand(len(samples)) if timesteps.numel() == 1 else timesteps
@@ -317,8 +369,4 @@ def _check(args: argparse.Namespace, config: AptConfig, accelerator: Any, unet: 
         raise AptError(
             '[apt] augment_space = "latent" is for trainers that cache latents, and this script has the images; '
             'leave it out, or set "image"'
-        )
-    if config.identifier:
-        raise AptError(
-            "[apt] identifier and class_word are for sd-scripts, whose captions they are looked up in; leave them out"
         )

@@ -133,7 +133,7 @@ class Renamed:
                 own |= assigned(inner.target)
             if isinstance(inner, ast.Lambda):
                 own |= {argument.arg for argument in ast.walk(inner.args) if isinstance(argument, ast.arg)}
-            if isinstance(inner, ast.Call) and _RANDOM.search(ast.unparse(inner.func)):
+            if draws(inner):
                 raise self._refused("nothing drawn at random", node)
         if own & (self._now | self._perhaps):
             raise self._refused(f"no second `{min(own & (self._now | self._perhaps))}`", node)
@@ -160,6 +160,11 @@ class Renamed:
     def _refused(self, wanted: str, found: ast.AST) -> AptError:
         wanted += " between the text encoding and the U-Net's call, which the base model has to repeat"
         return missing(self._script, wanted, f"`{first_line(found)}`")
+
+
+def draws(node: ast.AST) -> bool:
+    """Whether it is a call of what draws random numbers."""
+    return isinstance(node, ast.Call) and bool(_RANDOM.search(ast.unparse(node.func)))
 
 
 def asks_only_batch_size_and_device(statement: ast.stmt, name: str) -> bool:

@@ -21,6 +21,7 @@ TESTED: tuple[str, ...] = ("0.32.0", "0.35.0", "0.40.0")
 """What the tested scripts ask diffusers for at least: those of the tags v0.32.1, v0.35.2 and v0.40.0."""
 
 RUN = "apt_hooks_run"
+WORDS = "apt_hooks_words"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +161,11 @@ def _places(found: Script, statements: Statements) -> Places:
     prediction = frozen.prefix + found.prediction
     text = _source(frozen.text)
     if text and not frozen.always:
-        text = [f"if {RUN}.trains_text_encoders:", *_indented(text)]
+        text = [f"if {RUN}.encodes_text:", *_indented(text)]
     repeated = [f"{frozen.prefix}{name} = {name}" for name in frozen.live]
     for name in frozen.perhaps:
         repeated += [f'if "{name}" in locals():', f"    {frozen.prefix}{name} = {name}"]
     repeated += text + _source([frozen.call])
-    masked = f", masked={found.factor!r}" if found.factor else ""
     step = f", step={found.step}" if found.step else ""
     tracked = f"    {found.accelerator}.log({RUN}.tracker_values(){step})"
     drawn = ", ".join([found.timesteps, *found.drawn_with])
@@ -175,19 +175,8 @@ def _places(found: Script, statements: Statements) -> Places:
             f'{found.parser}.add_argument("--apt_config", default=None, help="TOML file with an [apt] section")',
             f'{found.parser}.add_argument("--apt_preset", default=None, help="preset of apt-hooks, such as sdxl")',
         ),
-        after(
-            found.prepare,
-            f"{RUN} = None",
-            f'if (getattr({found.arguments}, "apt_config", None), getattr({found.arguments}, "apt_preset", None)) '
-            "!= (None, None):",
-            "    try:",
-            "        from apt_hooks.integrations.diffusers_dreambooth import adapter as apt_hooks_adapter",
-            "    except ModuleNotFoundError as e:",
-            '        raise SystemExit(f"--apt_config and --apt_preset need apt-hooks, not found here ({e}): '
-            f'{patching.install_hint()}")',
-            f"    {RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}, "
-            f"{found.schedule}{masked})",
-        ),
+        *_of_words(found, statements),
+        after(found.prepare, *_start(found)),
         before(
             found.encode,
             f"if {RUN} is not None and {RUN}.augments:  # the timesteps first: the augmentation depends on them",
@@ -213,6 +202,50 @@ def _places(found: Script, statements: Statements) -> Places:
         after(found.loop, guard, f"    {RUN}.close()"),
         after(found.save, guard, f"    {RUN}.add_metadata({found.folder})"),
     ]
+
+
+def _start(found: Script) -> list[str]:
+    masked = f", masked={found.factor!r}" if found.factor else ""
+    starting = [
+        f"{RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}, "
+        f"{found.schedule}{masked})"
+    ]
+    if found.words is None:
+        starting.append(_making_words(found))
+    starting += [f"if {WORDS} is not None:", f"    {RUN}.read_class_word({WORDS})"]
+    return [f"{RUN} = None", *_where_asked(found, starting, imported=found.words is not None)]
+
+
+def _of_words(found: Script, statements: Statements) -> Places:
+    """Where text is encoded before the training: once more, with the class word for the identifier."""
+    if found.words is None:
+        return []
+    making = statements.before(
+        found.words, f"{WORDS} = None", *_where_asked(found, [_making_words(found)], imported=False)
+    )
+    again = [
+        statements.after(statement, f"if {WORDS} is not None:", f"    {WORDS}.keep(lambda: {ast.unparse(part)})")
+        for statement, part in found.encodings
+    ]
+    return [making, *again]
+
+
+def _making_words(found: Script) -> str:
+    refused = f", {found.wordless!a}" if found.wordless else ""
+    return f"{WORDS} = apt_hooks_adapter.class_words({found.arguments}, locals(){refused})"
+
+
+def _where_asked(found: Script, lines: list[str], *, imported: bool) -> list[str]:
+    """Lines that run where one of the arguments is given; `imported`: the adapter is there then."""
+    asked = f'if (getattr({found.arguments}, "apt_config", None), getattr({found.arguments}, "apt_preset", None))'
+    importing = [
+        "try:",
+        "    from apt_hooks.integrations.diffusers_dreambooth import adapter as apt_hooks_adapter",
+        "except ModuleNotFoundError as e:",
+        '    raise SystemExit(f"--apt_config and --apt_preset need apt-hooks, not found here ({e}): '
+        f'{patching.install_hint()}")',
+    ]
+    return [f"{asked} != (None, None):", *_indented([*([] if imported else importing), *lines])]
 
 
 def _source(statements: tuple[ast.stmt, ...] | list[ast.stmt]) -> list[str]:

@@ -13,6 +13,7 @@ import dataclasses
 from apt_hooks.errors import AptError
 
 from .arguments import find_arguments, find_parser
+from .encodings import Encoding, encoding_names, encodings
 from .repeats import FrozenCopy, Step, early_draw, frozen_copy
 from .target import comparison
 from .tree import Tree, assigned, called, first_line, listed, missing, owner, read, without_casts
@@ -33,6 +34,10 @@ class Script:
         drawn_with: names of what else is drawn with them, and used.
         call, prediction: the statement that calls the U-Net, and the name of what it returns.
         frozen: the same asked of the base model.
+        words: the statement before which the text encoders are loaded and have encoded nothing; None: all of it is
+            encoded in the step.
+        encodings: what may encode text before the training.
+        wordless: why the base model cannot be given other text than the one in training.
         target, compare: name of the target, and the first statement that does anything with it or with the prediction.
         factor: the first statement that takes something else of the batch, such as a mask, into the loss (its source).
         loss, backward: name of the loss, and the statement that differentiates it.
@@ -57,6 +62,9 @@ class Script:
     call: ast.stmt
     prediction: str
     frozen: FrozenCopy
+    words: ast.stmt | None
+    encodings: list[Encoding]
+    wordless: str | None
     target: str
     compare: ast.stmt
     factor: str | None
@@ -122,6 +130,10 @@ class _Finder:
         log, log_step = self._log()
         save, folder = self._save()
         parser, parse = find_parser(self.tree, self.name)
+        others = {self.unet, owner(self.encoding), owner(self.noising[0])}
+        names = encoding_names(self.tree, self.loops[-1], self._text_encoders(), others)
+        encoded = encodings(self.tree, self.loops[-1], names)
+        frozen, wordless = self._frozen(step, names)
         return Script(
             parser=parser,
             parse=parse,
@@ -138,7 +150,10 @@ class _Finder:
             drawn_with=drawn_with,
             call=self.suite[self.at_call],
             prediction=self.prediction,
-            frozen=frozen_copy(step, self._text_encoders(), {self.tree.index(self.suite, c) for c in self.noising}),
+            frozen=frozen,
+            words=self.tree.beside(encoded[0][0], self.loops[-1]) if encoded else None,
+            encodings=encoded,
+            wordless=wordless,
             target=target,
             compare=self.suite[at_compare],
             factor=self._factor(at_compare, {images.split("[")[0], timesteps, target, *noise}),
@@ -304,6 +319,14 @@ class _Finder:
             elif counted is not node and isinstance(counted, ast.Name):
                 others.add(counted.id)
         return self.prepared - others - {self.unet, owner(self.encoding)}
+
+    def _frozen(self, step: Step, names: set[str]) -> tuple[FrozenCopy, str | None]:
+        """The base model's pass, and why it cannot have other text, if so: then only trained encoders run again."""
+        noising = {self.tree.index(self.suite, call) for call in self.noising}
+        try:
+            return frozen_copy(step, names, noising), None
+        except AptError as error:
+            return frozen_copy(step, self._text_encoders(), noising), str(error).removesuffix(". Nothing was changed")
 
     def _log(self) -> tuple[ast.stmt | None, str | None]:
         found = [call for call in self.tree.calls(self.loops[0], "log") if owner(call) == self.accelerator]

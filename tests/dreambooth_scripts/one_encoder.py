@@ -34,9 +34,16 @@ def parse_args(input_args=None):
     parser.add_argument("--prior_loss_weight", type=float, default=1.0)
     parser.add_argument("--validation_epochs", type=int, default=0)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--instance_prompt", default=tiny.INSTANCE_PROMPT)
+    parser.add_argument("--class_prompt", default=tiny.CLASS_PROMPT)
+    parser.add_argument("--pre_compute_text_embeddings", action="store_true")
     parser.add_argument("--resume_from_checkpoint", default=None)
 
     return parser.parse_args(input_args)
+
+
+def tokenize_prompt(tokenizer, prompt):
+    return tokenizer(prompt, truncation=True, padding="max_length", return_tensors="pt").input_ids
 
 
 def encode_prompt(text_encoder, input_ids):
@@ -63,6 +70,7 @@ def main(args):
     set_seed(0)
     noise_scheduler = tiny.make_scheduler()
     unet, vae, text_encoder = tiny.make_unet(), tiny.make_vae(), tiny.make_text_encoder()
+    tokenizer = tiny.make_tokenizer()
     set_seed(args.seed)
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)  # noqa: PTH103
@@ -113,7 +121,21 @@ def main(args):
     if args.train_text_encoder:
         params_to_optimize += [p for p in text_encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params_to_optimize, lr=args.learning_rate)
-    train_dataset = tiny.Photos()
+
+    if args.pre_compute_text_embeddings:
+
+        def compute_text_embeddings(prompt):
+            with torch.no_grad():
+                return encode_prompt(text_encoder, tokenize_prompt(tokenizer, prompt))
+
+        instance_text = compute_text_embeddings(args.instance_prompt)
+        class_text = compute_text_embeddings(args.class_prompt)
+        text_encoder = tokenizer = None
+    else:
+        instance_text = tokenize_prompt(tokenizer, args.instance_prompt)
+        class_text = tokenize_prompt(tokenizer, args.class_prompt)
+
+    train_dataset = tiny.Photos([instance_text], class_text)
     train_dataloader = torch.utils.data.DataLoader(
         train_dataset,
         batch_size=args.train_batch_size,
@@ -166,10 +188,13 @@ def main(args):
                 noisy_model_input = noise_scheduler.add_noise(model_input, noise, timesteps)
 
                 # What the prompt says
-                encoder_hidden_states = encode_prompt(
-                    text_encoder,
-                    batch["input_ids"],
-                )
+                if args.pre_compute_text_embeddings:
+                    encoder_hidden_states = batch["input_ids"]
+                else:
+                    encoder_hidden_states = encode_prompt(
+                        text_encoder,
+                        batch["input_ids"],
+                    )
                 if accelerator.unwrap_model(unet).config.in_channels == channels * 2:
                     noisy_model_input = torch.cat([noisy_model_input, noisy_model_input], dim=1)
                 class_labels = None

@@ -2,7 +2,8 @@
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 WIDTH, TEXT_WIDTH, TOKENS, WORDS = 32, 16, 6, 40
 
@@ -48,23 +49,50 @@ def make_text_encoder():
     return CLIPTextModel(config)
 
 
+def make_tokenizer():
+    """Reads "w7" as 7; a text is its words alone, filled up."""
+    words = {"<unknown>": 0, "<pad>": 1, **{f"w{i}": i for i in range(2, WORDS - 1)}, "<end>": WORDS - 1}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unknown>", pad_token="<pad>", eos_token="<end>", model_max_length=TOKENS
+    )
+
+
 def make_scheduler(prediction_type="epsilon"):
     return DDPMScheduler(prediction_type=prediction_type)
 
 
-class Photos(torch.utils.data.Dataset):
-    """Eight pictures of a class, the first four of one subject; the words of a prompt by number."""
+def _prompts():
+    words = torch.randint(2, WORDS - 1, (2, TOKENS), generator=_generator())
+    return tuple(" ".join(f"w{number}" for number in row) for row in words.tolist())
 
-    def __init__(self):
-        generator = torch.Generator().manual_seed(7)
-        self.pixels = torch.rand(8, 3, 16, 16, generator=generator) * 2 - 1
-        self.words = torch.randint(2, WORDS - 1, (2, TOKENS), generator=generator)
+
+def _generator():
+    """Behind the pictures' numbers."""
+    generator = torch.Generator().manual_seed(7)
+    torch.rand(8, 3, 16, 16, generator=generator)
+    return generator
+
+
+INSTANCE_PROMPT, CLASS_PROMPT = _prompts()
+
+
+class Photos(torch.utils.data.Dataset):
+    """Eight pictures of a class, the first four of one subject, each with its text: tokens, or whatever is given."""
+
+    def __init__(self, texts, class_text):
+        self.pixels = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(7)) * 2 - 1
+        self.texts, self.class_text = texts, class_text
 
     def __len__(self):
         return 4
 
     def __getitem__(self, i):
-        return {"own": (self.pixels[i], self.words[0]), "of_class": (self.pixels[4 + i], self.words[1])}
+        return {
+            "own": (self.pixels[i], self.texts[i % len(self.texts)]),
+            "of_class": (self.pixels[4 + i], self.class_text),
+        }
 
 
 def collate(examples, with_prior_preservation=False):
@@ -72,4 +100,7 @@ def collate(examples, with_prior_preservation=False):
     chosen = [e["own"] for e in examples]
     if with_prior_preservation:
         chosen += [e["of_class"] for e in examples]
-    return {"pixel_values": torch.stack([c[0] for c in chosen]), "input_ids": torch.stack([c[1] for c in chosen])}
+    texts = [c[1] for c in chosen]
+    if isinstance(texts[0], torch.Tensor):
+        texts = torch.cat(texts)
+    return {"pixel_values": torch.stack([c[0] for c in chosen]), "input_ids": texts}

@@ -31,12 +31,21 @@ def parse_args():
     parser.add_argument("--snr_gamma", type=float, default=None)
     parser.add_argument("--do_edm_style_training", action="store_true")
     parser.add_argument("--output_kohya_format", action="store_true")
+    parser.add_argument("--instance_prompt", default=tiny.INSTANCE_PROMPT)
+    parser.add_argument("--class_prompt", default=tiny.CLASS_PROMPT)
+    parser.add_argument("--captions", nargs="*", default=None)
     parser.add_argument("--resume_from_checkpoint", default=None)
     return parser.parse_args()
 
 
-def encode_prompt(text_encoders, ids):
-    states = [encoder(ids) for encoder in text_encoders]
+def tokenize_prompt(tokenizer, prompt):
+    return tokenizer(prompt, truncation=True, padding="max_length", return_tensors="pt").input_ids
+
+
+def encode_prompt(text_encoders, tokenizers, prompt, text_input_ids_list=None):
+    if tokenizers is not None:
+        text_input_ids_list = [tokenize_prompt(tokenizer, prompt) for tokenizer in tokenizers]
+    states = [encoder(ids) for encoder, ids in zip(text_encoders, text_input_ids_list, strict=True)]
     return torch.cat([s[0] for s in states], dim=-1), states[1].pooler_output
 
 
@@ -45,6 +54,7 @@ def main(args):
     set_seed(0)
     noise_scheduler = tiny.make_scheduler(args.prediction_type)
     vae, text_encoder_one, text_encoder_two = tiny.make_vae(), tiny.make_text_encoder(), tiny.make_text_encoder()
+    tokenizer_one, tokenizer_two = tiny.make_tokenizer(), tiny.make_tokenizer()
     unet = tiny.make_unet(
         2 * tiny.TEXT_WIDTH,
         addition_embed_type="text_time",
@@ -59,7 +69,7 @@ def main(args):
         for encoder in (text_encoder_one, text_encoder_two):
             encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
 
-    train_dataset = tiny.Photos()
+    train_dataset = tiny.Photos(args.captions or [args.instance_prompt], args.class_prompt)
     train_dataloader = torch.utils.data.DataLoader(
         train_dataset,
         batch_size=args.train_batch_size,
@@ -69,16 +79,35 @@ def main(args):
     trained = [p for m in (unet, text_encoder_one, text_encoder_two) for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)
 
-    # The prompts do not change, so without training them the text encoders are run once.
-    rows = [0, 1] if args.with_prior_preservation else [0]
     if not args.train_text_encoder:
-        with torch.no_grad():
-            prompt_embeds, unet_add_text_embeds = encode_prompt(
-                [text_encoder_one, text_encoder_two], train_dataset.words[rows]
-            )
-        del text_encoder_one, text_encoder_two
-    else:
-        tokens = train_dataset.words[rows]
+        tokenizers, text_encoders = [tokenizer_one, tokenizer_two], [text_encoder_one, text_encoder_two]
+
+        def compute_text_embeddings(prompt, text_encoders, tokenizers):
+            with torch.no_grad():
+                prompt_embeds, pooled_prompt_embeds = encode_prompt(text_encoders, tokenizers, prompt)
+            return prompt_embeds.to(accelerator.device), pooled_prompt_embeds.to(accelerator.device)
+
+    # Prompts that do not change are encoded once, if the text encoders are not trained.
+    if not args.train_text_encoder and not args.captions:
+        instance_states, instance_pooled = compute_text_embeddings(args.instance_prompt, text_encoders, tokenizers)
+    if args.with_prior_preservation and not args.train_text_encoder:
+        class_states, class_pooled = compute_text_embeddings(args.class_prompt, text_encoders, tokenizers)
+    if not args.train_text_encoder and not args.captions:
+        del tokenizers, text_encoders
+
+    if not args.captions:
+        if not args.train_text_encoder:
+            prompt_embeds = instance_states
+            unet_add_text_embeds = instance_pooled
+            if args.with_prior_preservation:
+                prompt_embeds = torch.cat([prompt_embeds, class_states], dim=0)
+                unet_add_text_embeds = torch.cat([unet_add_text_embeds, class_pooled], dim=0)
+        else:
+            tokens_one = tokenize_prompt(tokenizer_one, args.instance_prompt)
+            tokens_two = tokenize_prompt(tokenizer_two, args.instance_prompt)
+            if args.with_prior_preservation:
+                tokens_one = torch.cat([tokens_one, tokenize_prompt(tokenizer_one, args.class_prompt)], dim=0)
+                tokens_two = torch.cat([tokens_two, tokenize_prompt(tokenizer_two, args.class_prompt)], dim=0)
 
     if args.train_text_encoder:
         unet, text_encoder_one, text_encoder_two, optimizer, train_dataloader = accelerator.prepare(
@@ -95,6 +124,17 @@ def main(args):
         for _step, batch in enumerate(train_dataloader):
             with accelerator.accumulate(unet):
                 pixel_values = batch["pixel_values"].to(dtype=vae.dtype)
+                prompts = batch["input_ids"]
+
+                if args.captions:
+                    if not args.train_text_encoder:
+                        prompt_embeds, unet_add_text_embeds = compute_text_embeddings(
+                            prompts, text_encoders, tokenizers
+                        )
+                    else:
+                        tokens_one = tokenize_prompt(tokenizer_one, prompts)
+                        tokens_two = tokenize_prompt(tokenizer_two, prompts)
+
                 model_input = vae.encode(pixel_values).latent_dist.sample()
                 model_input = model_input * vae.config.scaling_factor
 
@@ -114,6 +154,8 @@ def main(args):
                     inp_noisy_latents = noisy_model_input / 2
                 add_time_ids = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]]).repeat(bsz, 1)
                 repeats = bsz // 2 if args.with_prior_preservation else bsz
+                if args.captions:
+                    repeats = 1
 
                 # Predict the noise
                 if not args.train_text_encoder:
@@ -131,7 +173,12 @@ def main(args):
                     )[0]
                 else:
                     conditions = {"time_ids": add_time_ids}
-                    prompt_embeds, pooled_prompt_embeds = encode_prompt([text_encoder_one, text_encoder_two], tokens)
+                    prompt_embeds, pooled_prompt_embeds = encode_prompt(
+                        text_encoders=[text_encoder_one, text_encoder_two],
+                        tokenizers=None,
+                        prompt=None,
+                        text_input_ids_list=[tokens_one, tokens_two],
+                    )
                     conditions.update({"text_embeds": pooled_prompt_embeds.repeat(repeats, 1)})
                     prompt_embeds_input = prompt_embeds.repeat(repeats, 1, 1)
                     model_pred = unet(

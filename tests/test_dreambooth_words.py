@@ -1,0 +1,185 @@
+"""The class word in captions that are tokens already, and in what the U-Net is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from apt_hooks.errors import AptError
+from apt_hooks.integrations.class_captions import ClassCaptions
+from apt_hooks.integrations.diffusers_dreambooth.words import ClassTokens, ClassWords
+
+LENGTH = 10
+
+
+def clip_like(*more: str) -> PreTrainedTokenizerFast:
+    """Takes words apart as CLIP's does, the last piece with a mark; "sks", "dog" and "toy" are one token."""
+    letters = "abcdefghijklmnopqrstuvwxyz1,"
+    pieces = [*letters, *(f"{c}</w>" for c in letters)]
+    merges = [("k", "s</w>"), ("s", "ks</w>"), ("o", "g</w>"), ("d", "og</w>"), ("o", "y</w>"), ("t", "oy</w>")]
+    names = ["<start>", "<end>", *more, *pieces, *("".join(pair) for pair in merges)]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    made = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    made.decoder = decoders.BPEDecoder("</w>")
+    made.post_processor = processors.TemplateProcessing(
+        "<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<start>", eos_token="<end>", pad_token="<end>", model_max_length=LENGTH
+    )
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, padding="max_length", truncation=True).input_ids
+
+
+@pytest.mark.parametrize("class_word", ["dog", "big dog", "a"])
+@pytest.mark.parametrize(
+    "caption",
+    ["sks", "a sks toy", "sks sks", "a toy, sks, a sks", "xsks", "xsks sks", "asks a sks", "sksx", "sks x", "toy"],
+)
+def test_tokens_become_those_of_the_caption_with_the_class_word(caption: str, class_word: str) -> None:
+    tokenizer = clip_like()
+    captions = ClassCaptions("sks", class_word)
+    new, grown = ClassTokens(captions, [tokenizer])(ids(tokenizer, caption))
+    assert new == ids(tokenizer, captions(caption))
+    assert grown == sum(len(tokenizer(c).input_ids) for c in (captions(caption), "a")) - sum(
+        len(tokenizer(c).input_ids) for c in (caption, "a")
+    )
+
+
+@pytest.mark.parametrize("class_word", ["dog", "dog dog dog"])
+def test_a_caption_that_fills_its_row_still_ends(class_word: str) -> None:
+    tokenizer = clip_like()
+    caption = "a a a a a sks b c d e f g"
+    new, _ = ClassTokens(ClassCaptions("sks", class_word), [tokenizer])(ids(tokenizer, caption))
+    assert new == ids(tokenizer, caption.replace("sks", class_word)) and new[-1] == 1
+
+
+def test_an_identifier_of_several_words_is_replaced_whole() -> None:
+    tokenizer = clip_like()
+    tokens = ClassTokens(ClassCaptions("sks dog", "toy"), [tokenizer])
+    assert tokens(ids(tokenizer, "a sks dog b"))[0] == ids(tokenizer, "a toy b")
+    assert tokens(ids(tokenizer, "a sks b dog"))[0] == ids(tokenizer, "a sks b dog")
+
+
+def test_tokenizers_that_read_the_words_differently_are_refused() -> None:
+    ClassTokens(ClassCaptions("sks", "dog"), [clip_like(), clip_like()])
+    with pytest.raises(AptError, match="give 'sks' and 'dog' tokens that differ; this is not supported: leave"):
+        ClassTokens(ClassCaptions("sks", "dog"), [clip_like(), clip_like("<another>")])
+    with pytest.raises(AptError, match="needs the script's tokenizers, looked for among the variables"):
+        ClassTokens(ClassCaptions("sks", "dog"), [])
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def encoder() -> CLIPTextModel:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=70, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return CLIPTextModel(config).eval()
+
+
+class Unet(nn.Module):
+    """Returns what it is given."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return given, named
+
+
+def uncounted(samples: torch.Tensor) -> None:
+    return None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("class_word", ["dog", "big dog", "a"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, ids, mask: model(ids, mask),
+        lambda model, ids, mask: model(ids, attention_mask=mask),
+        lambda model, ids, mask: model(input_ids=ids, attention_mask=mask, return_dict=False),
+    ],
+)
+def test_text_encoders_read_the_class_word_however_they_are_called(
+    call: Callable[..., Any], class_word: str, masked: bool
+) -> None:
+    model, tokenizer = encoder(), clip_like()
+    captions = ["a sks", "a toy"]
+    words = ClassWords(ClassCaptions("sks", class_word), {"model": [model], "tokenizer": tokenizer})
+    words.begin(2)
+    given, wanted = (
+        tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        for texts in (captions, [caption.replace("sks", class_word) for caption in captions])
+    )
+    with words.read_by(Unet(), uncounted):
+        found = call(model, given.input_ids, given.attention_mask if masked else None)[0]
+    torch.testing.assert_close(found, call(model, wanted.input_ids, wanted.attention_mask if masked else None)[0])
+    plain = call(model, given.input_ids, None)[0]
+    assert not torch.equal(found[0], plain[0])
+    assert torch.equal(call(model, given.input_ids, None)[0], plain), "no hook is left"
+
+
+@torch.no_grad()
+def test_what_was_encoded_once_is_exchanged_row_by_row_wherever_the_unet_is_given_it() -> None:
+    model, tokenizer, unet = encoder(), clip_like(), Unet()
+    words = ClassWords(ClassCaptions("sks", "dog"), {"model": model, "tokenizers": (tokenizer,)})
+
+    def encode(caption: str) -> Any:
+        made = model(torch.tensor([ids(tokenizer, caption)]))
+        return made.last_hidden_state, {"pooled": made.pooler_output}
+
+    random = torch.get_rng_state()
+    kept = {}
+    for caption in ("a sks", "a toy"):
+        kept[caption] = encode(caption)
+        words.keep(lambda caption=caption: encode(caption))
+    words.keep(lambda: pytest.fail("called, though nothing was encoded"))
+    words.begin(2)
+    assert torch.equal(torch.get_rng_state(), random)
+    own, toy, dog = kept["a sks"], kept["a toy"], encode("a dog")
+    noisy = torch.zeros(3, 4, 8, 8)
+    states = torch.cat([own[0], toy[0], own[0]]).bfloat16()
+    pooled = torch.cat([own[1]["pooled"], toy[1]["pooled"], own[1]["pooled"]])
+    with words.read_by(unet, uncounted):
+        (_, time, found), named = unet(noisy, 7, states, added_cond_kwargs={"text_embeds": pooled, "ids": [1]})
+    assert time == 7 and named["added_cond_kwargs"]["ids"] == [1]
+    torch.testing.assert_close(found, torch.cat([dog[0], toy[0], dog[0]]).bfloat16(), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(
+        named["added_cond_kwargs"]["text_embeds"], torch.cat([dog[1]["pooled"], toy[1]["pooled"], dog[1]["pooled"]])
+    )
+    assert torch.equal(unet(noisy, 7, states)[0][2], states), "no hook is left"
+    other = states.clone()
+    other[2] += 1
+    with words.read_by(unet, lambda samples: torch.tensor([True, True, False])):
+        unet(noisy, 7, other)
+    with pytest.raises(AptError, match="it cannot be told whether it has 'sks'"), words.read_by(unet, uncounted):
+        unet(noisy, 7, other)
+
+
+def test_text_encoders_that_the_script_forgets_are_not_kept_alive() -> None:
+    import gc
+    import weakref
+
+    model = encoder()
+    words = ClassWords(ClassCaptions("sks", "dog"), {"model": model, "tokenizer": clip_like(), "n": SimpleNamespace()})
+    words.begin(1)
+    known = weakref.ref(model)
+    del model
+    gc.collect()
+    assert known() is None
