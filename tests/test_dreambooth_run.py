@@ -911,6 +911,14 @@ def test_words_of_other_length_are_refused_where_attention_is_compared(train: Tr
     train("one_encoder", "--max_train_steps", "1", config=worded(TWO_WORDS, 'regularizer = "joint"'))
 
 
+def test_a_class_word_does_not_make_a_lora_that_begins_at_zero_look_like_one_gone_on_from(
+    train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "apt_hooks"):
+        train("one_encoder", *PROMPT, config=worded(ONE_WORD, "augmentation = false"))
+    assert "changes the model before the first step" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt_hooks.deferred import Deferred
 from apt_hooks.errors import AptError
-from apt_hooks.frozen import frozen_base
+from apt_hooks.hooks.frozen import frozen_base
+from apt_hooks.method.deferred import Deferred
 
 from ..class_captions import ClassCaptions, word_tokens
 
