@@ -145,7 +145,7 @@ class _Part:
 
 
 def rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """A rotary embedding (arXiv 2104.09864) over neighboring channels, in float32: each pair is turned by its angle.
+    """RoPE, a rotary embedding (arXiv 2104.09864) over neighboring channels, in float32: each pair is turned by its angle.
 
     Args:
         x: [..., channels].
