@@ -145,7 +145,7 @@ class _Part:
 
 
 def rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """RoPE, a rotary embedding (arXiv 2104.09864) over neighboring channels, in float32: each pair is turned by its angle.
+    """RoPE (rotary embedding, arXiv 2104.09864) of neighboring channels, in float32: each pair is turned by its angle.
 
     Args:
         x: [..., channels].
