@@ -41,8 +41,6 @@ class Passes:
     Attributes:
         due: whether this batch has a frozen pass; in others no regularizer acts.
         tuned_prediction, frozen_prediction: [batch, ...]; the latter None without a frozen pass.
-        alike: whether both passes read the same conditioning; only then a LoRA that is not zero at the first step is
-            told by the predictions. To be set before `end_tuned`.
         terms: `l_mu`, `l_sigma`, `l_attn`, `l_joint`, those that are on; scalars that reach the LoRA.
     """
 
@@ -56,7 +54,6 @@ class Passes:
         self._features: Features | None = None
         self._compared: tuple[Regularizers, ObservedPass] | None = None
         self._tuned = contextlib.ExitStack()
-        self.alike = True
         self._over = False
 
     def run(self, predict: Callable[[], Tensor], predict_frozen: Callable[[], Tensor] | None = None) -> Tensor:
@@ -134,7 +131,7 @@ class Passes:
         objective, reference = self._objective, self._objective.reference
         if self.frozen_prediction is not None:
             reference.judge(prediction, self.frozen_prediction)
-            if self.alike and reference.awaits_comparison(objective.steps):
+            if reference.awaits_comparison(objective.steps):
                 reference.compare(prediction, self.frozen_prediction)
             if objective.capture is not None and self._compared is not None:
                 regularizers, observed = self._compared

@@ -128,6 +128,7 @@ class DreamBoothRun:
         self.augments = objective.augments
         self.encodes_text = bool(self._text_encoders)
         self._words: ClassWords | None = None
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._timesteps: Tensor | None = None
         self._drawn: tuple[Any, ...] = ()
         self._placement: Placement | None = None
@@ -189,8 +190,9 @@ class DreamBoothRun:
                 self._passes = self._run.objective.passes(covered=self._covered)
                 stack.enter_context(self._passes.frozen())
                 if self._words is not None:
-                    self._passes.alike = False
-                    stack.enter_context(self._words.read_by(self._run.objective.reference.modules[0], self._counted))
+                    unet = self._run.objective.reference.modules[0]
+                    stack.enter_context(self._words.read_by(unet, self._counted))
+                    stack.callback(unet.register_forward_pre_hook(self._keep_call, with_kwargs=True).remove)
                 yield
             if len(called) < len(self._text_encoders):
                 raise AptError(
@@ -205,6 +207,7 @@ class DreamBoothRun:
             if self._passes is None:
                 raise AptError(_NO_FROZEN_PASS)
             self._passes.counted = self._counted(frozen_prediction)
+            self._compare_start(frozen_prediction)
             self._passes.begin_tuned(frozen_prediction)
 
     def end_tuned_pass(self, prediction: Tensor) -> Tensor:
@@ -288,6 +291,17 @@ class DreamBoothRun:
         number = Path(folder).name.rpartition("checkpoint-")[2]
         if not self._run.step and number.isdecimal():
             self._run.step = int(number)
+
+    def _keep_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._run.objective.reference.awaits_comparison(self._run.objective.steps):
+            self._call = args, kwargs
+
+    def _compare_start(self, frozen_prediction: Tensor) -> None:
+        """Where the base model read other words, the U-Net with the LoRA is asked about these, once."""
+        call, self._call = self._call, None
+        if call is not None:
+            reference, (args, kwargs) = self._run.objective.reference, call
+            reference.compare_alike(lambda: reference.modules[0](*args, **kwargs)[0], frozen_prediction)
 
     def _give_up(self) -> None:
         """Forget a step that the script broke off between the passes, as one does that ran out of memory."""
