@@ -215,6 +215,7 @@ def test_the_base_model_reads_the_class_word(shop: Workshop, kind: str, argument
     first = worded.lines[0]
     assert first["delta_noise"] > 0.0 and first["l_attn"] > 0.0, "the LoRA is the base model yet, its text is not"
     assert "none of the captions" not in worded.output
+    assert "the LoRA changes the model before the first step" not in worded.output
 
 
 @pytest.mark.parametrize("trained", [(), ("--train_text_encoder",)], ids=["", "trained"])

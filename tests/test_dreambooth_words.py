@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers")
-
+pytest.importorskip("peft")
+from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
@@ -133,6 +134,18 @@ def test_text_encoders_read_the_class_word_however_they_are_called(
     plain = call(model, given.input_ids, None)[0]
     assert not torch.equal(found[0], plain[0])
     assert torch.equal(call(model, given.input_ids, None)[0], plain), "no hook is left"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrapped", [lambda model: nn.ModuleDict({"module": model}), PeftModel])
+def test_a_text_encoder_within_a_wrapper_is_found(wrapped: Callable[..., nn.Module]) -> None:
+    model, tokenizer = encoder(), clip_like()
+    given = [model, LoraConfig(target_modules=["q_proj"])][: 1 + (wrapped is PeftModel)]
+    words = ClassWords(ClassCaptions("sks", "dog"), {"model": wrapped(*given), "tokenizer": tokenizer})
+    words.begin(2)
+    own, other = (torch.tensor([ids(tokenizer, caption)]) for caption in ("a sks", "a dog"))
+    with words.read_by(Unet(), uncounted):
+        assert torch.equal(model(own)[0], model(other)[0])
 
 
 @torch.no_grad()

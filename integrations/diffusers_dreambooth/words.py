@@ -112,7 +112,9 @@ class ClassWords:
         values = list(names.values())
         values += [v for value in values if isinstance(value, (list, tuple)) for v in value]
         self.tokenizers = _unique(v for v in values if isinstance(v, PreTrainedTokenizerBase))
-        models = _unique(v for v in values if isinstance(v, PreTrainedModel))
+        # Within a wrapper too, as peft's or that of several processes.
+        inner = [[m for m in v.modules() if isinstance(m, PreTrainedModel)] for v in values if isinstance(v, nn.Module)]
+        models = _unique(found[0] for found in inner if found)
         # Not to keep alive what the script forgets once it has encoded.
         self._encoders = [weakref.ref(model) for model in models]
         self.captions = captions
