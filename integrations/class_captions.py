@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 
 from apt_hooks.errors import AptError
+
+logger = logging.getLogger("apt_hooks")
 
 
 class ClassCaptions:
@@ -28,6 +31,10 @@ class ClassCaptions:
     def occurs_in(self, captions: Iterable[str]) -> bool:
         """Whether any caption has the identifier."""
         return any(self._pattern.search(caption) for caption in captions)
+
+    def warn_of_absence(self) -> None:
+        """Say that no caption has the identifier."""
+        logger.warning("apt-hooks: identifier %r is in none of the captions", self.identifier)
 
     def check_lengths(self, tokenizers: Sequence[Callable[..., object]]) -> None:
         """Attention maps are compared token by token, so both words must take as many tokens.

@@ -47,8 +47,8 @@ class Trainer(Protocol):
     OPTIONS: frozenset[str]
     """Those of the command `patch` that `apply` takes."""
 
-    def status(self, path: Path, /) -> Any:
-        """The `Status` of what is there."""
+    def status(self, path: Path, /) -> Status:
+        """What is there."""
         ...
 
     @property
@@ -56,8 +56,8 @@ class Trainer(Protocol):
         """Inserts the lines, at a path, with `dry_run` and `OPTIONS`."""
         ...
 
-    def revert(self, path: Path, /, *, dry_run: bool) -> Change:
-        """Take them out again."""
+    def unpatch(self, path: Path, /, *, dry_run: bool) -> str:
+        """Take them out again; the diff."""
         ...
 
     def named(self, found: Any, /) -> str:

@@ -70,7 +70,8 @@ def patch(
 @app.command(epilog="Example: `apt-hooks unpatch sd-scripts ~/sd-scripts`")
 def unpatch(trainer: TrainerName, path: Place = Path(), dry_run: DryRun = False) -> None:
     """Take the inserted lines out again; the files are then what they were, to the byte."""
-    _tell(_trainer(trainer).revert(path, dry_run=dry_run), dry_run, "unpatched", "not patched, nothing to do")
+    diff = _trainer(trainer).unpatch(path, dry_run=dry_run)
+    _tell(Change(path.resolve(), diff, bool(diff)), dry_run, "unpatched", "not patched, nothing to do")
 
 
 @app.command(epilog="Example: `apt-hooks status sd-scripts && echo patched`")

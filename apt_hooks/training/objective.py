@@ -48,8 +48,8 @@ class AptObjective:
     agreed to the last bit, though the weights had moved: then the tuned pass has to come from what is trained.
 
     With `reference = "start"` nothing is switched off: the frozen pass is of the model with the weights that `trained`
-    had before the first step, which costs a copy of them (`start`). Where another model than the base is at the first
-    step compared with it, a warning says so.
+    had before the first step, which costs a copy of them (`reference.start`). Where another model than the base is at
+    the first step compared with it, a warning says so.
 
     Raises:
         AptError: the U-Net has not what the configuration asks for.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import AptError
 from ..hooks.gradients import ObservedPass
-from .regularizers import Regularizers, frozen_reduction
+from .regularizers import Regularizers, Weights, frozen_reduction
 
 if TYPE_CHECKING:
     from ..hooks.capture import Features
@@ -47,6 +47,7 @@ class Passes:
     def __init__(self, objective: AptObjective, counted: Tensor | None = None, covered: Tensor | None = None) -> None:
         self._objective = objective
         self.counted, self.covered = counted, covered
+        self._weights = None if covered is None else Weights(covered)
         self.due = objective.steps % objective.config.frozen_every == 0
         self.tuned_prediction: Tensor | None = None
         self.frozen_prediction: Tensor | None = None
@@ -59,16 +60,15 @@ class Passes:
     def run(self, predict: Callable[[], Tensor], predict_frozen: Callable[[], Tensor] | None = None) -> Tensor:
         """Both passes; the tuned model's prediction. Arguments as in `AptObjective.step`."""
         reference, step = self._objective.reference, self._objective.steps
-        counts = self.counted is None or bool(self.counted.any())
         reference.keep_start()
-        if not self.due or not (counts or reference.awaits_comparison(step)):
+        if not self.due or not (self._counts or reference.awaits_comparison(step)):
             return self.end_tuned(predict())
         with self.frozen():
             frozen = (predict_frozen or predict)()
         if predict_frozen is not None and reference.awaits_comparison(step):
             # With other conditioning predictions differ for another reason too.
             reference.compare_alike(predict_frozen, frozen)
-        if not counts:
+        if not self._counts:
             self._features = None
             tuned = self.end_tuned(predict())
             if reference.awaits_comparison(step):
@@ -77,6 +77,11 @@ class Passes:
         with self.begin_tuned(frozen):
             tuned = predict()
         return self.end_tuned(tuned)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether any sample does."""
+        return self.counted is None or bool(self.counted.any())
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -87,7 +92,7 @@ class Passes:
         with objective.reference.frozen(), contextlib.ExitStack() as stack:
             if objective.capture is not None:
                 config = objective.config
-                reduce = frozen_reduction(config.regularizer, config.attention_impl, self.covered)
+                reduce = frozen_reduction(config.regularizer, config.attention_impl, self._weights)
                 self._features = stack.enter_context(objective.capture.record(reduce))
             yield
 
@@ -111,7 +116,7 @@ class Passes:
                     len(objective.capture.hidden),
                     regularizer=config.regularizer,
                     rows=rows_of(self.counted),
-                    covered=self.covered,
+                    weights=self._weights,
                     impl=config.attention_impl,
                     differentiable=torch.is_grad_enabled() and not config.monitor_only,
                 )
@@ -154,8 +159,7 @@ class Passes:
         """
         if self._over:
             raise AptError("step() was called twice for one batch; take new passes for each")
-        counts = self.counted is None or bool(self.counted.any())
-        if self.due and counts and self.tuned_prediction is not None and self.frozen_prediction is None:
+        if self.due and self._counts and self.tuned_prediction is not None and self.frozen_prediction is None:
             raise AptError("the base model's pass, which is due in this batch, did not run before step()")
         step = self._objective._step(self, target, timesteps, **options)
         self._over = True

@@ -21,21 +21,36 @@ from ..method.ops.precision import full_precision
 
 
 def frozen_reduction(
-    regularizer: Literal["separate", "joint"], impl: Impl, covered: Tensor | None = None
+    regularizer: Literal["separate", "joint"], impl: Impl, weights: Weights | None = None
 ) -> Callable[[Kind, Tensor], Tensor]:
     """What a frozen pass keeps of each place (`FeatureCapture.record`): where statistics are compared, those alone
-    of a hidden state, of what is `covered` (`Regularizers`)."""
-
-    weights: dict[torch.Size, Tensor | None] = {}  # many places have one shape
+    of a hidden state, by its positions' weights."""
 
     def reduce(kind: Kind, output: Tensor) -> Tensor:
         if (kind, regularizer) != ("hidden", "separate"):
             return output
-        if output.shape not in weights:
-            weights[output.shape] = _weights(covered, output)
-        return mean_and_deviation(output, weights[output.shape], impl=impl)
+        return mean_and_deviation(output, None if weights is None else weights.of(output), impl=impl)
 
     return reduce
+
+
+class Weights:
+    """What the positions of a batch's hidden states count, made once a shape for both passes.
+
+    Args:
+        covered: [batch, 1, height, width], what of each picture the channel statistics are of.
+    """
+
+    def __init__(self, covered: Tensor) -> None:
+        self._covered = covered
+        self._known: dict[torch.Size, Tensor] = {}
+
+    def of(self, output: Tensor) -> Tensor:
+        """As `covered_at` its shape, on its device."""
+        if output.shape not in self._known:
+            weights = covered_at(self._covered, output.shape)
+            self._known[output.shape] = weights.to(output.device, non_blocking=True)
+        return self._known[output.shape]
 
 
 class Regularizers:
@@ -51,7 +66,7 @@ class Regularizers:
         places: number of representation places.
         regularizer: "separate", attention maps and channel statistics; "joint", the cross-attentions' outputs.
         rows: the samples that count; None: all.
-        covered: [batch, 1, height, width], what of each picture the channel statistics are of; None: all.
+        weights: of the positions that the channel statistics are over, as in the frozen pass; None: all alike.
         differentiable: whether to compute gradients.
     """
 
@@ -63,7 +78,7 @@ class Regularizers:
         *,
         regularizer: Literal["separate", "joint"] = "separate",
         rows: Tensor | None = None,
-        covered: Tensor | None = None,
+        weights: Weights | None = None,
         impl: Impl = "auto",
         differentiable: bool = True,
     ) -> None:
@@ -72,7 +87,7 @@ class Regularizers:
         self._places = places
         self._regularizer = regularizer
         self._rows = rows
-        self._covered = covered
+        self._weights = weights
         self._impl = impl
         self._differentiable = differentiable
         self._waiting: dict[int, dict[Kind, tuple[Tensor, _Scaled]]] = {}
@@ -142,8 +157,7 @@ class Regularizers:
 
     def _representation(self, i: int, output: Tensor) -> _OfStatistics:
         if output.shape not in self._statistics:
-            weights = _weights(self._covered, output)
-            weights = None if weights is None else _chosen(weights, self._rows)
+            weights = None if self._weights is None else _chosen(self._weights.of(output), self._rows)
             self._statistics[output.shape] = _Statistics(output.shape, self._places, self._rows, weights)
         statistics, frozen = self._statistics[output.shape], self._frozen.hidden.pop(i)
         tuned = mean_and_deviation(_chosen(output, self._rows), statistics.weights, impl=self._impl)
@@ -264,10 +278,6 @@ def _plus(upstream: Tensor, x: Tensor, factor: Tensor, rows: Tensor | None, offs
         return upstream.index_copy(0, rows, _plus(upstream.index_select(0, rows), x, factor, None, offset))
     start = upstream if offset is None else upstream + offset
     return torch.addcmul(start, x, factor).to(upstream.dtype)
-
-
-def _weights(covered: Tensor | None, output: Tensor) -> Tensor | None:
-    return None if covered is None else covered_at(covered, output.shape).to(output.device, non_blocking=True)
 
 
 def _chosen(x: Tensor, rows: Tensor | None, dim: int = 0) -> Tensor:

@@ -123,12 +123,6 @@ def apply(
     return Change(path if dry_run else target, diff, bool(diff) or target != path)
 
 
-def revert(path: Path, *, dry_run: bool = False) -> Change:
-    """`unpatch`, for the command."""
-    diff = unpatch(path, dry_run=dry_run)
-    return Change(path.resolve(), diff, bool(diff))
-
-
 def named(found: Status) -> str:
     """The version that the script asks for."""
     known = f"for {NAME} {found.version}" if found.version != "unknown" else f"for no stated version of {NAME}"

@@ -8,7 +8,6 @@ the class word, and what came of that takes the place of what it came to before,
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,8 +21,6 @@ from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.deferred import Deferred
 
 from ..class_captions import ClassCaptions, word_tokens
-
-logger = logging.getLogger("apt_hooks")
 
 _WAY_OUT = "encode the captions by a function that is given the text encoders, or leave identifier and class_word out"
 
@@ -186,7 +183,7 @@ class ClassWords:
 
     def _take_notice(self, *, epoch_over: bool) -> None:
         if not self._ever_heard and epoch_over:
-            logger.warning("apt-hooks: identifier %r is in none of the captions", self.captions.identifier)
+            self.captions.warn_of_absence()
         if self._ever_heard or epoch_over:
             self._passes = None
 

@@ -100,12 +100,6 @@ def apply(path: Path, *, dry_run: bool = False) -> Change:
     return Change(path.resolve(), diff, bool(diff))
 
 
-def revert(path: Path, *, dry_run: bool = False) -> Change:
-    """`unpatch`, for the command."""
-    diff = unpatch(path, dry_run=dry_run)
-    return Change(path.resolve(), diff, bool(diff))
-
-
 def named(found: Status) -> str:
     """The version; GUIs carry copies whose README is of another one."""
     if found.version in TESTED:

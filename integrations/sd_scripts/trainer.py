@@ -86,7 +86,7 @@ class AptTrainer:
                 ]
             captions += [info.caption for info in getattr(dataset, "image_data", {}).values()]
         if self._captions is not None and not self._captions.occurs_in(captions):
-            logger.warning("apt-hooks: identifier %r is in none of the captions", self._captions.identifier)
+            self._captions.warn_of_absence()
 
     def load_target_model(self, args: argparse.Namespace, weight_dtype: torch.dtype, accelerator: Any) -> Any:
         loaded = super().load_target_model(args, weight_dtype, accelerator)  # type: ignore[misc]

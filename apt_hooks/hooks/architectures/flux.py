@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
 from ..layout import Layout, Source, Told
 from . import joint_attention
-from .joint_attention import Block
+from .joint_attention import Block, Lengths
 
 LOOKED_FOR = "transformer_blocks and single_transformer_blocks behind a time_text_embed"
 
@@ -22,7 +22,12 @@ def is_one(model: nn.Module) -> bool:
 
 def layout(model: nn.Module, blocks: Literal["auto"] | Sequence[int], source: Source) -> Layout:
     """Blocks counted through, the single ones behind the double ones; "auto" as in `joint_attention`."""
-    told = Told(model, joint_attention.lengths_of_call)
+
+    def lengths(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lengths:
+        picture, text = joint_attention.picture_and_text(args, kwargs)
+        return Lengths(picture.shape[1], text.shape[1])
+
+    told = Told(model, lengths)
     return joint_attention.layout(list(_blocks(model)), blocks, source, [told], lambda call: call["image_rotary_emb"])
 
 

@@ -29,8 +29,8 @@ class Block:
     """A block, by what is compared in it.
 
     Attributes:
-        attention: its joint attention; in the queries' and keys' own heads, `queries` and `keys` are taken.
-        end: the block, whose output's element 1, or only one, holds the picture.
+        module: the block itself; the picture is its output's second element, or in its only one.
+        attention: its joint attention.
         queries, keys: modules of `attention`, by name: those behind which nothing but rotation comes.
     """
 
@@ -41,10 +41,20 @@ class Block:
     keys: str
 
 
-def lengths_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lengths:
-    """Of a call of the whole transformer, with `hidden_states` and `encoder_hidden_states`."""
-    image, text = (argument(args, kwargs, i, n) for i, n in enumerate(("hidden_states", "encoder_hidden_states")))
-    return Lengths(image.shape[1], text.shape[1])
+def picture_and_text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """What a call of the whole transformer is given as `hidden_states` and `encoder_hidden_states`.
+
+    Raises:
+        AptError: it is not given one of them.
+    """
+    given = {**dict(zip(_INPUTS, args, strict=False)), **kwargs}
+    if missing := [name for name in _INPUTS if name not in given]:
+        raise AptError(f"the transformer was called without {missing[0]}")
+    picture, text = (given[name] for name in _INPUTS)
+    return picture, text
+
+
+_INPUTS = ("hidden_states", "encoder_hidden_states")
 
 
 def select(count: int, blocks: Literal["auto"] | Sequence[int]) -> tuple[int, ...]:
@@ -154,12 +164,3 @@ def rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-odd, even], dim=-1).flatten(-2)
     return (x.float() * cosines + turned * sines).to(x.dtype)
-
-
-def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
-    """An argument of a call, by its name or its place."""
-    if name in kwargs:
-        return kwargs[name]
-    if place < len(args):
-        return args[place]
-    raise AptError(f"the transformer was called without {name}")

@@ -30,8 +30,7 @@ def layout(model: nn.Module, blocks: Literal["auto"] | Sequence[int], source: So
     patch = int(model.pos_embed.patch_size)  # type: ignore[union-attr, arg-type]
 
     def lengths(args: tuple[Any, ...], kwargs: Any) -> Lengths:
-        names = ("hidden_states", "encoder_hidden_states")
-        picture, text = (joint_attention.argument(args, kwargs, i, name) for i, name in enumerate(names))
+        picture, text = joint_attention.picture_and_text(args, kwargs)
         return Lengths((picture.shape[-2] // patch) * (picture.shape[-1] // patch), text.shape[1])
 
     return joint_attention.layout(list(_blocks(model)), blocks, source, [Told(model, lengths)], text_first=False)
