@@ -109,13 +109,14 @@ class AptConfig:
     lambda_joint: float = _at_least_zero(0.01)
     representation_source: Literal["self_attention", "block"] = _choice("self_attention", "self_attention", "block")
     blocks: Literal["auto"] | tuple[int, ...] = _key(
-        "auto", '"auto" or a list of different up-block numbers, counted from 0', _is_blocks
+        "auto", '"auto" or a list of different block numbers, counted from 0', _is_blocks
     )
     frozen_every: int = _key(1, "a whole number, 1 or larger", lambda v: _is_count(v, 1))
     attention_impl: Literal["auto", "eager", "triton"] = _choice("auto", "auto", "eager", "triton")
     identifier: str | None = _word()
     class_word: str | None = _word()
     _given: ClassVar[Mapping[str, Any]] = {}
+    _of_model: ClassVar[bool] = False
     preset_name: str | None = _key(None, "the name of a preset", lambda v: v is None or v in preset_names())
 
     def __post_init__(self) -> None:
@@ -189,6 +190,31 @@ class AptConfig:
             config = cls(**own)
         object.__setattr__(config, "_given", own)
         return config
+
+    def of_model(self, own: str | None) -> AptConfig:
+        """This configuration for a model whose preset is `own`: that preset's values below the keys that were given.
+
+        Args:
+            own: its name; None where no preset is known for the model, which then takes any.
+
+        Raises:
+            AptError: it names the preset of another model, whose scale would make gamma wrong by a factor.
+        """
+        if own is None or self.preset_name == own:
+            return self
+        if self.preset_name is not None:
+            raise AptError(
+                f'[apt] preset = "{self.preset_name}" is for another model: this one\'s is "{own}"; name that one, or '
+                "none, which takes it"
+            )
+        config = self.from_mapping({"preset": own, **self.overrides(), **self._given})
+        object.__setattr__(config, "_of_model", True)
+        return config
+
+    @property
+    def preset_is_the_models(self) -> bool:
+        """Whether the preset was not named but taken for the model's (`of_model`)."""
+        return self._of_model
 
     @property
     def aligns_attention(self) -> bool:

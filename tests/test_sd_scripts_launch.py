@@ -14,6 +14,7 @@ from sd_scripts_standin import LAYOUTS, PATCHED_FILES, write_checkout, write_job
 from apt_hooks.errors import AptError
 from apt_hooks.integrations.patching import strip
 from apt_hooks.integrations.sd_scripts import patch as sd_scripts
+from apt_hooks.integrations.sd_scripts.checkout import Checkout
 from apt_hooks.integrations.sd_scripts.launch import loaded_sources
 
 APT = 'preset = "sd15"\nblocks = [2, 3]'
@@ -45,7 +46,7 @@ def log(job: Path) -> list[str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_python_sees_the_lines_that_patch_writes(tmp_path: Path, layout: str) -> None:
     folder = write_checkout(tmp_path, layout=layout)
-    seen = loaded_sources(folder)
+    seen = loaded_sources(Checkout(folder))
     sd_scripts.patch(folder)
     assert seen.keys() == {folder / name for name in PATCHED_FILES[layout]}
     for path, content in seen.items():
@@ -55,7 +56,7 @@ def test_python_sees_the_lines_that_patch_writes(tmp_path: Path, layout: str) ->
         at = next((i for i, line in enumerate(lines) if line.startswith(b"    else:  # [apt-hooks]")), len(lines))
         assert lines[:at] + lines[at + 3 :] == patched
     # Patched files, too.
-    assert loaded_sources(folder) == seen
+    assert loaded_sources(Checkout(folder)) == seen
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -142,7 +143,7 @@ def test_a_checkout_that_cannot_be_patched_cannot_be_launched(tmp_path: Path) ->
     path = folder / "train_network.py"
     path.write_text(path.read_text("utf-8").replace("def call_unet(", "def call_model("), "utf-8")
     with pytest.raises(AptError, match=r"looked for NetworkTrainer\.call_unet\(\)"):
-        loaded_sources(folder)
+        loaded_sources(Checkout(folder))
 
 
 def test_alone_it_says_how_it_is_used(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ length or its mask, is `Told` by the call of a module around it.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -57,6 +58,17 @@ class Told:
 
     module: nn.Module
     of_call: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
+
+
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module is called with, by the names of the parameters of its own `forward`, for `Told.of_call`."""
+    own = inspect.signature(type(module).forward)
+    return own.bind(module, *args, **kwargs).arguments
+
+
+def flat(x: Tensor, told: tuple[Any, ...]) -> Tensor:
+    """A `Read` of [batch, positions, heads, channels] as [batch, positions, heads * channels]."""
+    return x.flatten(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +133,10 @@ class Architecture(Protocol):
 
     def is_one(self, model: nn.Module) -> bool:
         """Whether a model is built like that, by the modules that it has."""
+        ...
+
+    def preset(self, model: nn.Module) -> str | None:
+        """The preset that is for such a model; None: not known."""
         ...
 
     def layout(self, model: nn.Module, blocks: Literal["auto"] | Sequence[int], source: Source) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import AptError
@@ -9,10 +10,13 @@ from ..errors import AptError
 TARGETS = ("epsilon", "v_prediction", "sample")
 """What a model may predict of `x_t = a x0 + s e`, by diffusers' names: `e`, `v = a e - s x0`, `x0`."""
 
+FLOW = "flow"
+"""Flow matching, `x_t = (1 - sigma) x0 + sigma e`; what is compared there is told by `flow_target`."""
+
 
 def check_target(target: str) -> None:
     """Raise AptError where it is not known what an error of this target comes to."""
-    if target not in TARGETS:
+    if target not in (*TARGETS, FLOW):
         raise AptError(
             f"the model predicts {target!r}, and what an error of it comes to in epsilon is known of "
             f'{", ".join(TARGETS)} only; set [apt] indicator_space = "target" to measure it as it is'
@@ -41,3 +45,40 @@ def epsilon_error_scale(target: str, alphas_cumprod: Tensor, timesteps: Tensor) 
         return None
     kept = alphas_cumprod.to(timesteps.device)[timesteps]
     return kept.sqrt() if target == "v_prediction" else (kept / (1 - kept)).sqrt()
+
+
+def flow_target(target: Tensor, x0: Tensor, noise: Tensor) -> str | None:
+    """What a loss of flow matching compares: "velocity", `e - x0` or its negative, "sample", `x0`, or "epsilon", `e`.
+
+    Args:
+        target: [batch, ...], of the loss.
+        x0, noise: of the same shape, what the noisy samples were made of.
+
+    Returns:
+        The name, or None where it is none of these.
+    """
+    if target.shape != x0.shape:
+        return None
+    target, x0, noise = target.float(), x0.float(), noise.float()
+    known = (("velocity", noise - x0), ("velocity", x0 - noise), ("sample", x0), ("epsilon", noise))
+    size = target.square().mean()
+    for name, other in known:
+        if (target - other).square().mean() <= 1e-4 * size:  # rounding to half precision is 1e-5 at most
+            return name
+    return None
+
+
+def flow_error_scale(compared: str, sigmas: Tensor) -> Tensor:
+    """As `epsilon_error_scale`, for flow matching: ours, the paper has none of it.
+
+    At a given `x_t = (1 - sigma) x0 + sigma e`, `e = x_t + (1 - sigma) v` with `v = e - x0`, and
+    `e = (x_t - (1 - sigma) x0) / sigma`.
+
+    Args:
+        compared: as `flow_target` says.
+        sigmas: [batch], from 0 to 1. At 0 there is no noise, and a sample's error is 0 in itself.
+    """
+    if compared == "epsilon":
+        return torch.ones_like(sigmas)
+    kept = 1 - sigmas
+    return kept if compared == "velocity" else kept / sigmas.clamp_min(torch.finfo(sigmas.dtype).tiny ** 0.25)

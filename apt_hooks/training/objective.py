@@ -179,6 +179,10 @@ class AptObjective:
         passes.run(predict, predict_frozen)
         return passes.step(target, timesteps, ends_step=ends_step, error_scale=error_scale, mask=mask)
 
+    def expect(self, numbers: Tensor, check: Callable[[list[float]], None]) -> None:
+        """Have `check` called with `numbers`, [n], once their device has come to them, at the latest by `verify`."""
+        self._deferred.expect(numbers, check)
+
     def passes(self, counted: Tensor | None = None, covered: Tensor | None = None) -> Passes:
         """The passes of one batch, for loops that know the target later, or run the model in lines of their own."""
         return Passes(self, counted, covered)

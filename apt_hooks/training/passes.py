@@ -57,15 +57,27 @@ class Passes:
         self._tuned = contextlib.ExitStack()
         self._over = False
 
-    def run(self, predict: Callable[[], Tensor], predict_frozen: Callable[[], Tensor] | None = None) -> Tensor:
-        """Both passes; the tuned model's prediction. Arguments as in `AptObjective.step`."""
+    def run(
+        self,
+        predict: Callable[[], Tensor],
+        predict_frozen: Callable[[], Tensor] | None = None,
+        *,
+        same_conditioning: bool = False,
+    ) -> Tensor:
+        """Both passes; the tuned model's prediction.
+
+        Args:
+            predict, predict_frozen: as in `AptObjective.step`.
+            same_conditioning: `predict_frozen` is a way of its own to the same, and not of another conditioning.
+        """
+        other = predict_frozen is not None and not same_conditioning
         reference, step = self._objective.reference, self._objective.steps
         reference.keep_start()
         if not self.due or not (self._counts or reference.awaits_comparison(step)):
             return self.end_tuned(predict())
         with self.frozen():
             frozen = (predict_frozen or predict)()
-        if predict_frozen is not None and reference.awaits_comparison(step):
+        if predict_frozen is not None and other and reference.awaits_comparison(step):
             # With other conditioning predictions differ for another reason too.
             reference.compare_alike(predict_frozen, frozen)
         if not self._counts:
@@ -124,6 +136,14 @@ class Passes:
                 self._compared = regularizers, observed
             self._tuned = stack.pop_all()
         return self._tuned
+
+    def end_observation(self) -> None:
+        """End the comparison of a tuned pass that has come through the whole model, where more follows it.
+
+        Raises:
+            AptError: as `end_tuned`, which is still to be called.
+        """
+        self._tuned.close()
 
     def end_tuned(self, prediction: Tensor) -> Tensor:
         """The prediction to go on with.

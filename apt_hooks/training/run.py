@@ -87,7 +87,9 @@ class AptRun:
                 regularizers = f"{blocks}: {len(capture.hidden)} outputs of cross-attention"
         parts = [
             f"apt-hooks {version()} {'monitors only' if config.monitor_only else 'is on'}",
-            f"preset {config.preset_name}" if config.preset_name else "no preset",
+            f"preset {config.preset_name}" + (", the model's" if config.preset_is_the_models else "")
+            if config.preset_name
+            else "no preset",
             f"overrides {overrides}" if overrides else "no overrides",
             regularizers,
             f"augmentation of {self.augment_space}s" if self.objective.augments else "no augmentation",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
-from apt_hooks.hooks.architectures.unet import check_preset
+from apt_hooks.hooks.architectures import preset_of
 from apt_hooks.method.augmentation import Placement
 from apt_hooks.method.units import epsilon_error_scale
 from apt_hooks.training.objective import AptObjective
@@ -103,7 +103,7 @@ class DreamBoothRun:
         parameters = [p for opt in accelerator._optimizers for group in opt.param_groups for p in group["params"]]
         if config.reference == "base":
             check_active(own, *self._text_encoders)
-        check_preset(config.preset_name, own)
+        config = config.of_model(preset_of(own))
         self._prior = bool(getattr(args, "with_prior_preservation", False))
         self._accelerator = accelerator
         self._schedule = noise_scheduler

@@ -27,8 +27,9 @@ def take_section(config: dict[str, Any], parser: argparse.ArgumentParser) -> Non
     section = config.pop("apt")
     if not any(action.dest == "apt_config" for action in parser._actions):
         sys.exit(
-            f"apt-hooks: error: {parser.prog} has an [apt] section in its --config_file, but only train_network.py and "
-            "sdxl_train_network.py can take one, once patched: run `apt-hooks patch sd-scripts` or take the section out"
+            f"apt-hooks: error: {parser.prog} has an [apt] section in its --config_file, but only train_network.py, "
+            "sdxl_train_network.py and the other *_train_network.py can take one, once patched: run `apt-hooks patch "
+            "sd-scripts` or take the section out"
         )
     parser.set_defaults(apt_section=section)
 
@@ -74,10 +75,16 @@ def without_section(args: argparse.Namespace) -> None:
 def _check_arguments(args: argparse.Namespace, config: AptConfig) -> None:
     for name, reason in {
         "torch_compile": "hooks are lost in a compiled model",
+        "compile": "hooks are lost in compiled blocks",
         "deepspeed": "its engine owns the model",
     }.items():
         if getattr(args, name, False):
             raise AptError(f"--{name} cannot be used with APT ({reason}); leave it out, or set [apt] enabled = false")
+    if getattr(args, "cpu_offload_checkpointing", False) and config.representation_source == "block":
+        raise AptError(
+            "--cpu_offload_checkpointing moves what a block gives to the CPU, where [apt] representation_source = "
+            '"block" would compare it; set that to "self_attention"'
+        )
     cached = args.cache_latents or args.cache_latents_to_disk
     if config.augmentation and not config.monitor_only and config.augment_space == "image" and cached:
         raise AptError(

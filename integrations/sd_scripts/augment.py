@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement
 
 
@@ -32,18 +35,28 @@ def moved(batch: dict[str, Any], placement: Placement, *, images: bool) -> dict[
 
 
 @torch.no_grad()
-def black_latent(vae: Any, device: Any) -> Tensor:
-    """What the VAE encodes black to, [channels], before the trainer's scaling: the mean away from the border.
+def black_latent(encode: Callable[[Tensor], Tensor], vae: Any, device: Any) -> tuple[Tensor, int]:
+    """What the VAE encodes black to, [channels], before the trainer's scaling, and its pixels a latent's side.
 
-    The VAE works on `device`, where xformers has its kernels, and in float32, since half precision overflows in SDXL's;
-    it then goes back to where and what it was.
+    The mean away from the border, which leaves of a sampled latent nothing of its sampling. The VAE works on `device`,
+    where xformers has its kernels, and in float32, since half precision overflows in SDXL's; it then goes back to where
+    and what it was. No random stream is moved.
+
+    Args:
+        encode: the trainer's own, of images [batch, 3, height, width], to [batch, channels, height, width] or, with one
+            frame, [batch, channels, 1, height, width].
     """
     parameter = next(vae.parameters())
     home, dtype = parameter.device, parameter.dtype
     vae.to(device, torch.float32)
     try:
-        latent = vae.encode(torch.full((1, 3, 256, 256), -1.0, device=device)).latent_dist.mode()
+        with frozen_base([vae], contextlib.nullcontext):
+            latent = encode(torch.full((1, 3, _BLACK, _BLACK), -1.0, device=device)).float()
     finally:
         vae.to(home, dtype)
     height, width = latent.shape[-2:]
-    return latent[0, :, height // 4 : -(height // 4), width // 4 : -(width // 4)].mean(dim=(1, 2))
+    inner = latent[0, ..., height // 4 : -(height // 4), width // 4 : -(width // 4)]
+    return inner.flatten(1).mean(dim=1), _BLACK // height
+
+
+_BLACK = 256

@@ -18,18 +18,22 @@ from ..patching import Places, Statements, strip
 
 SCRIPTS = ("train_network.py", "sdxl_train_network.py")
 NOISING, SAMPLER, READER = "get_noise_noisy_latents_and_timesteps", "get_timesteps", "read_config_from_file"
+FLOW_NOISING = "get_noisy_model_input_and_timesteps"
 MASKING = "apply_masked_loss"
+METHOD = "get_noise_pred_and_target"
 SUPPORTED = "sd-scripts 0.10.0 to 0.11.1 can be patched: update it, or `git checkout 6721028` in it (0.11.1)"
 
 # What the adapter overrides or calls: the parameters it relies on, by name and in this order.
-_CALL_UNET = (
-    "self", "args", "accelerator", "unet", "noisy_latents", "timesteps", "text_conds", "batch", "weight_dtype",
-)  # fmt: skip
 METHODS: dict[str, tuple[str, ...]] = {
     "train": ("self", "args"),
     "get_tokenizers": ("self", "tokenize_strategy"),
+    "get_text_encoding_strategy": ("self", "args"),
     "assert_extra_args": ("self", "args", "train_dataset_group", "val_dataset_group"),
     "load_target_model": ("self", "args", "weight_dtype", "accelerator"),
+    "load_unet_lazily": ("self", "args", "weight_dtype", "accelerator", "text_encoders"),
+    "cache_text_encoder_outputs_if_needed": (
+        "self", "args", "accelerator", "unet", "vae", "text_encoders", "dataset", "weight_dtype",
+    ),
     "get_sai_model_spec": ("self", "args"),
     "generate_step_logs": ("self", "args"),
     "process_batch": (
@@ -37,9 +41,9 @@ METHODS: dict[str, tuple[str, ...]] = {
         "accelerator", "args", "text_encoding_strategy", "tokenize_strategy", "is_train", "train_text_encoder",
         "train_unet",
     ),
+    "encode_images_to_latents": ("self", "args", "vae", "images"),
     "shift_scale_latents": ("self", "args", "latents"),
-    "get_noise_pred_and_target": ("self", "args", "accelerator"),
-    "call_unet": _CALL_UNET,
+    METHOD: ("self", "args", "accelerator", "noise_scheduler", "latents", "batch", "text_encoder_conds"),
     "post_process_loss": ("self", "loss", "args", "timesteps", "noise_scheduler"),
 }  # fmt: skip
 FUNCTIONS: dict[str, tuple[str, ...]] = {
@@ -47,6 +51,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     NOISING: ("args", "noise_scheduler", "latents"),
     READER: ("args", "parser"),
 }
+_OF_FLOW_NOISING = ("args", "noise_scheduler", "latents", "noise", "device", "dtype")
 
 _ARGUMENT = '{parser}.add_argument("--apt_config", default=None, help="TOML file with an [apt] section (apt-hooks)")'
 _TRAINER = (
@@ -132,19 +137,57 @@ class Checkout:
         folder: where it is.
         contents: of files that are to be taken for something else than what is on the disk, by name.
 
+    Attributes:
+        refused: what is in the way of those scripts beside `SCRIPTS` that train a network and cannot take `[apt]`.
+
     Raises:
         AptError: something that the adapter needs is not there; the message says what was looked for and found.
     """
 
     def __init__(self, folder: Path, contents: Mapping[str, bytes] | None = None) -> None:
         self.folder = folder
+        self.refused: dict[str, str] = {}
         self._contents = contents or {}
         self._sources: dict[str, Source] = {}
-        mains = {name: self._main(self.source(name)) for name in SCRIPTS}
-        readers = {name: self._function(self.source(name), main.reader) for name, main in mains.items()}
-        for name, main in mains.items():
-            self._check_trainer(self.source(name), main.kind)
-        self._mains, self._readers = mains, readers
+        self._mains: dict[str, _Main] = {}
+        self._readers: dict[str, tuple[Source, ast.FunctionDef]] = {}
+        for name in SCRIPTS:
+            self._take(name)
+        others = sorted({*(path.name for path in folder.glob("*.py")), *(n for n in self._contents if "/" not in n)})
+        for name in others:
+            if name not in SCRIPTS and self._trains_a_network(name):
+                try:
+                    self._take(name)
+                except AptError as error:
+                    self.refused[name] = str(error)
+
+    @property
+    def scripts(self) -> tuple[str, ...]:
+        """The scripts that can take `[apt]`."""
+        return tuple(self._mains)
+
+    def _take(self, name: str) -> None:
+        source = self.source(name)
+        main = self._main(source)
+        reader = self._function(source, main.reader)
+        self._check_trainer(source, main.kind)
+        self._mains[name], self._readers[name] = main, reader
+
+    def _trains_a_network(self, name: str) -> bool:
+        """Whether a script's trainer is one of those that `train_network.py` begins."""
+        content = self._contents.get(name)
+        content = (self.folder / name).read_bytes() if content is None else content
+        if _MAIN.encode() not in content.replace(b'"', b"'") or b"train_network" not in content:
+            return False
+        try:
+            source = self.source(name)
+        except AptError:  # no Python of this version, and none that was looked for
+            return False
+        return any(
+            place.name == SCRIPTS[0] and owner == self._mains[SCRIPTS[0]].kind
+            for kind in source.classes()
+            for place, owner in self._bases(source, kind.name)
+        )
 
     def places(self, install: str, otherwise: tuple[str, ...] = ()) -> dict[str, Places]:
         """The lines to insert, by file.
@@ -196,7 +239,7 @@ class Checkout:
         blocks = [n for n in source.tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == _MAIN]
         if len(blocks) != 1:
             raise self._missing(source, f"one `if {_MAIN}:`", f"{len(blocks)} of them")
-        statements = blocks[0].body
+        statements = list(_plain(blocks[0].body))
         for train, call in _calls(statements, "train"):
             owner = getattr(call.func, "value", None)
             kinds = [
@@ -226,7 +269,16 @@ class Checkout:
         for name in METHODS:
             if name not in found:
                 raise self._missing(source, f"{kind}.{name}()")
-        place, method = found["get_noise_pred_and_target"]
+        place, method = found[METHOD]
+        if "is_train" not in [argument.arg for argument in method.args.args]:
+            raise self._missing(place, f"{METHOD}(..., is_train)")
+        if [*_calls(method.body, FLOW_NOISING)]:
+            home, name = self._home(place, self._called(place, method, FLOW_NOISING))
+            flow = home.functions().get(name)
+            names = [] if flow is None else [argument.arg for argument in flow.args.args]
+            if not {"latents", "noise"} <= set(names) <= set(_OF_FLOW_NOISING):
+                raise self._missing(home, f"{name}({', '.join(_OF_FLOW_NOISING)})", f"({', '.join(names)})")
+            return
         home, noising = self._function(place, self._called(place, method, NOISING))
         if self._called(home, noising, SAMPLER) != SAMPLER:
             raise self._missing(home, f"{SAMPLER}(...) by its own name in {NOISING}()")
@@ -318,6 +370,15 @@ def _calls(statements: list[ast.stmt], name: str) -> Iterator[tuple[ast.stmt, as
                 getattr(node.func, "attr", None) or getattr(node.func, "id", "")
             ):
                 yield statement, node
+
+
+def _plain(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements, those of both ways of an `if` in its place."""
+    for statement in statements:
+        if isinstance(statement, ast.If):
+            yield from _plain([*statement.body, *statement.orelse])
+        else:
+            yield statement
 
 
 def _is_name(target: ast.expr, other: ast.expr | None) -> bool:

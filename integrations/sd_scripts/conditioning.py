@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from apt_hooks.errors import AptError
 
 from ..class_captions import ClassCaptions
 
@@ -18,14 +23,14 @@ class TextEncoders:
     encoding: Any
     tokenizing: Any
 
-    def __call__(self, captions: list[str], *, weighted: bool) -> list[Tensor]:
+    def __call__(self, captions: list[str], *, weighted: bool) -> list[Any]:
         """The conditioning of `captions`: one or more tensors, [batch, ...] each."""
         if weighted:
             ids, weights = self.tokenizing.tokenize_with_weights(captions)
             return list(self.encoding.encode_tokens_with_weights(self.tokenizing, self.models, ids, weights))
         return self.of_tokens(self.tokenizing.tokenize(captions))
 
-    def of_tokens(self, ids: Any) -> list[Tensor]:
+    def of_tokens(self, ids: Any) -> list[Any]:
         """The conditioning of captions that are tokens already."""
         return list(self.encoding.encode_tokens(self.tokenizing, self.models, list(ids)))
 
@@ -43,12 +48,16 @@ class FrozenConditioning:
         self._captions = captions
         self._lora = lora
         self._weighted = weighted
-        self._encoded: dict[str, list[Tensor]] = {}
+        self._encoded: dict[str, list[Any]] = {}
 
     def __call__(
-        self, encoders: TextEncoders, batch: dict[str, Any], counted: Tensor, text_conds: list[Tensor]
-    ) -> list[Tensor]:
-        """The conditioning in place of `text_conds`, on the same device and of the same dtype."""
+        self, encoders: TextEncoders, batch: dict[str, Any], counted: Tensor, text_conds: list[Any]
+    ) -> list[Any]:
+        """The conditioning in place of `text_conds`, on the same device and of the same dtype.
+
+        Raises:
+            AptError: captions are encoded for good, and one with the class word was not.
+        """
         changed: dict[int, str] = {}
         if self._captions is not None:
             for i, (caption, own) in enumerate(zip(batch["captions"], counted.tolist(), strict=True)):
@@ -56,21 +65,82 @@ class FrozenConditioning:
                     changed[i] = self._captions(caption)
         if not changed and not self._lora:
             return text_conds
-        if batch.get("text_encoder_outputs_list") is not None:
-            return self._cached(encoders, changed, text_conds)
-        if changed or self._weighted:
-            captions = [changed.get(i, caption) for i, caption in enumerate(batch["captions"])]
-            encoded = encoders(captions, weighted=self._weighted)
-        else:
-            encoded = encoders.of_tokens(batch["input_ids_list"])
-        return [cond.to(like) for cond, like in zip(encoded, text_conds, strict=True)]
-
-    def _cached(self, encoders: TextEncoders, changed: dict[int, str], text_conds: list[Tensor]) -> list[Tensor]:
-        """Cached outputs are those of the training captions; those with another word are encoded, once each."""
-        frozen = [cond.detach().clone() for cond in text_conds]
+        if batch.get("text_encoder_outputs_list") is None:
+            return _in_place(text_conds, self._encode_again(encoders, batch, changed))
+        # What is cached is of the training captions, and of the encoders that are not trained.
+        frozen = [cond.detach().clone() if isinstance(cond, Tensor) else cond for cond in text_conds]
+        if self._lora:
+            frozen = _in_place(frozen, self._encode_again(encoders, batch, changed))
         for i, caption in changed.items():
-            if caption not in self._encoded:
-                self._encoded[caption] = [cond.cpu() for cond in encoders([caption], weighted=self._weighted)]
-            for cond, new in zip(frozen, self._encoded[caption], strict=True):
-                cond[i] = new[0].to(cond)
+            for cond, new in zip(frozen, self._of_class_caption(encoders, caption), strict=False):
+                if isinstance(cond, Tensor) and isinstance(new, Tensor):
+                    cond[i] = new[0].to(cond)
         return frozen
+
+    def prepare(self, encoders: TextEncoders, dataset: Any) -> None:
+        """Encode the captions of a group of data sets as the frozen model reads them, while its encoders are at hand.
+
+        They are looked up later by what a batch says, which is a caption with its subset's prefix and suffix, though
+        what the trainer encodes for good is the one without.
+        """
+        stream = random.getstate()
+        try:
+            for part in getattr(dataset, "datasets", [dataset]):
+                for key, info in part.image_data.items():
+                    own = self._captions(info.caption) if self._captions else info.caption
+                    if own == info.caption:
+                        continue
+                    said = self._captions(part.process_caption(part.image_to_subset[key], info.caption))  # type: ignore[misc]
+                    if said not in self._encoded:
+                        self._encoded[said] = self._on_cpu(encoders, own)
+        finally:
+            random.setstate(stream)
+
+    def _encode_again(self, encoders: TextEncoders, batch: dict[str, Any], changed: dict[int, str]) -> list[Any]:
+        if not changed and not self._weighted:
+            return encoders.of_tokens(batch["input_ids_list"])
+        captions = [changed.get(i, caption) for i, caption in enumerate(batch["captions"])]
+        return encoders(captions, weighted=self._weighted)
+
+    def _of_class_caption(self, encoders: TextEncoders, caption: str) -> list[Any]:
+        if caption not in self._encoded:
+            if not encoders.models:
+                raise AptError(
+                    f"the frozen model's caption {caption!r} was not encoded when the others were, and the text "
+                    "encoders are gone by now: leave cache_text_encoder_outputs out, or identifier and class_word"
+                )
+            self._encoded[caption] = self._on_cpu(encoders, caption)
+        return self._encoded[caption]
+
+    def _on_cpu(self, encoders: TextEncoders, caption: str) -> list[Any]:
+        with torch.no_grad():
+            encoded = encoders([caption], weighted=self._weighted)
+        return [cond.cpu() if isinstance(cond, Tensor) else cond for cond in encoded]
+
+
+class WithClassCaptions:
+    """A group of data sets that has the frozen model's captions encoded where its own are encoded for good.
+
+    Args:
+        dataset: the trainer's own, to which everything else is handed through.
+        prepare: called with the text encoders behind that.
+    """
+
+    def __init__(self, dataset: Any, prepare: Callable[[Any], None]) -> None:
+        self._dataset = dataset
+        self._prepare = prepare
+
+    def new_cache_text_encoder_outputs(self, models: Any, accelerator: Any) -> None:
+        """As the data sets' own, which the trainer calls with the text encoders on their device."""
+        self._dataset.new_cache_text_encoder_outputs(models, accelerator)
+        self._prepare(models)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+
+def _in_place(text_conds: list[Any], encoded: list[Any]) -> list[Any]:
+    """The conditioning with what was encoded anew; None is what the trainer has of no encoder."""
+    both = list(zip(encoded, text_conds, strict=False))
+    new = [c.to(like) if isinstance(c, Tensor) and isinstance(like, Tensor) else like for c, like in both]
+    return [*new, *text_conds[len(new) :]]

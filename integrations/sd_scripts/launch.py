@@ -32,12 +32,15 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
     """
     script = script.resolve()
     if not script.is_file():
-        raise AptError(f"{script}: no such file; name a script of sd-scripts: {' or '.join(SCRIPTS)}")
-    if script.name not in SCRIPTS:
+        raise AptError(f"{script}: no such file; name a script of sd-scripts, such as {SCRIPTS[0]}")
+    checkout = Checkout(script.parent)
+    if script.name not in checkout.scripts:
         raise AptError(
-            f"{script}: only {' and '.join(SCRIPTS)} can take [apt]; run this one without `-m apt_hooks.launch`"
+            checkout.refused.get(script.name)
+            or f"{script}: only {', '.join(checkout.scripts)} can take [apt]; run this one without "
+            "`-m apt_hooks.launch`"
         )
-    sources = loaded_sources(script.parent)
+    sources = loaded_sources(checkout)
     sys.meta_path.insert(0, _Finder({path: text for path, text in sources.items() if path != script}))
     # What `python SCRIPT` makes of these.
     sys.argv = [str(script), *arguments]
@@ -50,9 +53,9 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
     exec(_compiled(sources[script], script), main.__dict__)
 
 
-def loaded_sources(folder: Path) -> dict[Path, bytes]:
+def loaded_sources(checkout: Checkout) -> dict[Path, bytes]:
     """The files of a checkout that get lines, as Python is to see them."""
-    checkout = Checkout(folder)
+    folder = checkout.folder
     places = checkout.places(patching.install_hint(), otherwise=_WITHOUT_APT)
     return {
         folder / name: patching.patched_python(checkout.source(name).content, at, str(folder / name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import subprocess
 from pathlib import Path
@@ -13,6 +14,8 @@ from apt_hooks.files import remove_leftovers, write_atomically
 from .. import patching
 from ..trainers import Change
 from .checkout import SCRIPTS, Checkout
+
+logger = logging.getLogger("apt_hooks")
 
 NAME = "sd-scripts"
 OPTIONS: frozenset[str] = frozenset()
@@ -35,11 +38,13 @@ class Status:
         folder: where it is.
         version: as its README says, or "unknown". Nothing depends on it: a GUI's copy may carry another one's README.
         state: per file, "patched", "not patched", or in words what is in the way; `patch` mends it.
+        refused: per script that trains a network and cannot take `[apt]`, what is in the way.
     """
 
     folder: Path
     version: str
     state: dict[str, str]
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def patched(self) -> bool:
@@ -54,7 +59,8 @@ def status(folder: Path) -> Status:
         AptError: the folder holds no sd-scripts, or one that cannot be patched.
     """
     contents, merged = _read(folder)
-    new = _patched(folder, contents, merged)
+    checkout = Checkout(folder, {**contents, **merged})
+    new = _patched(folder, contents, merged, checkout)
     states = {}
     for name in new:
         state = PATCHED if contents[name] == new[name] else OTHER_LINES
@@ -65,7 +71,7 @@ def status(folder: Path) -> Status:
         elif not patching.is_patched(new[name]):
             state = LEFT_OVER
         states[name] = state
-    return Status(folder, _version(folder), states)
+    return Status(folder, _version(folder), states, checkout.refused)
 
 
 def patch(folder: Path, *, dry_run: bool = False) -> str:
@@ -78,7 +84,10 @@ def patch(folder: Path, *, dry_run: bool = False) -> str:
         AptError: as `status`; nothing was changed.
     """
     contents, merged = _read(folder)
-    return _replace(folder, contents, _patched(folder, contents, merged), dry_run)
+    checkout = Checkout(folder, {**contents, **merged})
+    for reason in checkout.refused.values():
+        logger.warning("apt-hooks: left out: %s", reason)
+    return _replace(folder, contents, _patched(folder, contents, merged, checkout), dry_run)
 
 
 def unpatch(folder: Path, *, dry_run: bool = False) -> str:
@@ -110,14 +119,14 @@ def named(found: Status) -> str:
 def report(path: Path, found: Status) -> list[str]:
     """A line a file."""
     lines = [f"{named(found)} in {path.resolve()}", *(f"  {name}: {state}" for name, state in found.state.items())]
+    lines += [f"  {name}: cannot take [apt]: {reason}" for name, reason in found.refused.items()]
     if not found.patched:
         lines.append(f"`apt-hooks patch {NAME} {path}` inserts the lines, and mends what an update left")
     return lines
 
 
-def _patched(folder: Path, contents: Contents, merged: Contents) -> Contents:
+def _patched(folder: Path, contents: Contents, merged: Contents, checkout: Checkout) -> Contents:
     """The files as they are to be: those with lines of ours now or then, in the order in which they are written."""
-    checkout = Checkout(folder, {**contents, **merged})
     places = checkout.places(patching.install_hint())
     new = {
         name: patching.patched_python(checkout.source(name).content, at, str(folder / name))

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
-from apt_hooks.hooks.architectures.unet import check_preset
+from apt_hooks.hooks.architectures import preset_of
 from apt_hooks.method.augmentation import Placement
-from apt_hooks.method.units import epsilon_error_scale
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.run import AptRun
 
@@ -29,9 +28,10 @@ from ..accelerate_state import attach
 from ..class_captions import ClassCaptions
 from ..noise_options import tell_noise_options
 from .augment import black_latent, moved
-from .conditioning import FrozenConditioning, TextEncoders
+from .conditioning import FrozenConditioning, TextEncoders, WithClassCaptions
+from .denoiser import FirstCall, prepare_block_swap
 from .lora import LoraSwitch, dropout
-from .trainer_functions import LossMask, TimestepSampler
+from .trainer_functions import FlowNoising, LossMask, noising_of
 
 logger = logging.getLogger("apt_hooks")
 
@@ -47,6 +47,8 @@ class AptTrainer:
     apt_config: AptConfig
     apt: AptRun
     _batch: _Batch | None = None
+    _captions: ClassCaptions | None = None
+    _conditioning: FrozenConditioning | None = None
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -64,6 +66,7 @@ class AptTrainer:
 
     def get_tokenizers(self, tokenize_strategy: Any) -> Any:
         tokenizers = super().get_tokenizers(tokenize_strategy)  # type: ignore[misc]
+        self._tokenizing = tokenize_strategy
         self._captions = None
         if self.apt_config.identifier and self.apt_config.class_word:
             self._captions = ClassCaptions(self.apt_config.identifier, self.apt_config.class_word)
@@ -73,6 +76,8 @@ class AptTrainer:
 
     def assert_extra_args(self, args: argparse.Namespace, train_dataset_group: Any, val_dataset_group: Any) -> None:
         super().assert_extra_args(args, train_dataset_group, val_dataset_group)  # type: ignore[misc]
+        if self._captions is not None:
+            self._check_caption_dropout(args, train_dataset_group)
         captions: list[str] = []
         for dataset in getattr(train_dataset_group, "datasets", []):
             for subset in getattr(dataset, "subsets", []):
@@ -88,21 +93,73 @@ class AptTrainer:
         if self._captions is not None and not self._captions.occurs_in(captions):
             self._captions.warn_of_absence()
 
+    def get_text_encoding_strategy(self, args: argparse.Namespace) -> Any:
+        self._encoding = super().get_text_encoding_strategy(args)  # type: ignore[misc]
+        return self._encoding
+
     def load_target_model(self, args: argparse.Namespace, weight_dtype: torch.dtype, accelerator: Any) -> Any:
         loaded = super().load_target_model(args, weight_dtype, accelerator)  # type: ignore[misc]
-        _, text_encoder, vae, unet = loaded
-        check_preset(self.apt_config.preset_name, unet)
+        _, text_encoder, self._vae, denoiser = loaded
+        if denoiser is not None:
+            self._prepare(args, accelerator, text_encoder, denoiser)
+        return loaded
+
+    def load_unet_lazily(self, args: argparse.Namespace, *rest: Any) -> Any:
+        # Where text encoders and latents are cached before the denoiser takes their place in memory.
+        loaded = super().load_unet_lazily(args, *rest)  # type: ignore[misc]
+        denoiser, text_encoders = loaded
+        _, accelerator, *_ = rest
+        self._prepare(args, accelerator, text_encoders, denoiser)
+        return loaded
+
+    def cache_text_encoder_outputs_if_needed(
+        self,
+        args: argparse.Namespace,
+        accelerator: Any,
+        unet: Any,
+        vae: Any,
+        text_encoders: Any,
+        dataset: Any,
+        weight_dtype: Any,
+    ) -> None:
+        def prepare(models: Any) -> None:
+            self._conditioning.prepare(TextEncoders(models, self._encoding, self._tokenizing), dataset)  # type: ignore[union-attr]
+
+        seen = dataset
+        if self._captions is not None:
+            self._conditioning = self._frozen_conditioning(args)
+            seen = WithClassCaptions(dataset, prepare)
+        super().cache_text_encoder_outputs_if_needed(  # type: ignore[misc]
+            args, accelerator, unet, vae, text_encoders, seen, weight_dtype
+        )
+
+    def _frozen_conditioning(self, args: argparse.Namespace) -> FrozenConditioning:
+        if self._conditioning is not None:
+            return self._conditioning
+        trained = bool(self.is_train_text_encoder(args))  # type: ignore[attr-defined]
+        return FrozenConditioning(self._captions, lora=trained, weighted=args.weighted_captions)
+
+    def _prepare(self, args: argparse.Namespace, accelerator: Any, text_encoder: Any, denoiser: nn.Module) -> None:
+        """All that is known before the network is applied."""
+        config = self.apt_config = self.apt_config.of_model(preset_of(denoiser))
         text_encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
         trained = text_encoders if self.is_train_text_encoder(args) else []  # type: ignore[attr-defined]
-        config = self.apt_config
         space = config.augment_space
         if space == "auto":
             space = "latent" if args.cache_latents else "image"
         self._switch: LoraSwitch | None = None
-        self._switched = (unet, *trained)
+        self._switched = (denoiser, *trained)
         self._network = args.network_module
-        reencoding = bool(trained) or self._captions is not None
-        objective = AptObjective(config, unet, self._lora_off, also_frozen=text_encoders if reencoding else ())
+        if trained or self._captions is not None:
+            self._conditioning = self._frozen_conditioning(args)
+        self._noising = noising_of(type(self), augments=config.augmentation and not config.monitor_only)
+        objective = AptObjective(
+            config,
+            denoiser,
+            self._lora_off,
+            also_frozen=text_encoders if self._conditioning is not None else (),
+            bin_of=self._noising.bin_of(config.num_bins),
+        )
         log_path = Path(args.output_dir or ".") / f"{args.output_name or 'last'}-apt.jsonl"
         self.apt = AptRun(
             objective,
@@ -111,26 +168,20 @@ class AptTrainer:
             seed=args.seed,
             rank=accelerator.process_index,
             trainer="sd-scripts",
-            target="v_prediction" if args.v_parameterization else "epsilon",
+            target=self._noising.target(args),
         )
         if getattr(args, "skip_until_initial_step", False):
             self.apt.step = getattr(args, "initial_step", None) or 0  # until a state is loaded that knows better
         if accelerator.is_main_process:
             tell_noise_options(args)
-        self._conditioning: FrozenConditioning | None = None
-        if reencoding:
-            self._conditioning = FrozenConditioning(self._captions, lora=bool(trained), weighted=args.weighted_captions)
-        self._vae = vae
-        self._black = None
         self._loss_mask = LossMask(type(self))
-        if objective.augments:
-            self._sampler = TimestepSampler(type(self))
+        self._encode_images = functools.partial(self.encode_images_to_latents, args, self._vae)  # type: ignore[attr-defined]
+        self._latent_of_black: tuple[Tensor, int] | None = None
         if space == "latent" and objective.augments:
-            self._black = black_latent(vae, accelerator.device)
+            self._black(accelerator.device)
         attach(self.apt, accelerator)
         if objective.augments and config.augment_space == "auto" and space == "latent":
             accelerator.print(f"apt-hooks: {_LATENTS_AUGMENTED}")
-        return loaded
 
     def get_sai_model_spec(self, args: argparse.Namespace) -> dict[str, Any]:
         # Asked for at every save, so what it adds to the metadata is of that moment.
@@ -181,78 +232,91 @@ class AptTrainer:
         self._begin(accelerator, network, noise_scheduler)
         # Here the trainer has just fetched the last step's loss, so fetching its other numbers waits for nothing.
         self.apt.log.flush()
-        current = _Batch(_counted(batch), accelerator.sync_gradients, noise_scheduler.alphas_cumprod)
+        current = _Batch(_counted(batch), accelerator.sync_gradients)
         if self._conditioning is not None:
             models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
             encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
             current.frozen_conds = functools.partial(self._conditioning, encoders, batch, current.counted)
-        with contextlib.ExitStack() as stack:
-            if self.apt.objective.augments:
-                batch = self._augment(batch, current, args, noise_scheduler, accelerator.device)
-                stack.enter_context(self._sampler.drawn(current.timesteps))
-            current.mask = functools.partial(self._loss_mask, args, batch)
-            self._batch = current
-            try:
+        if self.apt.objective.augments:
+            batch = self._augment(batch, current, args, noise_scheduler, accelerator.device, weight_dtype)
+        current.mask = functools.partial(self._loss_mask, args, batch)
+        self._batch = current
+        try:
+            with self._noising.watched(noise_scheduler, current.drawn):
                 loss = process(batch)
-            finally:
-                self._batch = None
+        finally:
+            self._batch = None
         self.apt.record(current.step, current.placement, ends_step=current.ends_step)
         return loss
 
     def shift_scale_latents(self, args: argparse.Namespace, latents: Tensor) -> Tensor:
         current = self._batch
-        if current is not None and current.placement is not None and self._black is not None:
-            latents = current.placement.apply(latents, self._black)
+        if current is not None and current.placement is not None and self.apt.augment_space == "latent":
+            black, _ = self._black(latents.device)
+            latents = current.placement.apply(latents, black, "bchw" if latents.ndim == 4 else "bcfhw")
             current.covered = self.apt.objective.covered(current.placement, latents.shape[-2:])
         return super().shift_scale_latents(args, latents)  # type: ignore[misc]
 
-    def call_unet(
+    def get_noise_pred_and_target(
         self,
         args: argparse.Namespace,
         accelerator: Any,
-        unet: Any,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        text_conds: list[Tensor],
+        noise_scheduler: Any,
+        latents: Tensor,
         batch: dict[str, Any],
-        weight_dtype: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        def predict(conds: list[Tensor]) -> Tensor:
-            return super(AptTrainer, self).call_unet(  # type: ignore[misc]
-                args, accelerator, unet, noisy_latents, timesteps, conds, batch, weight_dtype, **kwargs
+        text_conds: list[Any],
+        denoiser: Any,
+        *rest: Any,
+        is_train: bool = True,
+    ) -> Any:
+        """Both passes: the trainer's own method, run twice with the same random numbers.
+
+        Once as the base model, whose frozen pass gives the random streams back as they were, and once as it is. So
+        nothing is known here of how a trainer adds its noise, calls its model and makes of what it answers.
+        """
+
+        def run(batch: dict[str, Any], conds: list[Any], model: Any, is_train: bool) -> Any:
+            return super(AptTrainer, self).get_noise_pred_and_target(  # type: ignore[misc]
+                args, accelerator, noise_scheduler, latents, batch, conds, model, *rest, is_train=is_train
             )
 
         current = self._batch
-        # Outside of a training step, and for the trainer's own second call (differential output preservation).
-        if current is None or current.passes is not None:
-            return predict(text_conds)
-        other = None if self._conditioning is None else lambda: predict(current.frozen_conds(text_conds))
-        current.passes = self.apt.objective.passes(current.counted, current.covered)
-        return current.passes.run(lambda: predict(text_conds), other)
+        if current is None:  # validation
+            return run(batch, text_conds, denoiser, is_train)
+        passes = self.apt.objective.passes(current.counted, current.covered)
+        results: dict[str, Any] = {}
 
-    def get_noise_pred_and_target(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().get_noise_pred_and_target(*args, **kwargs)  # type: ignore[misc]
-        current = self._batch
-        if current is not None:
-            _, target, timesteps, _ = result
-            drawn = timesteps if current.timesteps is None else current.timesteps
-            # The same tensor as a rule, so that no device is waited for.
-            if drawn is not timesteps and not torch.equal(drawn, timesteps.to(drawn.device)):
-                raise AptError(
-                    "the trainer adds noise at other timesteps than those drawn for the augmentation; "
-                    "set [apt] augmentation = false"
-                )
-            current.step = current.passes.step(
-                target,
-                timesteps,
-                ends_step=current.ends_step,
-                error_scale=epsilon_error_scale(self.apt.target, current.alphas_cumprod, timesteps),
-                mask=current.mask(target),
+        def predict() -> Tensor:
+            # Differential output preservation calls the model once more, which is no pass of APT's.
+            results["tuned"] = run(batch, text_conds, FirstCall(denoiser, passes.end_observation), is_train)
+            prediction: Tensor = results["tuned"][0]
+            return prediction
+
+        def predict_frozen() -> Tensor:
+            plain = {key: value for key, value in batch.items() if key != "custom_attributes"}
+            results["frozen"] = run(plain, current.frozen_conds(text_conds), denoiser, False)
+            prepare_block_swap(accelerator.unwrap_model(denoiser))
+            prediction: Tensor = results["frozen"][0]
+            return prediction
+
+        passes.run(predict, predict_frozen, same_conditioning=self._conditioning is None)
+        _, target, timesteps, weighting = results["tuned"]
+        times = self._noising.times(timesteps)
+        # The same tensor as a rule, so that no device is waited for.
+        if current.drawn is not None and current.drawn is not times and not torch.equal(current.drawn, times):
+            raise AptError(
+                "the trainer adds noise at other timesteps than those drawn for the augmentation; "
+                "set [apt] augmentation = false"
             )
-            if current.covered is not None:
-                result = (current.step.prediction, *result[1:])
-        return result
+        scale = None
+        if "frozen" in results:
+            self._check_targets(results["frozen"][1], target, current.counted)
+            if self.apt.indicator_units != self.apt.target:
+                scale = self._noising.error_scale(self.apt.target, times, results["frozen"][1])
+        current.step = passes.step(
+            target, times, ends_step=current.ends_step, error_scale=scale, mask=current.mask(target)
+        )
+        return current.step.prediction, target, timesteps, weighting
 
     def post_process_loss(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().post_process_loss(loss, *args, **kwargs)  # type: ignore[misc]
@@ -271,6 +335,25 @@ class AptTrainer:
 
     def generate_step_logs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {**super().generate_step_logs(*args, **kwargs), **self.apt.tracker_values()}  # type: ignore[misc]
+
+    @staticmethod
+    def _check_caption_dropout(args: argparse.Namespace, datasets: Any) -> None:
+        """That no caption is dropped where no batch says so: the frozen model would read it all the same.
+
+        Raises:
+            AptError: one is.
+        """
+        subsets = [s for d in getattr(datasets, "datasets", []) for s in getattr(d, "subsets", [])]
+        cached = getattr(args, "cache_text_encoder_outputs", False)
+        names = ("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate")
+        dropped = [name for name in names if getattr(args, name, None)]
+        if cached and any(getattr(subset, "caption_dropout_rate", 0) for subset in subsets):
+            dropped.append("caption_dropout_rate with cache_text_encoder_outputs")
+        if dropped:
+            raise AptError(
+                f"[apt] identifier and class_word cannot be used with {' and '.join(dropped)}: the base model would "
+                "read captions that are dropped for the LoRA; leave one of the two out"
+            )
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
@@ -297,33 +380,61 @@ class AptTrainer:
         with self._switch.off():
             yield
 
+    def _check_targets(self, frozen: Tensor, tuned: Tensor, counted: Tensor) -> None:
+        """That both passes were of the same noise, once their device has come to them."""
+
+        def check(different: list[float]) -> None:
+            if any(different):
+                raise AptError(
+                    "the trainer's step, run twice with the same random numbers, added other noise the second time; it "
+                    "draws from a stream that apt-hooks does not know of"
+                )
+
+        rows = counted.to(tuned.device)
+        self.apt.objective.expect((frozen != tuned).flatten(1).any(dim=1).logical_and(rows).any()[None].float(), check)
+
     def _augment(
-        self, batch: dict[str, Any], current: _Batch, args: argparse.Namespace, noise_scheduler: Any, device: Any
+        self,
+        batch: dict[str, Any],
+        current: _Batch,
+        args: argparse.Namespace,
+        noise_scheduler: Any,
+        device: Any,
+        dtype: Any,
     ) -> dict[str, Any]:
         """The batch with some images and their masks moved; timesteps are drawn first, by the trainer's sampler."""
-        current.timesteps = self._sampler.draw(args, noise_scheduler, len(batch["loss_weights"]), device)
-        current.placement = self.apt.objective.draw_augmentation(
-            current.timesteps, current.counted, self.apt.generator()
-        )
         if self.apt.augment_space == "image" and batch.get("images") is None:
-            self._go_on_in_latent_space(device)
+            self._go_on_in_latent_space()
         images = self.apt.augment_space == "image"
+        of_images = batch.get("images") is not None
+        *_, height, width = batch["images" if of_images else "latents"].shape
+        if of_images and isinstance(self._noising, FlowNoising):  # some samplers go by the size of the latents
+            _, pixels = self._black(device)
+            height, width = height // pixels, width // pixels
+        like = torch.zeros(len(batch["loss_weights"]), 1, height, width, device=device)
+        current.drawn = self._noising.draw(args, noise_scheduler, like, dtype)
+        current.placement = self.apt.objective.draw_augmentation(current.drawn, current.counted, self.apt.generator())
         if images:
             current.covered = self.apt.objective.covered(current.placement, batch["images"].shape[-2:])
         return moved(batch, current.placement, images=images)
+
+    def _black(self, device: Any) -> tuple[Tensor, int]:
+        """The black latent, and the pixels of a latent's side; encoded once."""
+        if self._latent_of_black is None:
+            self._latent_of_black = black_latent(self._encode_images, self._vae, device)
+        return self._latent_of_black
 
     def _close(self) -> None:
         if hasattr(self, "apt"):
             self.apt.close()
 
-    def _go_on_in_latent_space(self, device: Any) -> None:
+    def _go_on_in_latent_space(self) -> None:
         """The data set came with latents of its own, which no argument tells beforehand."""
         if self.apt_config.augment_space == "image":
             raise AptError(
                 '[apt] augment_space = "image", but the data set has latents only; set it to "latent" or "auto"'
             )
         self.apt.augment_space = "latent"
-        self._black = black_latent(self._vae, device)
         logger.info("apt-hooks: %s", _LATENTS_AUGMENTED)
 
 
@@ -333,13 +444,11 @@ class _Batch:
 
     counted: Tensor
     ends_step: bool
-    alphas_cumprod: Tensor  # as `zero_terminal_snr` may have changed them
-    frozen_conds: Callable[[list[Tensor]], list[Tensor]] = lambda conds: conds
+    frozen_conds: Callable[[list[Any]], list[Any]] = lambda conds: conds
     mask: Callable[[Tensor], Tensor | None] = lambda target: None
-    timesteps: Any = None  # Tensor, once drawn
+    drawn: Tensor | None = None  # what `Noising.draw` gave
     placement: Placement | None = None
     covered: Tensor | None = None
-    passes: Any = None  # Passes, from the call of the U-Net on
     step: Any = None  # AptStep, from the target on
 
 

@@ -4,56 +4,202 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apt_hooks.errors import AptError
+from apt_hooks.method.indicator import sigma_bins
+from apt_hooks.method.units import FLOW, epsilon_error_scale, flow_error_scale, flow_target
 
-from .checkout import MASKING, NOISING, SAMPLER
+from .checkout import FLOW_NOISING, MASKING, METHOD, NOISING, SAMPLER
 
 
-class TimestepSampler:
-    """The trainer's own sampler of timesteps, called beforehand, and its answer given again when the trainer asks.
+class DiffusionNoising:
+    """How a U-Net's trainer adds noise (DDPM): by whole timesteps, which are drawn by a function of their own.
 
-    It is taken and replaced where the trainer looks it up: in the globals of the function that makes noisy latents,
-    which is found from the trainer's method. Another module may re-export both; replaced there, it would do nothing.
+    Its sampler is taken and replaced where the trainer looks it up: in the globals of the function that makes noisy
+    latents, which is found from the trainer's method. Another module may re-export both; replaced there, it would do
+    nothing.
 
     Args:
         trainer: its class, whose `get_noise_pred_and_target`, or that of a class below, makes noisy latents.
+        augments: whether timesteps are to be drawn beforehand.
 
     Raises:
-        AptError: no such function is called, or it calls no such sampler.
+        AptError: they are, and no such function is called, or it calls no such sampler.
     """
 
-    def __init__(self, trainer: type) -> None:
-        method = "get_noise_pred_and_target"
-        noising = _called_by(trainer, method, NOISING)
+    def __init__(self, trainer: type, *, augments: bool) -> None:
+        noising = _called_by(trainer, METHOD, NOISING)
         self._globals: dict[str, Any] = {} if noising is None else noising.__globals__
-        if SAMPLER not in self._globals:
+        self._alphas_cumprod: Tensor | None = None
+        if augments and SAMPLER not in self._globals:
             raise AptError(
-                f"{trainer.__name__}.{method}: looked for a call of {NOISING}(), which calls {SAMPLER}(), to augment "
+                f"{trainer.__name__}.{METHOD}: looked for a call of {NOISING}(), which calls {SAMPLER}(), to augment "
                 "by timestep; it is not there. Set [apt] augmentation = false"
             )
 
-    def draw(self, args: Any, noise_scheduler: Any, batch_size: int, device: Any) -> Tensor:
-        """Timesteps of a batch, in the range of the trainer's arguments."""
+    def target(self, args: Any) -> str:
+        """What the model predicts, for `AptRun`."""
+        return "v_prediction" if args.v_parameterization else "epsilon"
+
+    def bin_of(self, num_bins: int) -> None:
+        """Bins are those of whole timesteps."""
+
+    def draw(self, args: Any, noise_scheduler: Any, latents: Tensor, dtype: Any) -> Tensor:
+        """Timesteps, [batch], in the range of the trainer's arguments; of `latents` shape and device alone count."""
         low = 0 if args.min_timestep is None else args.min_timestep
         high = noise_scheduler.config.num_train_timesteps if args.max_timestep is None else args.max_timestep
-        timesteps: Tensor = self._globals[SAMPLER](low, high, batch_size, device)
+        timesteps: Tensor = self._globals[SAMPLER](low, high, len(latents), latents.device)
         return timesteps
 
     @contextlib.contextmanager
-    def drawn(self, timesteps: Tensor) -> Iterator[None]:
-        """Inside, the trainer's sampler returns the timesteps that it was already asked for."""
+    def watched(self, noise_scheduler: Any, drawn: Tensor | None) -> Iterator[None]:
+        """Inside, the trainer's sampler returns the timesteps that it was already asked for, if any."""
+        self._alphas_cumprod = noise_scheduler.alphas_cumprod  # as `zero_terminal_snr` may have changed them
+        if drawn is None:
+            yield
+            return
         sampler = self._globals[SAMPLER]
-        self._globals[SAMPLER] = lambda *args, **kwargs: timesteps
+        self._globals[SAMPLER] = lambda *args, **kwargs: drawn
         try:
             yield
         finally:
             self._globals[SAMPLER] = sampler
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """What the indicator's bins are of, [batch]; `timesteps`: as the trainer's method returned them."""
+        return timesteps
+
+    def error_scale(self, predicted: str, times: Tensor, target: Tensor) -> Tensor | None:
+        """[batch], what makes errors of `target` errors of epsilon, within `watched`."""
+        assert self._alphas_cumprod is not None
+        return epsilon_error_scale(predicted, self._alphas_cumprod, times)
+
+
+class FlowNoising:
+    """How a transformer's trainer adds noise (flow matching): by sigmas, which the function that adds it draws itself.
+
+    It is called beforehand with a seed of its own, to learn the sigmas, and with that seed again when the trainer calls
+    it: the same sigmas, however it draws them. Where nothing is drawn beforehand it only is listened to. It is replaced
+    where the trainer's method looks it up.
+
+    Args:
+        trainer: as for `DiffusionNoising`.
+    """
+
+    def __init__(self, trainer: type) -> None:
+        found = _called_from(trainer, METHOD, FLOW_NOISING)
+        assert found is not None  # noising_of has looked
+        self._names = found
+        self._plain: Any = found[FLOW_NOISING]
+        self._signature = inspect.signature(self._plain)
+        self._seed: int | None = None
+        self._used: tuple[Tensor, Tensor, Tensor] | None = None
+        self._compared: str | None = None
+
+    def target(self, args: Any) -> str:
+        """What the model predicts, for `AptRun`."""
+        return FLOW
+
+    def bin_of(self, num_bins: int) -> Callable[[Tensor], Tensor]:
+        """Bins are those of sigmas."""
+        return sigma_bins(num_bins)
+
+    def draw(self, args: Any, noise_scheduler: Any, latents: Tensor, dtype: Any) -> Tensor:
+        """Sigmas, [batch], as the trainer will draw them; of `latents` shape and device alone count."""
+        known = {
+            "args": args,
+            "noise_scheduler": noise_scheduler,
+            "latents": latents,
+            "noise": torch.zeros_like(latents),
+            "device": latents.device,
+            "dtype": dtype,
+        }
+        seed = int(torch.randint(2**63 - 1, ()))
+        with _seeded(seed, latents.device):
+            *_, sigmas = self._plain(**{name: known[name] for name in self._signature.parameters})
+        self._seed = seed
+        return _per_sample(sigmas)
+
+    @contextlib.contextmanager
+    def watched(self, noise_scheduler: Any, drawn: Tensor | None) -> Iterator[None]:
+        """Inside, the trainer's function is listened to, and draws what it drew beforehand, if anything."""
+        seed = None if drawn is None else self._seed
+
+        def listening(*args: Any, **kwargs: Any) -> Any:
+            given = self._signature.bind(*args, **kwargs).arguments
+            latents, noise = given["latents"], given["noise"]
+            with contextlib.nullcontext() if seed is None else _seeded(seed, noise.device):
+                made = self._plain(*args, **kwargs)
+            self._used = made[-1], latents, noise
+            return made
+
+        self._names[FLOW_NOISING] = listening
+        try:
+            yield
+        finally:
+            self._names[FLOW_NOISING] = self._plain
+            self._used = self._seed = None
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """What the indicator's bins are of, [batch]: the sigmas, which the trainer's timesteps may be rounded of."""
+        return _per_sample(self._seen()[0])
+
+    def error_scale(self, predicted: str, times: Tensor, target: Tensor) -> Tensor:
+        """[batch], what makes errors of `target` errors of epsilon, within `watched`.
+
+        Args:
+            target: of the whole batch, as it is without an option that puts anything else in its place.
+
+        Raises:
+            AptError: it is nothing of which that is known.
+        """
+        _, latents, noise = self._seen()
+        if self._compared is None:
+            self._compared = flow_target(target, latents, noise)
+        if self._compared is None:
+            raise AptError(
+                "the trainer's loss compares neither velocity, image nor noise, so what an error of it comes to in "
+                'epsilon is not known; set [apt] indicator_space = "target" to measure it as it is'
+            )
+        return flow_error_scale(self._compared, times)
+
+    def _seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._used is None:
+            raise AptError(f"{METHOD} did not call {FLOW_NOISING}(), by which the sigmas are learned")
+        return self._used
+
+
+Noising = DiffusionNoising | FlowNoising
+
+
+def noising_of(trainer: type, *, augments: bool) -> Noising:
+    """How a trainer adds noise, by what its `get_noise_pred_and_target`, or that of a class below, calls.
+
+    Raises:
+        AptError: timesteps are to be drawn beforehand, and the trainer's way is none that is known.
+    """
+    if _called_from(trainer, METHOD, FLOW_NOISING) is not None:
+        return FlowNoising(trainer)
+    return DiffusionNoising(trainer, augments=augments)
+
+
+def _per_sample(sigmas: Tensor) -> Tensor:
+    return sigmas.detach().flatten(1)[:, 0].float()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's random streams of the CPU and of a device begin at a seed; afterwards they are as they were."""
+    others = [] if device.type == "cpu" else [device.index or 0]
+    kind = {} if device.type == "cpu" else {"device_type": device.type}
+    with torch.random.fork_rng(devices=others, **kind):
+        torch.manual_seed(seed)
+        yield
 
 
 class LossMask:
@@ -85,14 +231,20 @@ class LossMask:
 
 def _called_by(trainer: type, method: str, name: str) -> Any:
     """What a trainer's method, or that of a class below, calls by this name; None where none calls such."""
+    found = _called_from(trainer, method, name)
+    return None if found is None else found[name]
+
+
+def _called_from(trainer: type, method: str, name: str) -> dict[str, Any] | None:
+    """The names among which such a method finds what it calls by this name: its own globals or those of a module."""
     own = [inspect.unwrap(vars(kind)[method]) for kind in trainer.__mro__ if method in vars(kind)]
     return next((found for function in own if (found := _reached(function, name)) is not None), None)
 
 
-def _reached(function: Any, name: str) -> Any:
-    """What `function` calls by this name, of its own globals or of a module there; None where it calls no such."""
+def _reached(function: Any, name: str) -> dict[str, Any] | None:
     code, names = function.__code__, function.__globals__
     if name not in code.co_names:
         return None
     owners = (names.get(other) for other in code.co_names)
-    return next((getattr(owner, name) for owner in owners if hasattr(owner, name)), names.get(name))
+    held = (vars(owner) for owner in owners if hasattr(owner, name) and hasattr(owner, "__dict__"))
+    return next((found for found in held if name in found), names if name in names else None)

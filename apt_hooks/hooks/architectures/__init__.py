@@ -9,10 +9,35 @@ from torch import nn
 
 from ...errors import AptError
 from ..layout import Architecture, Layout, Source
-from . import flux, sd3, unet_output_blocks, unet_up_blocks
+from . import (
+    anima,
+    flux_double_blocks,
+    flux_transformer_blocks,
+    hunyuan_image,
+    lumina2,
+    sd3_joint_blocks,
+    sd3_transformer_blocks,
+    unet_output_blocks,
+    unet_up_blocks,
+)
 
-ALL: tuple[Architecture, ...] = (unet_up_blocks, unet_output_blocks, flux, sd3)
+ALL: tuple[Architecture, ...] = (
+    unet_up_blocks,
+    unet_output_blocks,
+    flux_transformer_blocks,
+    sd3_transformer_blocks,
+    anima,
+    flux_double_blocks,
+    sd3_joint_blocks,
+    lumina2,
+    hunyuan_image,
+)
 """The first whose `is_one` says so is taken."""
+
+
+def architecture_of(model: nn.Module) -> Architecture | None:
+    """The one that a model is of, if it is known."""
+    return next((architecture for architecture in ALL if architecture.is_one(model)), None)
 
 
 def layout_of(
@@ -27,12 +52,18 @@ def layout_of(
     Raises:
         AptError: the model is of none, or has not what was asked for.
     """
-    for architecture in ALL:
-        if architecture.is_one(model):
-            return architecture.layout(model, blocks, source)
+    architecture = architecture_of(model)
+    if architecture is not None:
+        return architecture.layout(model, blocks, source)
     children = ", ".join(name for name, _ in model.named_children()) or "no child modules"
     raise AptError(
-        f"looked for {' or '.join(a.LOOKED_FOR for a in ALL)} in {type(model).__name__}, found {children}: "
+        f"looked for {', or '.join(a.LOOKED_FOR for a in ALL)} in {type(model).__name__}, found {children}: "
         "pass the U-Net or the transformer itself, or a layout of your own, or set lambda_dist and lambda_attn "
         "(lambda_joint) to 0, which need no hooks"
     )
+
+
+def preset_of(model: nn.Module) -> str | None:
+    """The preset that is for a model; None where that is not known."""
+    architecture = architecture_of(model)
+    return None if architecture is None else architecture.preset(model)

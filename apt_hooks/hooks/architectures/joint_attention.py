@@ -3,25 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import AptError
 from ..layout import AttentionPoint, HiddenPoint, Layout, Source, Tap, Told
-
-OBSERVED = 4
-"""Blocks that "auto" takes, evenly over the second half of the depth: ours, as the paper has no transformer."""
+from .depth import select
 
 
 @dataclasses.dataclass(frozen=True)
-class Lengths:
-    """Positions of the picture and of the text in a pass."""
+class Joint:
+    """The joint sequence of a pass, as one of its blocks has it.
+
+    Attributes:
+        image, text: positions of each; of the text those of the longest, where samples differ.
+        text_first: their order.
+        starts: [batch], where each sample's picture begins, right behind its own text; None: behind `text` positions.
+        mask: [batch, text], bool, which tokens take part; None: all.
+        rotary: (cosines, sines) of the rotary embedding, both [batch or 1, positions, channels of a head], those of a
+            pair of neighboring channels alike; of the joint sequence, or of the picture alone, where text is not
+            turned. None: there is none.
+    """
 
     image: int
     text: int
+    text_first: bool = True
+    starts: Tensor | None = None
+    mask: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    def part(self, x: Tensor, *, image: bool) -> Tensor:
+        """The picture's part of [batch, positions, ...], or the text's, whether `x` holds that or both.
+
+        Raises:
+            AptError: it holds neither.
+        """
+        own, positions = self.image if image else self.text, x.shape[1]
+        if positions == own:
+            return x
+        if positions != self.image + self.text:
+            raise AptError(
+                f"looked for {own} positions of the {'picture' if image else 'text'}, or "
+                f"{self.image + self.text} with the other's; found {positions}"
+            )
+        if self.starts is None or not image:
+            first = image != self.text_first
+            return x.narrow(1, 0 if first else positions - own, own)
+        where = self.starts[:, None] + torch.arange(own, device=x.device)
+        where = where.reshape(*where.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+        return x.expand(len(self.starts), *x.shape[1:]).gather(1, where)
+
+    def turned(self, x: Tensor, *, image: bool) -> Tensor:
+        """The part of [batch, positions, heads, channels], turned by the rotary embedding."""
+        x = self.part(x, image=image)
+        if self.rotary is None or not (image or self.rotary[0].shape[1] == self.image + self.text):
+            return x
+        cosines, sines = (self.part(turn.to(x.device), image=image)[:, :, None] for turn in self.rotary)
+        return rotate_pairs(x, cosines, sines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,129 +70,72 @@ class Block:
     """A block, by what is compared in it.
 
     Attributes:
-        module: the block itself; the picture is its output's second element, or in its only one.
-        attention: its joint attention.
-        queries, keys: modules of `attention`, by name: those behind which nothing but rotation comes.
+        queries, keys: behind their norms, [batch, positions, heads * channels] or with the heads apart: in front of
+            the positions, or behind them.
+        heads: of the queries.
+        channels: of a head.
+        attention: the attention's output, whose first `heads * channels` channels are taken.
+        block: its own output.
+        told, joint: what a pass tells, and the joint sequence made of it.
+        heads_first: whether heads are in front of positions; None: told by the sizes.
     """
 
-    name: str
-    module: nn.Module
-    attention: Any
-    queries: str
-    keys: str
+    queries: Tap
+    keys: Tap
+    heads: int
+    channels: int
+    attention: Tap
+    block: Tap
+    told: tuple[Told, ...]
+    joint: Callable[[tuple[Any, ...]], Joint]
+    heads_first: bool | None = None
 
+    def image_queries(self, x: Tensor, told: tuple[Any, ...]) -> Tensor:
+        return self._turned(x, told, image=True)
 
-def picture_and_text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """What a call of the whole transformer is given as `hidden_states` and `encoder_hidden_states`.
+    def text_keys(self, x: Tensor, told: tuple[Any, ...]) -> Tensor:
+        return self._turned(x, told, image=False)
 
-    Raises:
-        AptError: it is not given one of them.
-    """
-    given = {**dict(zip(_INPUTS, args, strict=False)), **kwargs}
-    if missing := [name for name in _INPUTS if name not in given]:
-        raise AptError(f"the transformer was called without {missing[0]}")
-    picture, text = (given[name] for name in _INPUTS)
-    return picture, text
+    def image(self, x: Tensor, told: tuple[Any, ...]) -> Tensor:
+        return self.joint(told).part(x, image=True)[..., : self.heads * self.channels]
 
+    def mask(self, told: tuple[Any, ...]) -> Tensor | None:
+        return self.joint(told).mask
 
-_INPUTS = ("hidden_states", "encoder_hidden_states")
+    def _turned(self, x: Tensor, told: tuple[Any, ...], image: bool) -> Tensor:
+        joint = self.joint(told)
+        if x.ndim == 3:
+            x = x.unflatten(-1, (-1, self.channels))
+        elif self.heads_first or (self.heads_first is None and self._has_heads_first(x, joint)):
+            x = x.transpose(1, 2)
+        x = joint.turned(x, image=image)
+        # Keys may have fewer heads (grouped queries): each stands for as many neighboring ones.
+        return x.repeat_interleave(self.heads // x.shape[2], dim=2).flatten(2)
 
-
-def select(count: int, blocks: Literal["auto"] | Sequence[int]) -> tuple[int, ...]:
-    """The numbers of the blocks to observe.
-
-    Raises:
-        AptError: one is no block's, or none is given.
-    """
-    if blocks == "auto":
-        first, taken = count // 2, min(OBSERVED, count - count // 2)
-        return tuple(first + (count - first) * i // taken for i in range(taken))
-    if not blocks or not all(0 <= number < count for number in blocks):
-        raise AptError(f"blocks: they are numbered from 0 to {count - 1} here; found {list(blocks)}")
-    return tuple(blocks)
+    def _has_heads_first(self, x: Tensor, joint: Joint) -> bool:
+        return x.shape[1] == self.heads and x.shape[2] in (joint.image, joint.text, joint.image + joint.text)
 
 
 def layout(
-    found: Sequence[Block],
-    blocks: Literal["auto"] | Sequence[int],
-    source: Source,
-    told: Sequence[Told],
-    rotary: Any = None,
-    text_first: bool = True,
+    found: Sequence[Block], blocks: Literal["auto"] | Sequence[int], source: Source, noun: str = "blocks"
 ) -> Layout:
-    """The points of the chosen blocks.
-
-    Args:
-        found: all blocks.
-        told: of the whole transformer's call, `Lengths` first.
-        rotary: makes (cosines, sines) of the keywords of an attention's call, both [positions, channels of a head] of
-            the joint sequence; None: there is no rotary embedding.
-        text_first: the order of a joint sequence.
-    """
-    numbers = select(len(found), blocks)
+    """The points of the chosen blocks (`depth.select`), of all that are found in the order in which they run."""
+    numbers = select(len(found), blocks, found[0].heads * found[0].channels)
     attention, hidden = [], []
     for block in (found[number] for number in numbers):
-        own = (*told, Told(block.attention, lambda _, kwargs: rotary and rotary(kwargs)))
-        heads, name = int(block.attention.heads), f"{block.name}.attn"
-        part = _Part(heads, text_first)
-        attention.append(
-            AttentionPoint(
-                name,
-                Tap(f"{name}.{block.queries}", block.attention.get_submodule(block.queries), read=part.image_queries),
-                Tap(f"{name}.{block.keys}", block.attention.get_submodule(block.keys), read=part.text_keys),
-                heads,
-                (int(block.attention.to_q.out_features) // heads) ** -0.5,
-                told=own,
-            )
-        )
-        tap = Tap(name, block.attention, select=0, read=part.image)
-        if source == "block":  # which gives the text first
-            tap = Tap(block.name, block.module, select=1, read=part.image)
-        hidden.append(HiddenPoint(tap.name, tap, own))
-    return Layout(attention, hidden, numbers)
+        queries = dataclasses.replace(block.queries, read=block.image_queries)
+        keys = dataclasses.replace(block.keys, read=block.text_keys)
+        scale = block.channels**-0.5
+        name = block.attention.name
+        attention.append(AttentionPoint(name, queries, keys, block.heads, scale, block.mask, block.told))
+        tap = dataclasses.replace(block.block if source == "block" else block.attention, read=block.image)
+        hidden.append(HiddenPoint(tap.name, tap, block.told))
+    return Layout(attention, hidden, numbers, noun)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """Reads the picture's part, or the text's, whether a tensor holds one of the two or both."""
-
-    heads: int
-    text_first: bool
-
-    def image(self, x: Tensor, told: tuple[Any, ...]) -> Tensor:
-        return x[:, self._where(x.shape[1], told[0], image=True)[0]]
-
-    def image_queries(self, x: Tensor, told: tuple[Any, ...]) -> Tensor:
-        return self._projected(x, told, image=True)
-
-    def text_keys(self, x: Tensor, told: tuple[Any, ...]) -> Tensor:
-        return self._projected(x, told, image=False)
-
-    def _projected(self, x: Tensor, told: tuple[Any, ...], image: bool) -> Tensor:
-        lengths, rotary = told[0], told[-1]
-        if x.ndim == 3:
-            x = x.unflatten(-1, (self.heads, -1))
-        elif x.shape[1] == self.heads and x.shape[2] in (lengths.image, lengths.text, lengths.image + lengths.text):
-            x = x.transpose(1, 2)
-        here, of_both = self._where(x.shape[1], lengths, image)
-        x = x[:, here]
-        if rotary is not None:
-            x = rotate_pairs(x, *(turn[of_both].to(x.device)[None, :, None] for turn in rotary))
-        return x.flatten(2)
-
-    def _where(self, positions: int, lengths: Lengths, image: bool) -> tuple[slice, slice]:
-        """Where a part is in a tensor of so many positions, and where in the joint sequence."""
-        both = lengths.image + lengths.text
-        own = lengths.image if image else lengths.text
-        of_both = slice(both - own, both) if image == self.text_first else slice(0, own)
-        if positions == both:
-            return of_both, of_both
-        if positions != own:
-            raise AptError(
-                f"looked for {own} positions of the {'picture' if image else 'text'}, or {both} with the other's; "
-                f"found {positions}"
-            )
-        return slice(None), of_both
+def pairs(angles: Tensor) -> Tensor:
+    """[..., channels / 2] as [..., channels], each number for a pair of neighboring channels."""
+    return angles.repeat_interleave(2, dim=-1)
 
 
 def rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -164,3 +148,8 @@ def rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-odd, even], dim=-1).flatten(-2)
     return (x.float() * cosines + turned * sines).to(x.dtype)
+
+
+def before(lengths: Tensor, positions: int) -> Tensor:
+    """[batch, positions], bool: True for as many first positions as `lengths`, [batch], says."""
+    return torch.arange(positions, device=lengths.device)[None] < lengths[:, None]

@@ -87,24 +87,13 @@ def select(unet: nn.Module, found: Sequence[UpBlock], blocks: Literal["auto"] | 
     return tuple(chosen)
 
 
-def check_preset(name: str | None, unet: nn.Module) -> None:
-    """Check that a preset is not that of another model, whose scale would make gamma wrong by a factor.
-
-    A U-Net of none of the presets' text widths goes with each of them.
-
-    Raises:
-        AptError: the U-Net reads text of the width of another preset's model.
-    """
+def preset(unet: nn.Module) -> str | None:
+    """The preset of the models whose U-Nets read text of this one's width."""
     layers = (
         layer for path, layer in unet.named_modules() if _is_attention(layer) and _is_cross_attention(path, layer)
     )
     width = next((layer.to_k.in_features for layer in layers), None)
-    fitting = [preset for preset, own in TEXT_WIDTHS.items() if own == width]
-    if name is not None and fitting and name not in fitting:
-        raise AptError(
-            f'[apt] preset = "{name}" is for another model: this U-Net reads text of width {width}, as those of preset '
-            f'"{fitting[0]}" do; name that one'
-        )
+    return next((preset for preset, own in TEXT_WIDTHS.items() if own == width), None)
 
 
 def up_block(index: int, parts: Sequence[Place], end: Place, upsamples: bool) -> UpBlock:

@@ -18,6 +18,11 @@ def is_one(model: nn.Module) -> bool:
     return hasattr(model, "output_blocks")
 
 
+def preset(model: nn.Module) -> str | None:
+    """By the width of the text that it reads (`unet.TEXT_WIDTHS`)."""
+    return unet.preset(model)
+
+
 def layout(model: nn.Module, blocks: Literal["auto"] | Sequence[int], source: Source) -> Layout:
     """Blocks by resolution, 0 the lowest: an upsampler ends each; "auto", and the errors: `unet.select`."""
     return unet.layout(model, find(model), blocks, source)

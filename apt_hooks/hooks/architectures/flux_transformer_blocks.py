@@ -1,0 +1,55 @@
+"""FLUX.1 in diffusers: double blocks, then single blocks; text first, rotary embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from ..layout import Layout, Source, Tap, Told, arguments
+from . import joint_attention
+from .joint_attention import Block, Joint
+
+LOOKED_FOR = "transformer_blocks and single_transformer_blocks behind a time_text_embed"
+
+
+def is_one(model: nn.Module) -> bool:
+    """Whether there are double and single blocks, and the embedders of FLUX.1."""
+    parts = ("transformer_blocks", "single_transformer_blocks", "time_text_embed", "context_embedder", "pos_embed")
+    return all(hasattr(model, part) for part in parts)
+
+
+def preset(model: nn.Module) -> str:
+    """Its preset."""
+    return "flux"
+
+
+def layout(model: nn.Module, blocks: Literal["auto"] | Sequence[int], source: Source) -> Layout:
+    """Blocks counted through, the single ones behind the double ones."""
+    return joint_attention.layout(list(_blocks(model)), blocks, source)
+
+
+def _blocks(model: Any) -> Iterator[Block]:
+    def lengths(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        given = arguments(model, args, kwargs)
+        return given["hidden_states"].shape[1], given["encoder_hidden_states"].shape[1]
+
+    def joint(told: tuple[Any, ...]) -> Joint:
+        (image, text), (cosines, sines) = told
+        return Joint(image, text, rotary=(cosines[None], sines[None]))
+
+    of_model = Told(model, lengths)
+    for name, added in (("transformer_blocks", "norm_added_k"), ("single_transformer_blocks", "norm_k")):
+        for i, block in enumerate(getattr(model, name)):
+            own, attention = f"{name}.{i}", block.attn
+            yield Block(
+                Tap(f"{own}.attn.norm_q", attention.norm_q),
+                Tap(f"{own}.attn.{added}", attention.get_submodule(added)),
+                int(attention.heads),
+                attention.to_q.out_features // int(attention.heads),
+                Tap(f"{own}.attn", attention),
+                Tap(own, block, select=1),  # text comes first
+                (of_model, Told(attention, lambda _, kwargs: kwargs["image_rotary_emb"])),
+                joint,
+            )
