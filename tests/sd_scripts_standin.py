@@ -153,7 +153,7 @@ class Dataset:
         batch = {
             "custom_attributes": [subset.custom_attributes for subset in subsets],
             "loss_weights": torch.tensor([self.prior_loss_weight if info.is_reg else 1.0 for info in infos]),
-            "captions": [info.caption for info in infos],
+            "captions": [self.process_caption(s, info.caption) for s, info in zip(subsets, infos)],
             "input_ids_list": self.tokenize_strategy.tokenize([info.caption for info in infos]),
             "images": None,
             "latents": None,
@@ -173,12 +173,15 @@ class Dataset:
         return batch
 
     @torch.no_grad()
-    def new_cache_latents(self, vae):
+    def new_cache_latents(self, encode):
         for info in self.image_data.values():
-            info.latents = vae.encode(info.image[None]).latent_dist.sample()[0]
+            info.latents = encode(info.image[None])[0]
+
+    def process_caption(self, subset, caption):
+        return f"{subset.caption_prefix} {caption}" if subset.caption_prefix else caption
 
     @torch.no_grad()
-    def new_cache_text_encoder_outputs(self, models):
+    def new_cache_text_encoder_outputs(self, models, accelerator):
         for info in self.image_data.values():
             tokens = self.tokenize_strategy.tokenize(info.caption)
             info.text_encoder_outputs = [x[0] for x in TextEncodingStrategy().encode_tokens(None, models, tokens)]
@@ -194,12 +197,17 @@ class DatasetGroup:
     def __getitem__(self, index):
         return self.datasets[0][index]
 
+    def new_cache_text_encoder_outputs(self, models, accelerator):
+        for dataset in self.datasets:
+            dataset.new_cache_text_encoder_outputs(models, accelerator)
+
 
 def make_dataset_groups(args, tokenize_strategy):
     """Training and validation; the latter may be None."""
     with open(args.dataset_config, encoding="utf-8") as f:
         tables = toml.load(f)["subsets"]
-    fields = {"captions": [], "is_reg": False, "mask": "", "validation": False, "custom_attributes": {}}
+    fields = {"captions": [], "is_reg": False, "mask": "", "validation": False, "custom_attributes": {},
+              "caption_prefix": "", "caption_dropout_rate": 0.0}
     subsets = [types.SimpleNamespace(**{**fields, **table}) for table in tables]
     parts = [[s for s in subsets if s.validation == wanted] for wanted in (False, True)]
     return [DatasetGroup(Dataset(part, args, tokenize_strategy)) if part else None for part in parts]
@@ -316,6 +324,7 @@ def apply_masked_loss(loss, batch):
 TRAIN_NETWORK = '''\
 """Trains a LoRA; U-Net in the layout of SD 1.x."""
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -346,8 +355,24 @@ class NetworkTrainer:
         text_encoders, vae, unet = train_util.load_models(args, [24], tiny_models.TinyUpBlocksUNet)
         return "sd_v1", text_encoders[0], vae, unet
 
+    def load_unet_lazily(self, args, weight_dtype, accelerator, text_encoders):
+        raise NotImplementedError()
+
     def get_tokenize_strategy(self, args):
         return train_util.TokenizeStrategy(1)
+
+    def get_text_encoding_strategy(self, args):
+        return train_util.TextEncodingStrategy()
+
+    def cache_text_encoder_outputs_if_needed(
+        self, args, accelerator, unet, vae, text_encoders, dataset, weight_dtype
+    ):
+        if args.cache_text_encoder_outputs:
+            models = self.get_models_for_text_encoding(args, accelerator, text_encoders)
+            dataset.new_cache_text_encoder_outputs(models, accelerator)
+
+    def get_noise_scheduler(self, args, device):
+        return train_util.NoiseScheduler()
 
     def get_tokenizers(self, tokenize_strategy):
         return tokenize_strategy.tokenizers
@@ -433,6 +458,8 @@ class NetworkTrainer:
             is_train=is_train,
         )  # fmt: skip
         loss = (noise_pred.float() - target.float()) ** 2
+        if weighting is not None:
+            loss = loss * weighting
         if args.masked_loss or batch["alpha_masks"] is not None:
             loss = train_util.apply_masked_loss(loss, batch)
         loss = loss.mean(dim=(1, 2, 3)) * batch["loss_weights"]
@@ -453,13 +480,13 @@ class NetworkTrainer:
         model_version, text_encoder, vae, unet = self.load_target_model(args, dtype, accelerator)
         text_encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
         groups = [group for group in (train_dataset_group, val_dataset_group) if group is not None]
-        for dataset in (group.datasets[0] for group in groups):
+        text_encoding_strategy = self.get_text_encoding_strategy(args)
+        for group in groups:
             if args.cache_latents:
-                dataset.new_cache_latents(vae)
-            if args.cache_text_encoder_outputs:
-                models = self.get_models_for_text_encoding(args, accelerator, text_encoders)
-                dataset.new_cache_text_encoder_outputs(models)
-        text_encoding_strategy = train_util.TextEncodingStrategy()
+                group.datasets[0].new_cache_latents(functools.partial(self.encode_images_to_latents, args, vae))
+            self.cache_text_encoder_outputs_if_needed(args, accelerator, unet, vae, text_encoders, group, dtype)
+        if unet is None:
+            unet, text_encoders = self.load_unet_lazily(args, dtype, accelerator, text_encoders)
 
         network_module = importlib.import_module(args.network_module)
         network = network_module.create_network(1.0, args.network_dim, args.network_dropout)
@@ -501,7 +528,7 @@ class NetworkTrainer:
             saved.update(self.get_sai_model_spec(args))
             network.save_weights(os.path.join(args.output_dir, name), dtype, saved)
 
-        noise_scheduler = train_util.NoiseScheduler()
+        noise_scheduler = self.get_noise_scheduler(args, accelerator.device)
         common = (text_encoders, unet, network, vae, noise_scheduler, dtype, dtype, accelerator, args)
         common += (text_encoding_strategy, tokenize_strategy)
         trained = {"train_text_encoder": train_text_encoder, "train_unet": True}
@@ -654,7 +681,7 @@ if __name__ == "__main__":
     trainer.train(args)
 '''
 
-FLUX_TRAIN_NETWORK = '''\
+OTHER_SCRIPT = '''\
 """Another script that reads the same training TOML."""
 import train_network
 from library import train_util
@@ -664,6 +691,183 @@ if __name__ == "__main__":
     args = parser.parse_args()
     args = train_util.read_config_from_file(args, parser)
     print("trained with seed", args.seed)
+'''
+
+FLOW_NOISING = """\
+import types
+
+import torch
+
+
+class FlowScheduler:
+    def __init__(self):
+        self.config = types.SimpleNamespace(num_train_timesteps=1000)
+
+
+def get_noisy_model_input_and_timesteps(args, noise_scheduler, latents, noise, device, dtype):
+    # 大きさによってずらす
+    shift = 1.0 if args.timestep_sampling == "uniform" else float(latents.shape[-1] * latents.shape[-2])
+    drawn = torch.rand(len(latents), device=device)
+    sigmas = (shift * drawn / (1 + (shift - 1) * drawn)).reshape(-1, *[1] * (latents.ndim - 1))
+    if args.ip_noise_gamma:
+        noise = noise + args.ip_noise_gamma * torch.randn_like(latents)
+    noisy = (1 - sigmas) * latents + sigmas * noise
+    return noisy.to(dtype), (sigmas.flatten() * 1000).to(dtype), sigmas
+"""
+
+FLOW_PARSER = """
+def setup_parser() -> argparse.ArgumentParser:
+    parser = train_network.setup_parser()
+    parser.add_argument("--timestep_sampling", default="uniform")
+    parser.add_argument("--ip_noise_gamma", type=float, default=None)
+    parser.add_argument("--model_prediction_type", default="raw")
+    parser.add_argument("--blocks_to_swap", type=int, default=0)
+    for name in ("show_timesteps", "apply_t5_attn_mask", "compile", "cpu_offload_checkpointing"):
+        parser.add_argument(f"--{name}", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    parser = setup_parser()
+
+    args = parser.parse_args()
+    args = train_util.read_config_from_file(args, parser)
+
+    if args.show_timesteps:
+        print("no trainer here")
+    else:
+        trainer = TRAINER()
+        trainer.train(args)
+"""
+
+ANIMA_TRAIN_NETWORK = '''\
+"""Trains a LoRA; the transformer comes once all is cached; latents have one frame in it."""
+import argparse
+
+import torch
+
+import train_network
+from library import flux_train_utils, tiny_transformers, train_util
+
+
+class AnimaNetworkTrainer(train_network.NetworkTrainer):
+    def load_target_model(self, args, weight_dtype, accelerator):
+        text_encoders, vae, _ = train_util.load_models(args, [16], lambda checkpointing: None)
+        return "anima", text_encoders, vae, None
+
+    def load_unet_lazily(self, args, weight_dtype, accelerator, text_encoders):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = tiny_transformers.Anima()
+        if args.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model, text_encoders
+
+    def get_models_for_text_encoding(self, args, accelerator, text_encoders):
+        return None if args.cache_text_encoder_outputs else text_encoders
+
+    def cache_text_encoder_outputs_if_needed(
+        self, args, accelerator, unet, vae, text_encoders, dataset, weight_dtype
+    ):
+        if args.cache_text_encoder_outputs:
+            dataset.new_cache_text_encoder_outputs(text_encoders, accelerator)
+
+    def get_noise_scheduler(self, args, device):
+        return flux_train_utils.FlowScheduler()
+
+    def encode_images_to_latents(self, args, vae, images):
+        return 0.5 * vae.encode(images).latent_dist.sample()
+
+    def shift_scale_latents(self, args, latents):
+        return latents
+
+    def get_noise_pred_and_target(
+        self, args, accelerator, noise_scheduler, latents, batch, text_encoder_conds, unet, network, weight_dtype,
+        train_unet, is_train=True,
+    ):  # fmt: skip
+        noise = torch.randn_like(latents)
+        noisy, timesteps, sigmas = flux_train_utils.get_noisy_model_input_and_timesteps(
+            args, noise_scheduler, latents, noise, accelerator.device, weight_dtype
+        )
+        timesteps = timesteps / 1000
+        if args.gradient_checkpointing:
+            noisy.requires_grad_(True)
+        known = torch.ones(text_encoder_conds[0].shape[:2]) if batch.get("input_ids_list") is None else (
+            batch["input_ids_list"][0] != 0
+        )
+        with torch.set_grad_enabled(is_train), accelerator.autocast():
+            pred = unet(noisy.unsqueeze(2), timesteps, text_encoder_conds[0], target_attention_mask=known)
+        return pred.squeeze(2), noise - latents, timesteps, 1 + sigmas
+'''
+
+FLUX_TRAIN_NETWORK = '''\
+"""Trains a LoRA; latents are packed."""
+import argparse
+
+import torch
+from torch.nn import functional as F
+
+import train_network
+from library import flux_train_utils, tiny_transformers, train_util
+
+
+class FluxNetworkTrainer(train_network.NetworkTrainer):
+    def load_target_model(self, args, weight_dtype, accelerator):
+        def make(checkpointing):
+            model = tiny_transformers.Flux(latent_channels=16)
+            if args.gradient_checkpointing:
+                model.enable_gradient_checkpointing()
+            if args.blocks_to_swap:
+                model.swap_blocks()
+            return model
+
+        text_encoders, vae, model = train_util.load_models(args, [16], make)
+        return "flux1", text_encoders, vae, model
+
+    def get_noise_scheduler(self, args, device):
+        return flux_train_utils.FlowScheduler()
+
+    def get_noise_pred_and_target(
+        self, args, accelerator, noise_scheduler, latents, batch, text_encoder_conds, unet, network, weight_dtype,
+        train_unet, is_train=True,
+    ):  # fmt: skip
+        noise = torch.randn_like(latents)
+        noisy, timesteps, sigmas = flux_train_utils.get_noisy_model_input_and_timesteps(
+            args, noise_scheduler, latents, noise, accelerator.device, weight_dtype
+        )
+        packed = F.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2)
+        ids = torch.arange(3.0 * packed.shape[1]).reshape(1, -1, 3).expand(len(packed), -1, -1)
+        if args.gradient_checkpointing:
+            ids = ids.clone().requires_grad_(True)
+        text = text_encoder_conds[0]
+        mask = (batch["input_ids_list"][0] != 0).to(noisy) if args.apply_t5_attn_mask else None
+
+        def call(rows):
+            with torch.set_grad_enabled(is_train), accelerator.autocast():
+                pred = unet(
+                    img=packed[rows], img_ids=ids[rows], txt=text[rows], txt_ids=torch.zeros_like(text[rows, :, :3]),
+                    timesteps=timesteps[rows] / 1000, y=None, mod_vectors=unet.get_mod_vectors(timesteps[rows]),
+                    txt_attention_mask=None if mask is None else mask[rows],
+                )
+            height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
+            pred = F.pixel_shuffle(pred.transpose(1, 2).reshape(len(pred), -1, height, width), 2)
+            if args.model_prediction_type == "sample":
+                pred = noisy[rows] - sigmas[rows] * pred
+            return pred
+
+        pred = call(slice(None))
+        target = latents.clone() if args.model_prediction_type == "sample" else noise - latents
+        kept = [i for i, a in enumerate(batch.get("custom_attributes", [])) if a.get("diff_output_preservation")]
+        if kept:
+            network.set_multiplier(0.0)
+            unet.prepare_block_swap_before_forward()
+            with torch.no_grad():
+                target[kept] = call(kept).detach().to(target.dtype)
+            network.set_multiplier(1.0)
+        return pred, target, timesteps, None
+
+    def on_validation_step_end(self, args, accelerator, network, text_encoders, unet, batch, weight_dtype):
+        accelerator.unwrap_model(unet).prepare_block_swap_before_forward()
 '''
 
 LORA = '''\
@@ -684,7 +888,7 @@ class Network(nn.Module):
         roots = {"unet": unet, **{f"te{i}": t for i, t in enumerate(text_encoders) if train_text_encoder}}
         for root, model in roots.items():
             for name, layer in model.named_modules():
-                if name.endswith(("to_q", "to_k", "to_v", "mix")):
+                if name.endswith(("to_q", "to_k", "to_v", "mix", "qkv", "linear1", "q_proj", "k_proj", "v_proj")):
                     self.loras[f"{root}.{name}".replace(".", "_")] = KohyaLoRA(layer, self.dim, self.dropout)
 
     def set_multiplier(self, multiplier):
@@ -711,10 +915,8 @@ LAYOUTS = {
         "library/loss.py": f"import torch\n\n\n{NOISING}",
     },
 }
-PATCHED_FILES = {
-    "0.10": ("library/train_util.py", "train_network.py", "sdxl_train_network.py"),
-    "0.11": ("library/args.py", "train_network.py", "sdxl_train_network.py"),
-}
+_SCRIPTS = ("train_network.py", "sdxl_train_network.py", "anima_train_network.py", "flux_train_network.py")
+PATCHED_FILES = {"0.10": ("library/train_util.py", *_SCRIPTS), "0.11": ("library/args.py", *_SCRIPTS)}
 
 FILES = {
     "README.md": README,
@@ -724,7 +926,11 @@ FILES = {
     "networks/lora.py": LORA,
     "train_network.py": TRAIN_NETWORK,
     "sdxl_train_network.py": SDXL_TRAIN_NETWORK,
-    "flux_train_network.py": FLUX_TRAIN_NETWORK,
+    "library/tiny_transformers.py": Path(__file__).with_name("small_transformers.py").read_text(encoding="utf-8"),
+    "library/flux_train_utils.py": FLOW_NOISING,
+    "anima_train_network.py": ANIMA_TRAIN_NETWORK + "\n" + FLOW_PARSER.replace("TRAINER", "AnimaNetworkTrainer"),
+    "flux_train_network.py": FLUX_TRAIN_NETWORK + "\n" + FLOW_PARSER.replace("TRAINER", "FluxNetworkTrainer"),
+    "train_other.py": OTHER_SCRIPT,
 }
 SUBSETS: tuple[dict[str, Any], ...] = (
     {"captions": ["a sks dog", "sks dog on grass", "one sks dog", "sks dog asleep"]},
@@ -734,7 +940,7 @@ SUBSETS: tuple[dict[str, Any], ...] = (
 def write_checkout(folder: Path, *, newline: str = "\n", layout: str = "0.10") -> Path:
     """Write the stand-in into a folder, which is made where it is missing; returns the folder."""
     for name, text in {**FILES, **LAYOUTS[layout]}.items():
-        if layout == "0.11" and name.endswith("train_network.py"):
+        if layout == "0.11" and name.startswith(("train_", "sdxl_", "anima_", "flux_")):
             text = text.replace("train_util.read_config", "args_util.read_config")
             text = text.replace("train_util.get_noise", "loss_util.get_noise")
             text = text.replace(

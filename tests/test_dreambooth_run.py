@@ -290,7 +290,7 @@ def test_a_preset_of_another_model_is_refused(train: Train, monkeypatch: pytest.
     monkeypatch.setattr(blocks, "TEXT_WIDTHS", {"sd15": 768, "sd21": 16})
     train("one_encoder", "--max_train_steps", "1", config='preset = "sd21"\nblocks = "auto"')
     line = refused(train, "one_encoder", config='preset = "sd15"\nblocks = "auto"')
-    assert 'preset = "sd15" is for another model' in line and 'as those of preset "sd21" do; name that one' in line
+    assert 'preset = "sd15" is for another model: this one\'s is "sd21"; name that one' in line
 
 
 def by_hand(source: str) -> str:

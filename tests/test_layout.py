@@ -1,11 +1,13 @@
 import pytest
+import small_transformers
 from models import LAYOUTS, TEXT_WIDTH, TinyAttention, make_diffusers_unet, make_tuned, make_unet
 from torch import nn
 
-from apt_hooks import AptError
-from apt_hooks.hooks.architectures import layout_of, unet_output_blocks, unet_up_blocks
+from apt_hooks import AptConfig, AptError
+from apt_hooks.hooks.architectures import ALL, layout_of, preset_of, unet_output_blocks, unet_up_blocks
 from apt_hooks.hooks.architectures import unet as up_blocks
-from apt_hooks.hooks.architectures.unet import check_preset, select
+from apt_hooks.hooks.architectures.depth import select as select_blocks
+from apt_hooks.hooks.architectures.unet import select
 
 
 def find_up_blocks(unet):
@@ -89,7 +91,9 @@ def test_cross_attention_is_told_by_its_name_where_the_widths_agree():
 
 
 def test_a_model_of_neither_layout_is_refused_with_what_it_has():
-    with pytest.raises(AptError, match=r"looked for up_blocks or output_blocks or .* in Sequential, found 0, 1"):
+    with pytest.raises(
+        AptError, match=r"looked for the parts of a known denoiser in Sequential, found 0, 1; known are .*FLUX"
+    ):
         layout_of(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)))
 
 
@@ -129,15 +133,51 @@ def test_fused_projections_of_diffusers_are_refused_until_the_errors_advice_is_t
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_preset_of_another_models_text_width_is_refused_with_the_one_that_fits(layout, monkeypatch):
+def test_the_width_of_the_text_tells_the_preset(layout, monkeypatch):
     monkeypatch.setattr(up_blocks, "TEXT_WIDTHS", {"sd15": TEXT_WIDTH, "sd21": 2 * TEXT_WIDTH})
     for unet in (make_unet(layout), make_tuned(layout)[0]):
-        check_preset("sd15", unet)
-        check_preset(None, unet)
-        with pytest.raises(AptError, match=rf'"sd21" is for .* width {TEXT_WIDTH}, as those of preset "sd15" do'):
-            check_preset("sd21", unet)
+        assert preset_of(unet) == "sd15"
 
 
-def test_a_model_of_none_of_the_presets_goes_with_each():
+def test_a_model_of_none_of_the_presets_has_none():
     for unet in (make_unet("up_blocks"), nn.Linear(768, 768)):
-        check_preset("sd21", unet)
+        assert preset_of(unet) is None
+
+
+KINDS = {
+    "anima": small_transformers.Anima, "flux": small_transformers.Flux, "chroma": small_transformers.Chroma,
+    "sd35": small_transformers.Sd3, "lumina2": small_transformers.Lumina2,
+    "hunyuan_image": small_transformers.HunyuanImage,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", KINDS)
+def test_a_transformer_has_its_preset_and_is_of_one_architecture(preset):
+    model = KINDS[preset]()
+    assert preset_of(model) == preset
+    assert sum(architecture.is_one(model) for architecture in ALL) == 1
+
+
+def test_a_models_preset_is_taken_where_none_is_named_and_another_ones_is_refused():
+    config = AptConfig.from_mapping({"num_bins": 5, "lambda_attn": 0.5})
+    own = config.of_model("sd21")
+    assert (own.preset_name, own.indicator_scale, own.num_bins, own.lambda_attn) == ("sd21", 100.0, 5, 0.5)
+    assert own.preset_is_the_models and not config.preset_is_the_models
+    assert own.overrides() == {"num_bins": 5, "lambda_attn": 0.5}
+    assert config.of_model(None) is config and own.of_model("sd21") is own
+    with pytest.raises(AptError, match=r'preset = "flux" is for another model: this one\'s is "sdxl"; name that one'):
+        AptConfig.preset("flux").of_model("sdxl")
+    assert AptConfig(num_bins=5).of_model("sd21").num_bins == 5
+
+
+def test_a_key_that_is_given_with_its_default_is_kept_over_the_models_preset():
+    assert AptConfig.from_mapping({"indicator_scale": 1000.0}).of_model("sd21").indicator_scale == 1000.0
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "taken"),
+    [(3072, 57, 4), (2048, 28, 6), (1536, 24, 8), (3584, 60, 4), (16, 4, 2), (10**6, 9, 1)],
+)
+def test_as_many_blocks_are_taken_as_cost_what_sdxls_do(width, count, taken):
+    found = select_blocks(count, "auto", width)
+    assert len(found) == taken == len(set(found)) and min(found) >= count // 2 and max(found) < count

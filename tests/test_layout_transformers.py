@@ -3,6 +3,7 @@
 import contextlib
 
 import pytest
+import small_transformers
 import torch
 from models import relative_difference
 from torch import nn
@@ -57,11 +58,12 @@ class Transformer:
     """
 
     text_first = True
+    projections = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"})
 
     def __init__(self, checkpointing=False):
         torch.manual_seed(0)
         self.model = self.make().double()
-        self.lora = Lora(self.model, {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}).double()
+        self.lora = Lora(self.model, self.projections).double()
         self.model.requires_grad_(False)
         if checkpointing:
             self.model.enable_gradient_checkpointing()  # non-reentrant
@@ -87,6 +89,25 @@ class Transformer:
     @property
     def lengths(self):
         return {True: SIDE * SIDE, False: TEXT}
+
+    def compared(self, seen):
+        """(image queries, text keys, mask) of each observed block, heads first."""
+        found = []
+        for q, k in (seen[i] for i in self.blocks):
+            if q.shape[1] != HEADS:
+                q, k = q.transpose(1, 2), k.transpose(1, 2)
+            found.append((self.part(q, True, 2), self.part(k, False, 2), None))
+        return found
+
+    def states(self, source):
+        """(name of a module, what of its first argument and output is the picture's hidden state)."""
+
+        def image(_, out):
+            if isinstance(out, tuple):  # attention gives (picture, text), a block (text, picture)
+                out = out[1] if source == "block" else out[0]
+            return out if out.shape[1] == SIDE * SIDE else self.part(out, True, 1)
+
+        return [(name if source == "block" else f"{name}.attn", image) for name in self.names]
 
 
 class Flux(Transformer):
@@ -146,7 +167,170 @@ class Sd35(Sd3):
     norm = "rms_norm"
 
 
-KINDS = [Flux, Sd3, Sd35]
+LENGTHS = torch.tensor([3, TEXT, 2])
+MASK = torch.arange(TEXT)[None] < LENGTHS[:, None]
+
+
+class Small(Transformer):
+    """One of `small_transformers`."""
+
+    projections: frozenset[str] = frozenset({"qkv", "linear1"})
+    latents: tuple[int, ...] = (3, 4, SIDE, SIDE)
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.x, self.target = torch.randn(2, *self.latents).double()
+        self.ids = torch.arange(3.0 * SIDE * SIDE).reshape(1, SIDE * SIDE, 3).expand(3, -1, -1)
+        self.text_ids = torch.zeros(3, TEXT, 3)
+
+    mask = None
+
+    def image_of(self, x):
+        """The picture's part of [batch, positions, ...]."""
+        return self.part(x, True, 1)
+
+    def compared(self, seen):
+        """(image queries, text keys, mask) of each observed block, heads first."""
+        return [
+            (*(self.of_heads(x, image) for x, image in zip(seen[i], (True, False), strict=True)), self.mask)
+            for i in self.blocks
+        ]
+
+    def of_heads(self, x, image):
+        return self.part(x, image, 2)
+
+
+class Anima(Small):
+    blocks = auto = (2, 3)
+    projections = frozenset({"q_proj", "k_proj", "v_proj"})
+    latents = (3, 4, 1, SIDE, SIDE)
+    mask = MASK
+    make = staticmethod(small_transformers.Anima)
+
+    def predict(self):
+        return self.model(self.x, TIMESTEPS / 1000, self.text, target_input_ids=None, target_attention_mask=MASK)
+
+    def compared(self, seen):
+        return [(*seen[2 * i + 1], MASK) for i in self.blocks]
+
+    def states(self, source):
+        end = "" if source == "block" else ".self_attn"
+        return [(f"blocks.{i}{end}", lambda _, out: out.flatten(1, -2)) for i in self.blocks]
+
+
+class FluxOriginal(Small):
+    blocks = (1, 2, 3)
+    auto = (2, 3)
+    latents = (3, SIDE * SIDE, 4)
+    make = staticmethod(small_transformers.Flux)
+
+    def predict(self):
+        return self.model(
+            img=self.x, img_ids=self.ids, txt=self.text, txt_ids=self.text_ids, timesteps=TIMESTEPS / 1000, y=None,
+            txt_attention_mask=self.mask,
+        )  # fmt: skip
+
+    def states(self, source):
+        if source == "block":
+            return [
+                ("double_blocks.1", lambda _, out: out[0]),
+                *((f"single_blocks.{i}", lambda _, out: self.image_of(out)) for i in (0, 1)),
+            ]
+        return [
+            ("double_blocks.1.img_attn.proj", lambda _, out: out),
+            *((f"single_blocks.{i}.linear2", lambda x, _: self.image_of(x)[..., :WIDTH]) for i in (0, 1)),
+        ]
+
+
+class FluxMasked(FluxOriginal):
+    mask = MASK
+
+
+class Chroma(FluxOriginal):
+    """Each sample's attention is a call of its own, with one token of padding."""
+
+    text_first = False
+    mask = torch.arange(TEXT)[None] < (LENGTHS + 1).clamp(max=TEXT)[:, None]
+    make = staticmethod(small_transformers.Chroma)
+
+    def predict(self):
+        return self.model(
+            img=self.x, img_ids=self.ids, txt=self.text, txt_ids=self.text_ids, timesteps=TIMESTEPS / 1000, y=None,
+            txt_attention_mask=MASK,
+        )  # fmt: skip
+
+    def compared(self, seen):
+        def padded(k):
+            k = k[:, :, SIDE * SIDE :]
+            return F.pad(k, (0, 0, 0, TEXT - k.shape[2]))
+
+        found = []
+        for i in self.blocks:
+            samples = seen[3 * i : 3 * i + 3]
+            queries = torch.cat([q[:, :, : SIDE * SIDE] for q, _ in samples])
+            found.append((queries, torch.cat([padded(k) for _, k in samples]), self.mask))
+        return found
+
+
+class Sd3Original(Small):
+    blocks = (1, 2)
+    auto = (2, 3)
+    make = staticmethod(small_transformers.Sd3)
+
+    def predict(self):
+        return self.model(self.x, TIMESTEPS, context=self.text, y=None)
+
+    def states(self, source):
+        if source == "block":
+            return [(f"joint_blocks.{i}", lambda _, out: out[1]) for i in self.blocks]
+        return [(f"joint_blocks.{i}.x_block.attn.proj", lambda _, out: out) for i in self.blocks]
+
+
+class Lumina2(Small):
+    blocks = (1, 3)
+    auto = (2, 3)
+    latents = (3, 4, 2 * SIDE, 2 * SIDE)
+    mask = MASK
+    make = staticmethod(small_transformers.Lumina2)
+
+    def predict(self):
+        return self.model(x=self.x, t=TIMESTEPS / 1000, cap_feats=self.text, cap_mask=MASK.int())
+
+    def image_of(self, x):
+        return torch.stack([x[i, n : n + SIDE * SIDE] for i, n in enumerate(LENGTHS.tolist())])
+
+    def of_heads(self, x, image):
+        return self.image_of(x.transpose(1, 2)).transpose(1, 2) if image else x[:, :, :TEXT]
+
+    def states(self, source):
+        end = "" if source == "block" else ".attention"
+        return [(f"layers.{i}{end}", lambda _, out: self.image_of(out)) for i in self.blocks]
+
+
+class HunyuanImage(Small):
+    blocks = (1, 2, 3)
+    auto = (2, 3)
+    projections = frozenset({"img_attn_qkv", "txt_attn_qkv", "linear1"})
+    text_first = False
+    mask = MASK
+    make = staticmethod(small_transformers.HunyuanImage)
+
+    def predict(self):
+        return self.model(self.x, TIMESTEPS, self.text, MASK.long())
+
+    def states(self, source):
+        if source == "block":
+            return [
+                ("double_blocks.1", lambda _, out: out[0]),
+                *((f"single_blocks.{i}", lambda _, out: self.image_of(out)) for i in (0, 1)),
+            ]
+        return [
+            ("double_blocks.1.img_attn_proj", lambda _, out: out),
+            *((f"single_blocks.{i}.linear2", lambda x, _: self.image_of(x)[..., :WIDTH]) for i in (0, 1)),
+        ]
+
+
+KINDS = [Flux, Sd3, Sd35, Anima, FluxOriginal, FluxMasked, Chroma, Sd3Original, Lumina2, HunyuanImage]
 
 
 def plain(kind, monkeypatch, source, counted):
@@ -156,10 +340,12 @@ def plain(kind, monkeypatch, source, counted):
     share = 1.0 if counted is None else float(counted.float().mean())
 
     def run():
-        hidden = []
-        names = case.names if source == "block" else [f"{name}.attn" for name in case.names]
+        states = []
         handles = [
-            case.model.get_submodule(n).register_forward_hook(lambda m, a, out: hidden.append(out)) for n in names
+            case.model.get_submodule(name).register_forward_hook(
+                lambda m, args, out, read=read: states.append(read(args[0] if args else None, out)[here])
+            )
+            for name, read in case.states(source)
         ]
         seen = case.scores(monkeypatch)
         prediction = case.predict()
@@ -167,16 +353,11 @@ def plain(kind, monkeypatch, source, counted):
         for handle in handles:
             handle.remove()
         maps = []
-        for q, k in [seen[i] for i in case.blocks]:
-            if q.shape[1] != HEADS:
-                q, k = q.transpose(1, 2), k.transpose(1, 2)
-            scores = case.part(q, True, 2) @ case.part(k, False, 2).transpose(-1, -2) / CHANNELS**0.5
+        for q, k, mask in case.compared(seen):
+            scores = q @ k.transpose(-1, -2) / CHANNELS**0.5
+            if mask is not None:
+                scores = scores.masked_fill(~mask[:, None, None], -float("inf"))
             maps.append(scores.softmax(dim=-1)[here])
-        states = []
-        for out in hidden:
-            if isinstance(out, tuple):  # attention gives (picture, text), a block (text, picture)
-                out = out[1] if source == "block" else out[0]
-            states.append((out if out.shape[1] == SIDE * SIDE else case.part(out, True, 1))[here])
         return prediction, maps, states
 
     with torch.no_grad(), case.lora.off():
@@ -193,6 +374,10 @@ def plain(kind, monkeypatch, source, counted):
     return loss.detach(), case.lora.gradient()
 
 
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["self_attention", "block"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -202,6 +387,7 @@ def test_value_and_gradient_are_those_of_the_models_own_scores_and_states(
 ):
     wanted, wanted_gradient = plain(kind, monkeypatch, source, counted)
     case = kind(checkpointing)
+    before = hooks(case.model)
     config = AptConfig(**CONFIG, blocks=list(case.blocks), representation_source=source)
     with AptObjective(config, case.model, case.lora.off, trained=case.lora.named_parameters()) as objective:
         step = objective.step(case.predict, case.target, TIMESTEPS, counted=counted)
@@ -209,9 +395,7 @@ def test_value_and_gradient_are_those_of_the_models_own_scores_and_states(
         loss.backward()
     assert float(loss.detach()) == pytest.approx(float(wanted), rel=1e-6)
     assert relative_difference(case.lora.gradient(), wanted_gradient) < 1e-6
-    assert not case.model.transformer_blocks[0]._forward_hooks and all(
-        not m._forward_pre_hooks for m in case.model.modules()
-    )
+    assert hooks(case.model) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)

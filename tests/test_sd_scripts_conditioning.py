@@ -61,6 +61,8 @@ def test_words_of_unequal_token_length_in_any_tokenizer_are_refused() -> None:
 class Encoders:
     """Encodes a caption as its length, and keeps what it was asked for."""
 
+    models: tuple[str, ...] | None = ("one",)
+
     def __init__(self) -> None:
         self.asked: list[tuple[list[str], bool]] = []
 

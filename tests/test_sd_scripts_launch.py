@@ -53,7 +53,7 @@ def test_python_sees_the_lines_that_patch_writes(tmp_path: Path, layout: str) ->
         assert strip(content) == strip(path.read_bytes())
         lines, patched = content.splitlines(), path.read_bytes().splitlines()
         # The scripts have three more, which say that nothing asks for APT.
-        at = next((i for i, line in enumerate(lines) if line.startswith(b"    else:  # [apt-hooks]")), len(lines))
+        at = next((i for i, line in enumerate(lines) if line.strip() == b"else:  # [apt-hooks]"), len(lines))
         assert lines[:at] + lines[at + 3 :] == patched
     # Patched files, too.
     assert loaded_sources(Checkout(folder)) == seen
@@ -125,7 +125,10 @@ def test_the_script_sees_what_python_gives_a_script(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("flux_train_network.py", "only train_network.py and sdxl_train_network.py can take [apt]"),
+        (
+            "train_other.py",
+            "only train_network.py, sdxl_train_network.py, anima_train_network.py, flux_train_network.py can take",
+        ),
         ("nothing.py", "no such file"),
         ("library/args.py", "only train_network.py"),
     ],
@@ -141,8 +144,8 @@ def test_what_cannot_be_launched_is_one_line(tmp_path: Path, name: str, said: st
 def test_a_checkout_that_cannot_be_patched_cannot_be_launched(tmp_path: Path) -> None:
     folder = write_checkout(tmp_path / "plain")
     path = folder / "train_network.py"
-    path.write_text(path.read_text("utf-8").replace("def call_unet(", "def call_model("), "utf-8")
-    with pytest.raises(AptError, match=r"looked for NetworkTrainer\.call_unet\(\)"):
+    path.write_text(path.read_text("utf-8").replace("def post_process_loss(", "def process_loss("), "utf-8")
+    with pytest.raises(AptError, match=r"looked for NetworkTrainer\.post_process_loss\(\)"):
         loaded_sources(Checkout(folder))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apt_hooks.errors import AptError
-from apt_hooks.integrations.sd_scripts.trainer_functions import LossMask, TimestepSampler
+from apt_hooks.integrations.sd_scripts.trainer_functions import DiffusionNoising, LossMask, noising_of
 
 
 def library(**more: Any) -> types.ModuleType:
@@ -80,10 +80,11 @@ def test_the_drawn_timesteps_are_those_that_the_trainer_gets(case: str) -> None:
     kind, sampler = CASES[case](loss), vars(loss)["get_timesteps"]
     args = types.SimpleNamespace(min_timestep=5, max_timestep=None, low=100, high=200)
     scheduler = types.SimpleNamespace(config=types.SimpleNamespace(num_train_timesteps=1000))
-    found = TimestepSampler(kind)
-    assert found.draw(args, scheduler, 2, None).tolist() == [5, 6]
+    scheduler.alphas_cumprod = torch.ones(1000)
+    found = noising_of(kind, augments=True)
+    assert found.draw(args, scheduler, torch.zeros(2, 1, 4, 4), None).tolist() == [5, 6]
     wanted: Tensor = torch.tensor([1, 2])
-    with found.drawn(wanted):
+    with found.watched(scheduler, wanted):
         assert kind().get_noise_pred_and_target(args) is wanted
     assert vars(loss)["get_timesteps"] is sampler
     assert kind().get_noise_pred_and_target(args).tolist() == [100, 101]
@@ -93,4 +94,5 @@ def test_the_drawn_timesteps_are_those_that_the_trainer_gets(case: str) -> None:
 def test_a_trainer_that_makes_its_noise_otherwise_is_refused(how: str) -> None:
     kind = trainer(how, loss_util=types.SimpleNamespace(other=print))
     with pytest.raises(AptError, match=r"Trainer\.get_noise_pred_and_target: looked for a call of get_noise_noisy"):
-        TimestepSampler(kind)
+        noising_of(kind, augments=True)
+    assert isinstance(noising_of(kind, augments=False), DiffusionNoising)  # nothing is drawn beforehand

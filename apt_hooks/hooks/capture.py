@@ -150,7 +150,8 @@ class FeatureCapture:
                 raise AptError(f"{self._name(place)} ran twice in one pass; call the model once, with the whole batch")
             shown.add(place)
             told = self._told_to(place)
-            read = self._read(place, told, output.detach())
+            with torch.no_grad():  # what was told may have a graph of its own, as FLUX's rotary embedding in sd-scripts
+                read = self._read(place, told, output.detach())
             contribution = observer(*place, read, self._mask(place, told))
             without_graph = not torch.is_grad_enabled()
             if contribution is None or not (without_graph or output.requires_grad):

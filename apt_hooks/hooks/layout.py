@@ -128,8 +128,8 @@ class Layout:
 class Architecture(Protocol):
     """A module of `architectures`."""
 
-    LOOKED_FOR: str
-    """What `is_one` looks for, in words."""
+    NAME: str
+    """The models that are built like that, in words."""
 
     def is_one(self, model: nn.Module) -> bool:
         """Whether a model is built like that, by the modules that it has."""

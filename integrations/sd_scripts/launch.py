@@ -33,6 +33,8 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
     script = script.resolve()
     if not script.is_file():
         raise AptError(f"{script}: no such file; name a script of sd-scripts, such as {SCRIPTS[0]}")
+    if not (script.parent / SCRIPTS[0]).is_file():
+        raise AptError(f"{script}: only {SCRIPTS[0]} and scripts beside it can take [apt]; name one of these")
     checkout = Checkout(script.parent)
     if script.name not in checkout.scripts:
         raise AptError(

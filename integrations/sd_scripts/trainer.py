@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures import preset_of
+from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.run import AptRun
@@ -37,6 +38,9 @@ logger = logging.getLogger("apt_hooks")
 
 UNCOUNTED = "apt_hooks_uncounted"
 """Custom attribute of a dataset subset whose samples APT leaves alone: regularization images and their like."""
+
+PRESERVATION = "diff_output_preservation"
+"""The trainer's own custom attribute of subsets whose samples are to stay as the base model has them."""
 
 _LATENTS_AUGMENTED = "the data set gives latents, which are augmented in place of the images; that is an approximation"
 
@@ -83,7 +87,7 @@ class AptTrainer:
             for subset in getattr(dataset, "subsets", []):
                 attributes = dict(getattr(subset, "custom_attributes", None) or {})
                 # A batch carries its subsets' attributes, and nothing else that tells a regularization image.
-                kept_as_prior = attributes.get("diff_output_preservation", False)
+                kept_as_prior = attributes.get(PRESERVATION, False)
                 attributes[UNCOUNTED] = bool(getattr(subset, "is_reg", False) or kept_as_prior)
                 subset.custom_attributes = attributes
                 captions += [
@@ -293,10 +297,16 @@ class AptTrainer:
             return prediction
 
         def predict_frozen() -> Tensor:
-            plain = {key: value for key, value in batch.items() if key != "custom_attributes"}
-            results["frozen"] = run(plain, current.frozen_conds(text_conds), denoiser, False)
+            conds = text_conds
+            if self._conditioning is not None:
+                with frozen_base(
+                    self.apt.objective.reference.modules, contextlib.nullcontext
+                ):  # for the random streams
+                    conds = current.frozen_conds(text_conds)
+            result = run(_without_preservation(batch), conds, denoiser, False)
             prepare_block_swap(accelerator.unwrap_model(denoiser))
-            prediction: Tensor = results["frozen"][0]
+            results.setdefault("frozen", result)  # the LoRA's own, once compared in the first step, comes behind it
+            prediction: Tensor = result[0]
             return prediction
 
         passes.run(predict, predict_frozen, same_conditioning=self._conditioning is None)
@@ -450,6 +460,15 @@ class _Batch:
     placement: Placement | None = None
     covered: Tensor | None = None
     step: Any = None  # AptStep, from the target on
+
+
+def _without_preservation(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch, with no sample whose target the trainer takes from the base model by a pass of its own."""
+    attributes = batch.get("custom_attributes")
+    if not attributes:
+        return batch
+    kept = [{key: value for key, value in (own or {}).items() if key != PRESERVATION} for own in attributes]
+    return {**batch, "custom_attributes": kept}
 
 
 def _counted(batch: dict[str, Any]) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -242,9 +244,29 @@ def _called_from(trainer: type, method: str, name: str) -> dict[str, Any] | None
 
 
 def _reached(function: Any, name: str) -> dict[str, Any] | None:
-    code, names = function.__code__, function.__globals__
-    if name not in code.co_names:
-        return None
-    owners = (names.get(other) for other in code.co_names)
-    held = (vars(owner) for owner in owners if hasattr(owner, name) and hasattr(owner, "__dict__"))
-    return next((found for found in held if name in found), names if name in names else None)
+    """Of two modules that have a function of this name, that whose own is called: read off the code itself."""
+    waiting = [function.__code__]
+    while waiting:
+        code = waiting.pop()
+        waiting += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        path: list[str] = []
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                path = [instruction.argval]
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and path:
+                path.append(instruction.argval)
+            elif instruction.opname not in ("CACHE", "PUSH_NULL", "NOP"):
+                path = []
+            if path and path[-1] == name and (found := _names_behind(path, function.__globals__)) is not None:
+                return found
+    return None
+
+
+def _names_behind(path: list[str], names: dict[str, Any]) -> dict[str, Any] | None:
+    """The names among which the last part of a dotted name is found."""
+    for part in path[:-1]:
+        try:
+            names = vars(names[part])
+        except (KeyError, TypeError):
+            return None
+    return names if path[-1] in names else None

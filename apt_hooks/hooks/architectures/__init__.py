@@ -57,9 +57,9 @@ def layout_of(
         return architecture.layout(model, blocks, source)
     children = ", ".join(name for name, _ in model.named_children()) or "no child modules"
     raise AptError(
-        f"looked for {', or '.join(a.LOOKED_FOR for a in ALL)} in {type(model).__name__}, found {children}: "
-        "pass the U-Net or the transformer itself, or a layout of your own, or set lambda_dist and lambda_attn "
-        "(lambda_joint) to 0, which need no hooks"
+        f"looked for the parts of a known denoiser in {type(model).__name__}, found {children}; known are "
+        f"{', '.join(a.NAME for a in ALL)}: pass the U-Net or the transformer itself, or a layout of your own, or set "
+        "lambda_dist and lambda_attn (lambda_joint) to 0, which need no hooks"
     )
 
 

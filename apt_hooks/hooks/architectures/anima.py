@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..layout import AttentionPoint, HiddenPoint, Layout, Source, Tap, Told, arguments, flat
 from .depth import select
 
-LOOKED_FOR = "blocks of self_attn and cross_attn with a q_norm"
+NAME = "Anima"
 
 
 def is_one(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint, before, pairs
 
-LOOKED_FOR = "double_blocks with an img_attn.norm and single_blocks"
+NAME = "FLUX.1 and Chroma"
 
 
 def is_one(model: nn.Module) -> bool:
@@ -44,7 +44,7 @@ def _blocks(model: Any) -> Iterator[Block]:
     def of_block(block: nn.Module) -> Told:
         def told(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
             given = arguments(block, args, kwargs)
-            return given["pe"], given.get("txt_seq_len")
+            return given["pe"].detach(), given.get("txt_seq_len")
 
         return Told(block, told)
 

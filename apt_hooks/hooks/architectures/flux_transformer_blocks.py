@@ -11,7 +11,7 @@ from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint
 
-LOOKED_FOR = "transformer_blocks and single_transformer_blocks behind a time_text_embed"
+NAME = "FLUX.1 in diffusers"
 
 
 def is_one(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint, before
 
-LOOKED_FOR = "double_blocks with an img_attn_qkv and single_blocks"
+NAME = "HunyuanImage 2.1"
 
 
 def is_one(model: nn.Module) -> bool:

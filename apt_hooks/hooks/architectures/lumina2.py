@@ -12,7 +12,7 @@ from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint, before, pairs
 
-LOOKED_FOR = "layers behind a context_refiner and a noise_refiner"
+NAME = "Lumina 2"
 
 
 def is_one(model: nn.Module) -> bool:
@@ -52,7 +52,7 @@ def _blocks(model: Any) -> Iterator[Block]:
             attention.head_dim,
             Tap(f"{name}.attention", attention),
             Tap(name, layer),
-            (whole, Told(layer, lambda args, kwargs, layer=layer: arguments(layer, args, kwargs)["pe"])),
+            (whole, Told(attention, lambda args, kwargs, own=attention: arguments(own, args, kwargs)["freqs_cis"])),
             joint,
             heads_first=False,
         )

@@ -14,7 +14,7 @@ from torch import nn
 from ..layout import AttentionPoint, HiddenPoint, Layout, Source, Tap, flat
 from .depth import select
 
-LOOKED_FOR = "joint_blocks of x_block and context_block"
+NAME = "SD 3"
 
 
 def is_one(model: nn.Module) -> bool:

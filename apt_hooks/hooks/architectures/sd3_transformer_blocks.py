@@ -11,7 +11,7 @@ from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint
 
-LOOKED_FOR = "transformer_blocks with an attn.add_k_proj behind a pos_embed.proj"
+NAME = "SD 3 in diffusers"
 
 
 def is_one(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from ..layout import Layout, Source
 from . import unet
 
-LOOKED_FOR = "output_blocks"
+NAME = "SDXL's U-Net"
 
 
 def is_one(model: nn.Module) -> bool:

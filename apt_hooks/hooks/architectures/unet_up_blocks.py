@@ -10,7 +10,7 @@ from torch import nn
 from ..layout import Layout, Source
 from . import unet
 
-LOOKED_FOR = "up_blocks"
+NAME = "the U-Nets of SD 1.x and 2.x and of diffusers"
 
 
 def is_one(model: nn.Module) -> bool:
