@@ -246,7 +246,6 @@ class Flux(Transformer):
 
     def swap_blocks(self):
         self.swapping, self.ready = True, True
-        self.register_full_backward_hook(lambda *_: setattr(self, "ready", True))
 
     def prepare_block_swap_before_forward(self):
         self.prepared += self.swapping
@@ -265,7 +264,10 @@ class Flux(Transformer):
         x = torch.cat([txt, img], dim=1)
         for block in self.single_blocks:
             x = block(x, vec=vec, pe=pe, txt_attention_mask=txt_attention_mask)
-        return self.out(x[:, txt.shape[1] :])
+        out = self.out(x[:, txt.shape[1] :])
+        if self.swapping and out.requires_grad:
+            out.register_hook(lambda gradient: setattr(self, "ready", True))
+        return out
 
 
 class Chroma(Flux):

@@ -1174,3 +1174,195 @@ def test_the_section_is_moved_out_of_the_config_and_into_the_arguments() -> None
 def test_a_script_without_the_argument_refuses_the_section() -> None:
     with pytest.raises(SystemExit, match=r"^apt-hooks: error: flux\.py .*take the section out"):
         adapter.take_section({"apt": {}}, argparse.ArgumentParser(prog="flux.py"))
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+transformer = pytest.mark.parametrize("kind", ["anima", "flux"])
+
+
+@pytest.fixture
+def noised(trainers: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the trainer's function that adds noise was given and gave, call by call."""
+    found: list[dict[str, Any]] = []
+    plain = trainers["flow"].get_noisy_model_input_and_timesteps
+
+    def noted(args: Any, noise_scheduler: Any, latents: Tensor, noise: Tensor, device: Any, dtype: Any) -> Any:
+        made = plain(args, noise_scheduler, latents, noise, device, dtype)
+        found.append({"latents": latents, "noise": noise, "noisy": made[0], "sigmas": made[2].flatten()})
+        return made
+
+    monkeypatch.setattr(trainers["flow"], "get_noisy_model_input_and_timesteps", noted)
+    return found
+
+
+@transformer
+@pytest.mark.parametrize("cached", [True, False], ids=["latents", "images"])
+def test_sigmas_are_drawn_first_by_the_trainers_own_function_and_those_are_used(
+    train: Train, trainers: dict[str, ModuleType], noised: list[dict[str, Any]], kind: str, cached: bool
+) -> None:
+    before = trainers["flow"].get_noisy_model_input_and_timesteps
+    options = {"timestep_sampling": "shift", "ip_noise_gamma": 0.1, "cache_latents": cached}  # shifted by their size
+    run = train({}, spy=Overfitted, kind=kind, max_train_steps=4, **options)
+    assert len(noised) == 3 * 4 and trainers["flow"].get_noisy_model_input_and_timesteps is before
+    for drawn, frozen, tuned in zip(*[iter(noised)] * 3, strict=True):
+        assert torch.equal(drawn["sigmas"], frozen["sigmas"]) and torch.equal(drawn["sigmas"], tuned["sigmas"])
+        assert all(torch.equal(frozen[name], tuned[name]) for name in ("latents", "noise", "noisy"))
+        # What is added to the noise is none of its own numbers.
+        sigmas = tuned["sigmas"][:, None, None, None]
+        added = (tuned["noisy"] - (1 - sigmas) * tuned["latents"]) / sigmas - tuned["noise"]
+        assert abs(float(torch.corrcoef(torch.stack([added.flatten(), tuned["noise"].flatten()]))[0, 1])) < 0.1
+    assert sum(line["augmented"] for line in run.log) > 0
+    assert len({float(call["sigmas"][0]) for call in noised}) == 4
+
+
+@transformer
+def test_without_augmentation_the_sigmas_are_drawn_where_the_trainer_draws_them(
+    train: Train, noised: list[dict[str, Any]], kind: str
+) -> None:
+    train(kind=kind, name="plain")
+    plain = [call["noisy"] for call in noised]
+    noised.clear()
+    train({"augmentation": False}, kind=kind)
+    assert len(noised) == 6
+    for frozen, tuned, wanted in zip(noised[::2], noised[1::2], plain, strict=True):
+        assert torch.equal(frozen["noisy"], wanted) and torch.equal(tuned["noisy"], wanted)
+
+
+@pytest.mark.parametrize("predicted", ["raw", "sample"])
+def test_gamma_of_flow_matching_is_in_epsilon_units_whatever_the_loss_compares(
+    train: Train, noised: list[dict[str, Any]], predicted: str
+) -> None:
+    apt = {**WEIGHTS_ONLY, "ema_alpha": 1.0, "num_bins": 1}
+    options = {"train_batch_size": 1, "max_train_steps": 4, "model_prediction_type": predicted}
+    run = train(apt, kind="flux", spy=Spy, **options)
+    for seen, line, call in zip(run.trainer.seen, run.log, noised[1::2], strict=True):
+        sigma = float(call["sigmas"])
+        factor = (1 - sigma) ** 2 / (sigma**2 if predicted == "sample" else 1)
+        assert seen.indicator[-1]["loss_tuned"] == pytest.approx([factor * float(seen.squares)], rel=1e-4)
+        assert line["loss_tuned"] == pytest.approx(float(seen.squares), rel=1e-5)
+    assert run.saved()["metadata"]["ss_apt_indicator_units"] == "epsilon"
+    own = train({**apt, "indicator_space": "target"}, kind="flux", spy=Spy, name="target", **options)
+    for seen in own.trainer.seen:
+        assert seen.indicator[-1]["loss_tuned"] == pytest.approx([float(seen.squares)], rel=1e-5)
+    assert own.saved()["metadata"]["ss_apt_indicator_units"] == "flow"
+
+
+def test_bins_are_those_of_the_sigmas(train: Train, noised: list[dict[str, Any]]) -> None:
+    run = train({**WEIGHTS_ONLY, "num_bins": 4}, kind="anima", train_batch_size=1)
+    for line, call in zip(run.log[1:], noised[1::2], strict=False):
+        assert line["gap"][int(4 * float(call["sigmas"]))] is not None
+
+
+class Doubled:
+    """A trainer whose loss compares something of its own."""
+
+    def get_noise_pred_and_target(self, *args: Any, **kwargs: Any) -> Any:
+        prediction, target, timesteps, weighting = super().get_noise_pred_and_target(*args, **kwargs)  # type: ignore[misc]
+        return prediction, 2 * target + 1, timesteps, weighting
+
+
+def test_a_loss_of_something_unknown_is_one_line_with_a_way_out(make: Train) -> None:
+    def doubled(apt: dict[str, Any], name: str) -> tuple[Any, argparse.Namespace]:
+        plain = make(kind="flux", name=name)
+        kind = type("Other", (Doubled, type(plain.trainer)), {})
+        plain.args.apt_section = apt
+        return adapter.apt_trainer(kind(), plain.args), plain.args
+
+    trainer, args = doubled({}, "epsilon")
+    with pytest.raises(SystemExit, match=r'neither velocity, image nor noise.*indicator_space = "target"'):
+        trainer.train(args)
+    trainer, args = doubled({"indicator_space": "target"}, "target")
+    trainer.train(args)
+
+
+def test_swapped_blocks_are_brought_back_between_the_passes(train: Train) -> None:
+    run = train({}, kind="flux", spy=Overfitted, subsets=(OWN, PRIOR), blocks_to_swap=1, train_batch_size=4)
+    model = run.trainer.models[3]
+    assert model.swapping and model.prepared == 2 * 3  # behind each frozen pass, and by preservation itself
+
+
+@transformer
+@pytest.mark.parametrize("apt", [{}, {"regularizer": "joint", "lambda_joint": 0.1}], ids=["separate", "joint"])
+def test_checkpointing_and_swapped_blocks_give_the_same_lora(train: Train, kind: str, apt: dict[str, Any]) -> None:
+    # Cached, since the text encoders have dropout in training mode.
+    options = {"kind": kind, "spy": HalfOverfitted, "cache_text_encoder_outputs": True}
+    plain = train(apt, **options, name="plain").saved()["weights"]
+    ways = {"checkpointing": {"gradient_checkpointing": True}}
+    if kind == "flux":
+        ways["swap"] = {"gradient_checkpointing": True, "blocks_to_swap": 1}
+    for name, way in ways.items():
+        run = train(apt, **options, **way, name=name)
+        for key, value in run.saved()["weights"].items():
+            torch.testing.assert_close(value, plain[key], rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
+        assert all(line["l_joint" if apt else "l_attn"] > 0 for line in run.log)
+
+
+@transformer
+def test_cached_latents_of_a_transformer_are_zoomed_out_of_its_own_black(train: Train, kind: str) -> None:
+    run = train(ALWAYS_SMALLER, kind=kind, spy=Overfitted, cache_latents=True)
+    vae = run.trainer.models[2]
+    black = vae.encode(torch.full((1, 3, 128, 128), -1.0)).latent_dist.mode()[0, :, 0, 0]
+    black = black * 0.5 if kind == "anima" else black
+    for seen in run.trainer.seen:
+        torch.testing.assert_close(seen.latents[:, :, 0, 0], black.expand(2, 4), atol=0.03, rtol=0)
+
+
+def test_the_class_word_is_encoded_while_the_text_encoders_are_there(
+    train: Train, trainers: dict[str, ModuleType]
+) -> None:
+    subsets = ({"captions": ["sks dog", "a cat", "one sks dog", "two cats"], "caption_prefix": "nice"},)
+    read: list[Any] = []
+
+    class Listening(Spy):
+        def get_noise_pred_and_target(self, *args: Any, **kwargs: Any) -> Any:
+            read.append((self.seen[-1].given["captions"], args[5]))
+            return super().get_noise_pred_and_target(*args, **kwargs)
+
+    options = {"subsets": subsets, "cache_text_encoder_outputs": True, "max_train_steps": 4}
+    run = train(WORDS, kind="anima", spy=Listening, **options)
+    frozen = run.trainer._conditioning
+    assert sorted(frozen._encoded) == ["nice bag dog", "nice one bag dog"]
+    models, _, _ = trainers["noising"].load_models(run.args, [16], lambda checkpointing: None)
+    util = trainers["noising"]
+    for captions, conds in read:
+        swapped = [c.removeprefix("nice ").replace("sks", "bag") for c in captions]
+        wanted = util.TextEncodingStrategy().encode_tokens(None, models, util.TokenizeStrategy(1).tokenize(swapped))
+        given = {"captions": captions, "text_encoder_outputs_list": conds}
+        (found,) = frozen(SimpleNamespace(models=None), given, torch.ones(len(captions), dtype=torch.bool), conds)
+        torch.testing.assert_close(found, wanted[0])
+
+
+def test_captions_that_are_dropped_behind_the_batchs_back_exclude_a_class_word(make: Train) -> None:
+    run = make(
+        WORDS,
+        kind="anima",
+        subsets=({**OWN, "caption_dropout_rate": 0.1},),
+        cache_text_encoder_outputs=True,
+    )
+    with pytest.raises(SystemExit, match=r"class_word cannot be used with caption_dropout_rate with cache_text"):
+        run.trainer.train(run.args)
+
+
+@pytest.mark.parametrize(
+    ("apt", "arguments", "said"),
+    [
+        ({}, {"compile": True}, "--compile cannot be used with APT"),
+        ({"representation_source": "block"}, {"cpu_offload_checkpointing": True}, 'set that to "self_attention"'),
+    ],
+)
+def test_options_that_hide_what_is_compared_are_one_line(
+    make: Train, apt: dict[str, Any], arguments: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        make(apt, kind="anima", **arguments)
+    assert str(error.value).startswith("apt-hooks: error: ") and said in str(error.value)
+
+
+@transformer
+def test_the_models_preset_is_taken_and_said(train: Train, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    run = train({}, kind=kind)
+    assert f"| preset {kind}, the model's |" in capsys.readouterr().out
+    assert run.saved()["metadata"]["ss_apt_preset"] == kind
+    with pytest.raises(SystemExit, match=rf'preset = "sdxl" is for another model: this one\'s is "{kind}"'):
+        train({"preset": "sdxl"}, kind=kind, name="other")

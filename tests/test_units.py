@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from apt_hooks import AptError
-from apt_hooks.method.units import TARGETS, epsilon_error_scale
+from apt_hooks.method.units import TARGETS, epsilon_error_scale, flow_error_scale, flow_target
 
 # The schedule of Stable Diffusion and SDXL: betas linear in their roots.
 ALPHAS_CUMPROD = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
@@ -50,5 +50,39 @@ def test_without_signal_at_the_last_step_an_error_in_v_is_none_of_epsilon():
 
 
 def test_another_target_is_refused():
-    with pytest.raises(AptError, match=r"predicts 'flow'.*epsilon, v_prediction, sample.*indicator_space"):
-        epsilon_error_scale("flow", ALPHAS_CUMPROD, torch.tensor([0]))
+    with pytest.raises(AptError, match=r"predicts 'noise'.*epsilon, v_prediction, sample.*indicator_space"):
+        epsilon_error_scale("noise", ALPHAS_CUMPROD, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("compared", ["velocity", "sample", "epsilon"])
+def test_of_flow_matching_a_wrong_prediction_is_as_wrong_an_epsilon_as_the_factor_says(compared):
+    sigmas = torch.tensor([0.01, 0.3, 0.5, 0.8, 0.999], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x0, e = torch.randn(2, 5, 4, 8, 8, generator=generator, dtype=torch.float64)
+    sigma = sigmas[:, None, None, None]
+    x_t = (1 - sigma) * x0 + sigma * e
+    true = {"velocity": e - x0, "sample": x0, "epsilon": e}[compared]
+    predicted = true + 0.1 * torch.randn(true.shape, generator=generator, dtype=true.dtype)
+    if compared == "velocity":  # both parts of the sample, from x_t and e - x0
+        matrix = torch.stack([torch.stack([1 - sigmas, sigmas], 1), torch.tensor([[-1.0, 1.0]] * 5).double()], 1)
+        parts = torch.linalg.solve(matrix, torch.stack([x_t, predicted], 1).flatten(2))
+        as_epsilon = parts[:, 1].reshape(x_t.shape)
+    else:
+        as_epsilon = (x_t - (1 - sigma) * predicted) / sigma if compared == "sample" else predicted
+    wanted = (as_epsilon - e).square().mean(dim=(1, 2, 3))
+    found = (predicted - true).square().mean(dim=(1, 2, 3)) * flow_error_scale(compared, sigmas).square()
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+
+
+def test_what_a_loss_of_flow_matching_compares_is_told_from_its_target():
+    x0, noise = torch.randn(2, 3, 4, 8, 8)
+    for wanted, target in (
+        ("velocity", noise - x0), ("velocity", x0 - noise), ("sample", x0), ("epsilon", noise),
+        ("velocity", (noise - x0).bfloat16()), (None, noise + x0), (None, noise[:, :1]),
+    ):  # fmt: skip
+        assert flow_target(target, x0, noise) == wanted
+
+
+def test_without_noise_the_factor_of_a_sample_is_finite():
+    scale = flow_error_scale("sample", torch.tensor([0.0, 0.5, 1.0]))
+    assert scale.isfinite().all() and scale[1:].tolist() == [1.0, 0.0]
