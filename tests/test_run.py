@@ -510,8 +510,8 @@ def test_the_units_of_gamma_are_in_the_metadata_and_where_they_are_not_the_train
 
 
 def test_a_target_of_unknown_units_is_refused_but_where_it_is_measured_as_it_is(tmp_path):
-    with pytest.raises(AptError, match="the model predicts 'flow'"):
-        make_run(tmp_path, target="flow")
+    with pytest.raises(AptError, match="the model predicts 'noise'"):
+        make_run(tmp_path, target="noise")
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [("target", "epsilon"), ("epsilon", "target")])

@@ -18,7 +18,7 @@ from ..errors import AptError
 from ..files import write_atomically
 from ..hooks.starting_weights import from_file, to_bytes
 from ..method.augmentation import Placement
-from ..method.units import check_target
+from ..method.units import FLOW, check_target
 from .objective import AptObjective
 from .step import AptStep
 from .steplog import VALUES, StepLog
@@ -39,7 +39,7 @@ class AptRun:
         augment_space: "image" or "latent", decided.
         seed, rank: where the augmentation's own random stream starts; the trainer's stream is not touched.
         trainer: its name and version, for the log.
-        target: what the model predicts, one of `units.TARGETS`, unless `indicator_space` is "target".
+        target: what the model predicts, one of `units.TARGETS` or `units.FLOW`, unless `indicator_space` is "target".
 
     Raises:
         AptError: `indicator_space` is not "target", and errors of this target cannot be told as errors of epsilon.
@@ -97,7 +97,8 @@ class AptRun:
             f"log {self.log.path}" if self.log.path else "no log",
         ]
         if self.indicator_units != self.target:
-            parts.insert(-1, f"gamma in {self.indicator_units} units (the model predicts {self.target})")
+            what = "flow matching" if self.target == FLOW else f"the model predicts {self.target}"
+            parts.insert(-1, f"gamma in {self.indicator_units} units ({what})")
         return " | ".join(parts)
 
     def generator(self) -> torch.Generator:

@@ -36,6 +36,9 @@ def _blocks(model: Any) -> Iterator[Block]:
         height, width = given["x"].shape[-2:]
         return (height // model.patch_size) * (width // model.patch_size), given["cap_mask"].sum(dim=1)
 
+    def of_attention(attention: nn.Module) -> Told:
+        return Told(attention, lambda args, kwargs: arguments(attention, args, kwargs)["freqs_cis"])
+
     def joint(told: tuple[Any, ...]) -> Joint:
         (image, lengths), turns = told  # turns: [batch, positions, pairs], complex
         text = turns.shape[1] - image
@@ -52,7 +55,7 @@ def _blocks(model: Any) -> Iterator[Block]:
             attention.head_dim,
             Tap(f"{name}.attention", attention),
             Tap(name, layer),
-            (whole, Told(attention, lambda args, kwargs, own=attention: arguments(own, args, kwargs)["freqs_cis"])),
+            (whole, of_attention(attention)),
             joint,
             heads_first=False,
         )
