@@ -117,8 +117,8 @@ def test_an_unknown_key_like_no_other_names_none_but_lists_all():
     assert all(key in str(caught.value) for key in AptConfig.key_names())
 
 
-def test_presets_are_those_of_the_three_families():
-    assert preset_names() == ("sd15", "sd21", "sdxl")
+def test_every_known_model_has_a_preset():
+    assert preset_names() == ("anima", "chroma", "flux", "hunyuan_image", "lumina2", "sd15", "sd21", "sd35", "sdxl")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_every_preset_loads_with_its_familys_scale_and_blocks(name, scale, block
     assert config.overrides() == {}
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("name", preset_names())
 def test_every_value_of_a_preset_has_its_source_beside_it(name):
     lines = [line for line in preset_text(name).splitlines() if "=" in line.split("#")[0]]
     assert lines
@@ -154,7 +154,7 @@ def test_every_objective_is_accepted_and_the_one_given_counts_as_override(object
 
 
 def test_apt_is_the_objective_of_the_defaults_and_of_every_preset():
-    assert [AptConfig().objective, *(AptConfig.preset(name).objective for name in preset_names())] == ["apt"] * 4
+    assert [AptConfig().objective, *(AptConfig.preset(name).objective for name in preset_names())] == ["apt"] * 10
 
 
 GIVEN = {"loss_weighting": True, "augmentation": True, "lambda_dist": 2.0, "lambda_attn": 3.0, "lambda_joint": 4.0}
@@ -216,7 +216,7 @@ def test_the_beta_of_dco_is_a_float_and_an_override_where_it_is_not_the_papers()
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("sdlx", 'did you mean "sdxl"?'), ("flux", '"sd15", "sd21", "sdxl"'), (1, "")]
+    ("name", "hint"), [("sdlx", 'did you mean "sdxl"?'), ("hidream", '"sd15", "sd21", "sd35", "sdxl"'), (1, "")]
 )
 def test_an_unknown_preset_is_refused_with_those_there_are(name, hint):
     with pytest.raises(AptError) as caught:
