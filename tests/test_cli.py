@@ -385,7 +385,7 @@ def test_a_new_key_does_not_come_between_the_next_section_and_its_comment(tmp_pa
         ("apt = { num_bins = 3 }\nseed = 1\n", "sdxl", "cannot be edited line by line"),
         ("apt.num_bins = 3\napt.preset = 'sd15'\n", "sdxl", "cannot be edited line by line"),
         ('text = """\n[apt]\n"""\n[apt]\nnum_bins = 3\n', "sdxl", "cannot be edited line by line"),
-        ("seed = 1\n", "sd3", 'found \'sd3\'; did you mean "sd35"?'),
+        ("seed = 1\n", "sd3", "found 'sd3'; did you mean \"sd35\"?"),
     ],
 )
 def test_a_config_that_would_not_be_valid_is_refused_and_left_alone(
