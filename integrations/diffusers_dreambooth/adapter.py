@@ -29,8 +29,8 @@ from ..accelerate_state import attach
 from ..class_captions import ClassCaptions
 from ..noise_options import tell_noise_options
 from ..peft import adapters_off, check_active, dropout
-from .metadata import add_metadata
-from .words import ClassWords
+from .class_word import ClassWords
+from .lora_metadata import add_metadata
 
 logger = logging.getLogger("apt_hooks")
 
