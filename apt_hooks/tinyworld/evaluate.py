@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import AptError
 from .concepts import IDENTIFIER, Concept
-from .judges import Judges, identity_score, text_score
+from .judge_networks import Judges, identity_score, text_score
 from .metrics import black_frames, frechet_distance, precision_recall
 from .model import decode_latents, encode_images, sample
 from .world import BACKGROUNDS, PLACES, SECONDS, SIZES, STYLES, Scene, random_scene

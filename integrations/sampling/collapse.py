@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from apt_hooks.hooks.attention_guidance import Predict
+from apt_hooks.hooks.attention_guidance import RunDenoiser
 from apt_hooks.hooks.attention_maps import attention_shift
 from apt_hooks.hooks.capture import FeatureCapture, Features
 
+from .denoising_steps import check_pipeline, denoising_steps
 from .loras import LoraFile, Loras
-from .steps import check_pipeline, denoising_steps
 
 
 def attention_collapse(
@@ -38,12 +38,12 @@ def attention_collapse(
     shifts: dict[str, list[Tensor]] = {name: [] for name in files}
     with Loras(pipeline, files) as loras, FeatureCapture(pipeline.unet, blocks, representation=False) as capture:
 
-        def read(name: str | None, inputs: Tensor, predict: Predict) -> Features:
+        def read(name: str | None, inputs: Tensor, predict: RunDenoiser) -> Features:
             with loras.active(name), torch.no_grad(), capture.record() as features:
                 predict(inputs)
             return features
 
-        def before(step: int, inputs: Tensor, predict: Predict) -> None:
+        def before(step: int, inputs: Tensor, predict: RunDenoiser) -> None:
             if step % every == 0:
                 base = read(None, inputs, predict)
                 for name, found in shifts.items():

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from apt_hooks.errors import AptError
 from apt_hooks.files import write_atomically
+from apt_hooks.images import find_photos, open_picture
+from apt_hooks.integrations.embedders import CLIP, Clip
 
 from .dreamblend import DreamBlend
-from .judges import ClipJudge
 from .loras import LoraFile, Loras
 
 _STEP = re.compile(r"-(?P<epoch>\d{6})$|-step(?P<step>\d+)$|(^|/)checkpoint-(?P<checkpoint>\d+)/|(^|/)(?P<name>\d+)$")
@@ -41,6 +42,32 @@ def find_checkpoints(folder: Path) -> dict[str, Path]:
     if len(set(names)) < len(names):
         names = [str(path.relative_to(folder).with_suffix("")).replace(".", "_") for path in ordered]
     return dict(zip(names, ordered, strict=True))
+
+
+class ClipJudge:
+    """Cosine similarities of pictures to a text, and to reference pictures: DreamBooth's CLIP-T and CLIP-I.
+
+    Args:
+        references: folder of pictures of the subject.
+        model: folder or name on the hub of a CLIP.
+
+    Raises:
+        AptError: no pictures there; a model that cannot be loaded.
+    """
+
+    def __init__(self, references: Path, model: str = CLIP) -> None:
+        photos = find_photos(references)
+        self._clip = Clip(model)
+        self._references = self._clip.images([open_picture(path) for path in photos])
+
+    def score(self, pictures: Sequence[Any], prompt: str) -> tuple[float, float]:
+        """(text score, subject score) of PIL pictures: means of cosine similarities, the second over all pairs.
+
+        Args:
+            prompt: what the pictures should show, the identifier left out: CLIP does not know it.
+        """
+        images, text = self._clip.images(pictures), self._clip.texts([prompt])
+        return (images @ text.T).mean().item(), (images @ self._references.T).mean().item()
 
 
 def sweep(

@@ -12,13 +12,13 @@ from torch import Tensor
 from apt_hooks.errors import AptError
 from apt_hooks.images import open_picture, to_tensor
 from apt_hooks.tinyworld.evaluate import ASKED
-from apt_hooks.tinyworld.judges import identity_score, load_judges, text_score
+from apt_hooks.tinyworld.judge_networks import identity_score, load_judges, text_score
 from apt_hooks.tinyworld.metrics import frechet_distance, precision_recall
 from apt_hooks.tinyworld.model import decode_latents, encode_images, load_pipeline
 from apt_hooks.tinyworld.world import BACKGROUNDS, KINDS, PLACES, SECONDS, SIZES, STYLES, Scene, Subject
 
-from .fidelity import AGAINST, check_number
-from .judges import Drawn, Metric, Score
+from .fidelity_judge import AGAINST, check_number
+from .judge import Drawn, Metric, Score
 
 
 class TinyWorldJudge:
