@@ -15,7 +15,7 @@ from apt_hooks.images import find_photos, open_picture
 from apt_hooks.integrations.embedders import CLIP, Clip
 
 from .dreamblend import DreamBlend
-from .loras import LoraFile, Loras
+from .loras import Loras
 
 _STEP = re.compile(r"-(?P<epoch>\d{6})$|-step(?P<step>\d+)$|(^|/)checkpoint-(?P<checkpoint>\d+)/|(^|/)(?P<name>\d+)$")
 
@@ -96,22 +96,21 @@ def sweep(
     Returns:
         `early` (None for a checkpoint alone), `late`, `text`, `subject`.
     """
-    loaded: dict[str, LoraFile] = dict(files)
-    names, steps = dict(zip(files, loaded, strict=True)), list(files)
+    steps = list(files)
     pairs = [(None, late) for late in steps] + list(itertools.combinations(steps, 2))
     images: dict[tuple[str | None, str], list[Any]] = {pair: [] for pair in pairs}
-    with Loras(pipeline, loaded) as loras:
+    with Loras(pipeline, files) as loras:
         # A seed after another, so that no more than one run's attention is kept.
         for seed, early in itertools.product(seeds, steps):
             tell(f"seed {seed}, {early}")
             # Of the last one no attention is needed.
             own = guidance if early != steps[-1] else {**guidance, "guidance_steps": (0, 0)}
-            run = DreamBlend(pipeline, names[early], names[early], loras=loras, **own).early(prompt, seed, **options)
+            run = DreamBlend(pipeline, early, early, loras=loras, **own).early(prompt, seed, **options)
             images[None, early] += run.images
             keep(f"{seed}-{early}", run.images[0])
             for late in steps[steps.index(early) + 1 :]:
                 tell(f"seed {seed}, {early} + {late}")
-                pair = DreamBlend(pipeline, names[early], names[late], loras=loras, **guidance)
+                pair = DreamBlend(pipeline, early, late, loras=loras, **guidance)
                 images[early, late] += pair.blend(run).images
                 keep(f"{seed}-{early}+{late}", images[early, late][-1])
             del run  # before the next one is recorded

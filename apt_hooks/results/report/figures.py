@@ -100,10 +100,9 @@ def value_plot(name: str, runs: Sequence[RunLog], last_step: int, points: int, l
     return {"data": traces, "layout": layout}
 
 
-def shortened(name: str, most: int = 32) -> str:
+def shortened(name: str) -> str:
     """A name that fits beside others: its middle gives way."""
-    half = (most - 1) // 2
-    return name if len(name) <= most else f"{name[:half]}\u2026{name[-half:]}"
+    return name if len(name) <= 32 else f"{name[:15]}\u2026{name[-15:]}"
 
 
 def _noisy(run: RunLog, values: Tensor, name: str, key: str, color: str, points: int) -> list[dict[str, Any]]:

@@ -87,13 +87,13 @@ def how_trained(run: RunLog) -> str:
     return ", ".join(parts)
 
 
-def number(value: float, digits: int = 3) -> str:
-    """A number as people read it; a dash for NaN."""
+def number(value: float) -> str:
+    """A number to three digits, as people read it; a dash for NaN."""
     if math.isnan(value):
         return "\u2013"
     if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{digits}g}"
+        return f"{value:.2e}"
+    return f"{value:.3g}"
 
 
 def share(value: float) -> str:
