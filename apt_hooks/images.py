@@ -52,19 +52,17 @@ def to_tensor(picture: Any) -> Tensor:
     return values.view(picture.height, picture.width, 3).permute(2, 0, 1)
 
 
-def bare_picture(path: Path, longest: int = 1024) -> tuple[bytes, str]:
+def bare_picture(path: Path) -> tuple[bytes, str]:
     """A picture's pixels alone, and their format: no file's metadata, which may name a model, a place or a person.
 
-    A JPEG, as some hundreds have to fit into a page, or a PNG where both sides have at most 256 pixels.
-
-    Args:
-        longest: side in pixels above which the picture is made smaller.
+    A JPEG, as some hundreds have to fit into a page, or a PNG where both sides have at most 256 pixels; larger ones are
+    made smaller, to 1024.
 
     Raises:
         AptError: as `open_picture`.
     """
     picture = open_picture(path)
-    picture.thumbnail((longest, longest))
+    picture.thumbnail((1024, 1024))
     picture.info.clear()
     kind = "png" if max(picture.size) <= 256 else "jpeg"
     content = io.BytesIO()

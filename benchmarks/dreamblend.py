@@ -28,7 +28,7 @@ from apt_hooks.integrations.sampling.dreamblend import DreamBlend
 from apt_hooks.results.pictures import draw_plane
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.evaluate import Examination
-from apt_hooks.tinyworld.judges import load_judges
+from apt_hooks.tinyworld.judge_networks import load_judges
 from apt_hooks.tinyworld.model import GUIDANCE, SAMPLING_STEPS, load_pipeline
 from apt_hooks.tinyworld.personalize import METHODS, Training, lora, method_config, reference_pictures, save_lora, train
 

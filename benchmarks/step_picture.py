@@ -21,7 +21,6 @@ METHODS = {
     "obvious": ("APT, the obvious way", "#d95f02"),
 }
 CHECKPOINTING = {"off": "no", "nonreentrant": "non-reentrant", "reentrant": "reentrant"}
-SETTING = ("model", "px", "batch", "dtype", "checkpointing", "tokens")
 
 Bars = dict[str, dict[str, float]]  # of each setting's title, a method's ratio to the floor
 

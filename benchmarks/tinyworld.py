@@ -29,7 +29,7 @@ from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
 from apt_hooks.tinyworld.evaluate import METRICS, Examination
 from apt_hooks.tinyworld.experiment import run_method
-from apt_hooks.tinyworld.judges import load_judges
+from apt_hooks.tinyworld.judge_networks import load_judges
 from apt_hooks.tinyworld.model import GUIDANCE, SAMPLING_STEPS, WEIGHTS, load_pipeline
 from apt_hooks.tinyworld.personalize import METHODS, Training, method_config, reference_pictures
 

@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 
 from apt_hooks import AptError
 from apt_hooks.cli import app
-from apt_hooks.integrations.sampling.judges import ClipJudge
-from apt_hooks.integrations.sampling.sweep import find_checkpoints
-from apt_hooks.integrations.sampling.words import words_of
+from apt_hooks.integrations.sampling.sweep import ClipJudge, find_checkpoints
+from apt_hooks.integrations.sampling.word_maps import words_of
 from apt_hooks.results import pictures
 from apt_hooks.tinyworld.model import new_tokenizer
 

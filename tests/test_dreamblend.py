@@ -21,10 +21,10 @@ from apt_hooks.hooks.capture import FeatureCapture, Features
 from apt_hooks.hooks.layout import AttentionPoint, Tap
 from apt_hooks.integrations.sampling import dreamblend
 from apt_hooks.integrations.sampling.collapse import attention_collapse
+from apt_hooks.integrations.sampling.denoising_steps import denoising_steps
 from apt_hooks.integrations.sampling.dreamblend import DreamBlend
 from apt_hooks.integrations.sampling.loras import Loras
 from apt_hooks.integrations.sampling.pipelines import make_movable
-from apt_hooks.integrations.sampling.steps import denoising_steps
 from apt_hooks.method.ops.attention_alignment import attention_map
 from apt_hooks.tinyworld.model import TOKENS, load_pipeline
 from apt_hooks.tinyworld.personalize import lora, save_lora

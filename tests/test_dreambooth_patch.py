@@ -423,7 +423,7 @@ class Output(list):  # type: ignore[type-arg]
         return self[0]
 
 
-class Run:
+class StubRun:
     """Stands for the adapter's run, and notes what it is told."""
 
     def __init__(self, world: World, *, augments: bool, encodes_text: bool) -> None:
@@ -490,10 +490,10 @@ class Workshop:
         encodes_text: bool = True,
         base: bool = False,
         **flags: object,
-    ) -> tuple[World, Run]:
+    ) -> tuple[World, StubRun]:
         """A run of the patched script with APT."""
         world = World(base=base, apt_config="apt.toml", **flags)
-        run = Run(world, augments=augments, encodes_text=encodes_text)
+        run = StubRun(world, augments=augments, encodes_text=encodes_text)
         self.monkeypatch.setattr(adapter, "start", lambda *given: run.started.append(given) or run)
         self.monkeypatch.setattr(adapter, "class_words", lambda *given: None)
         world.train(patched(self.folder, text))

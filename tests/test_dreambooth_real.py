@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 
-class Run:
+class FinishedRun:
     """What a run left in its output folder."""
 
     def __init__(self, folder: Path, output: str) -> None:
@@ -78,7 +78,7 @@ class Workshop:
             self.link_model(Path(os.environ["DIFFUSERS_MODELS"], kind, "model"), folder / f"model-{kind}")
         self.draw(folder / "photos")
         self.draw(folder / "class")
-        self.done: dict[str, Run] = {}
+        self.done: dict[str, FinishedRun] = {}
 
     def link_model(self, source: Path, folder: Path) -> None:
         """The model, but sampling pictures of 64 px, which a CPU can do."""
@@ -139,11 +139,11 @@ class Workshop:
         apt: str | None = None,
         patched: bool = True,
         processes: int = 1,
-    ) -> Run:
+    ) -> FinishedRun:
         if name not in self.done:
             result = self.start(name, *args, kind=kind, apt=apt, patched=patched, processes=processes)
             assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-            self.done[name] = Run(self.folder / name, result.stdout + result.stderr)
+            self.done[name] = FinishedRun(self.folder / name, result.stdout + result.stderr)
         return self.done[name]
 
 
@@ -152,7 +152,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("dreambooth"))
 
 
-def assert_same(found: Run, wanted: Run) -> None:
+def assert_same(found: FinishedRun, wanted: FinishedRun) -> None:
     assert found.lora.keys() == wanted.lora.keys()
     assert all(torch.equal(found.lora[k], wanted.lora[k]) for k in wanted.lora)
 

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from apt_hooks import AptError
 from apt_hooks.cli import app
 from apt_hooks.integrations.embedders import Clip, Dino
-from apt_hooks.integrations.judging import commands, generate
-from apt_hooks.integrations.judging.judges import Drawn, Embedder, Score, SubjectJudge, TextJudge, VarietyJudge
+from apt_hooks.integrations.judging import evaluation, generate
+from apt_hooks.integrations.judging.embedding_judges import Embedder, SubjectJudge, TextJudge, VarietyJudge
+from apt_hooks.integrations.judging.judge import Drawn, Score
 from apt_hooks.integrations.judging.prompts import SETS, read_prompts
 from apt_hooks.integrations.sampling.loras import named
 from apt_hooks.results.comparison.folders import BASE, Prompt
@@ -333,7 +334,7 @@ def test_eval_goes_on_where_it_stopped_and_takes_another_lora(first, loras, refe
     assert (out / "one/001-0.png").read_bytes() == (first[0] / "one/001-0.png").read_bytes()
     assert list(json.loads((out / "manifest.json").read_text())["loras"]) == ["one", "two"]
     # All is there: no model has to be loaded to judge again.
-    monkeypatch.setattr(commands, "load_pipeline", lambda _model: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluation, "load_pipeline", lambda _model: pytest.fail("loaded"))
     run(*arguments(loras, references, texts, out), *FEW)
 
 

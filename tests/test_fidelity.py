@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from apt_hooks import AptError
-from apt_hooks.integrations.judging import fidelity
-from apt_hooks.integrations.judging.fidelity import FidelityJudge, find_weights
-from apt_hooks.integrations.judging.judges import Drawn
+from apt_hooks.integrations.judging import fidelity_judge
+from apt_hooks.integrations.judging.fidelity_judge import FidelityJudge, find_weights
+from apt_hooks.integrations.judging.judge import Drawn
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -73,7 +73,7 @@ def features(torch_fidelity, name, layer, weights, files):
     network = create_feature_extractor(
         name, [layer], cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
     )
-    pictures = fidelity._Pictures(files)
+    pictures = fidelity_judge._Pictures(files)
     with torch.no_grad():
         return network(torch.stack([pictures[i] for i in range(len(pictures))]))[0].double()
 
@@ -104,7 +104,9 @@ def test_precision_is_the_share_of_the_loras_pictures_within_the_bases(torch_fid
     )
 
     def within(inner, outer):
-        radius = torch.cdist(outer, outer).kthvalue(fidelity.NEIGHBORS + 1).values  # the first is the sample itself
+        radius = (
+            torch.cdist(outer, outer).kthvalue(fidelity_judge.NEIGHBORS + 1).values
+        )  # the first is the sample itself
         return (torch.cdist(inner, outer) <= radius).any(dim=1).double().mean().item()
 
     assert scores["precision"].value == pytest.approx(within(lora, base))
@@ -131,10 +133,10 @@ def test_weights_that_cannot_be_had_are_told_with_where_to_place_them(tmp_path, 
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    place = tmp_path / "checkpoints" / fidelity.VGG[0]
+    place = tmp_path / "checkpoints" / fidelity_judge.VGG[0]
     with pytest.raises(AptError, match=rf"\(no network\): place https://.*pth at {place}, or name it by --vgg"):
-        find_weights(None, "--vgg", *fidelity.VGG)
+        find_weights(None, "--vgg", *fidelity_judge.VGG)
     place.write_bytes(b"")
-    assert find_weights(None, "--vgg", *fidelity.VGG) == place
+    assert find_weights(None, "--vgg", *fidelity_judge.VGG) == place
     with pytest.raises(AptError, match=r"--vgg .*mine\.pth: no such file; it is https://"):
-        find_weights(tmp_path / "mine.pth", "--vgg", *fidelity.VGG)
+        find_weights(tmp_path / "mine.pth", "--vgg", *fidelity_judge.VGG)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apt_hooks.errors import AptError
-from apt_hooks.integrations.diffusers_dreambooth.metadata import add_metadata
+from apt_hooks.integrations.diffusers_dreambooth.lora_metadata import add_metadata
 
 safetensors = pytest.importorskip("safetensors")
 safetensors_torch = pytest.importorskip("safetensors.torch")

@@ -19,7 +19,7 @@ import torch
 from step_logs import start, step, write
 
 from apt_hooks import AptError
-from apt_hooks.results.read_steplog import Run, find_logs, read_run
+from apt_hooks.results.read_steplog import RunLog, find_logs, read_run
 from apt_hooks.results.report.curves import downsample, fold_bins, smooth, timesteps_of
 from apt_hooks.results.report.figures import (
     bin_color,
@@ -38,7 +38,7 @@ from apt_hooks.training.steplog import StepLog
 NAN = math.nan
 
 
-def read(path: Path, **options: Any) -> Run:
+def read(path: Path, **options: Any) -> RunLog:
     run = read_run(path, **options)
     assert run is not None
     return run
@@ -187,14 +187,14 @@ def test_neighbouring_bins_are_folded_and_named_by_their_timesteps() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> RunLog:
     lines = [step(i, (i / 100, 0.5, 0.1)) for i in range(1, 101)]
     for line in lines[:10]:
         line["gamma"][2], line["gap"][2] = 0.0, None
     return read(write(tmp_path / "lora <i>-apt.jsonl", [start(), *lines[:50], start(50), *lines[50:]]))
 
 
-def test_gamma_has_a_line_a_bin_from_where_it_was_seen_and_a_mean(run: Run) -> None:
+def test_gamma_has_a_line_a_bin_from_where_it_was_seen_and_a_mean(run: RunLog) -> None:
     plot = gamma_plot(run, 200, 1000)
     *bins, mean = plot["data"]
     assert [trace["name"] for trace in bins] == ["0-333", "334-666", "667-999"]
@@ -206,13 +206,13 @@ def test_gamma_has_a_line_a_bin_from_where_it_was_seen_and_a_mean(run: Run) -> N
     assert len({trace["line"]["color"] for trace in plot["data"]}) == 4
 
 
-def test_a_long_curve_shows_a_band_from_lowest_to_highest(run: Run) -> None:
+def test_a_long_curve_shows_a_band_from_lowest_to_highest(run: RunLog) -> None:
     pale, bold = value_plot("augmented", [run], 100, 10, "augmented")["data"]
     assert pale["fill"] == "toself" and set(pale["y"]) == {0.0, 1.0} and len(bold["x"]) == 10
     assert bold["y"] == [0.5] * 10 and "lora &lt;i&gt;" in bold["hovertemplate"]
 
 
-def test_plots_are_what_plotly_accepts(run: Run) -> None:
+def test_plots_are_what_plotly_accepts(run: RunLog) -> None:
     go = pytest.importorskip("plotly.graph_objects")
     for points in (10, 1000):
         plots = [gamma_plot(run, 100, points), loss_plot(run, 100, loss_top([run]), points)]
@@ -226,7 +226,7 @@ def test_colors_are_distinct_and_pages_of_many_runs_stay_small() -> None:
     assert points_for(1) == 1500 and points_for(4) == 1000 and points_for(1000) == 300
 
 
-def test_words_tell_what_the_last_tenth_measured(run: Run) -> None:
+def test_words_tell_what_the_last_tenth_measured(run: RunLog) -> None:
     text = words(run.path)
     assert "last tenth of the run (steps 91 to 100) gamma was 0.52 on average over the 3 bins" in text
     assert "0-333 (0.95), 334-666 (0.50), 667-999 (0.10) by timesteps" in text

@@ -10,7 +10,7 @@ pytest.importorskip("safetensors")
 from apt_hooks.tinyworld.concepts import CONCEPTS, IDENTIFIER
 from apt_hooks.tinyworld.datasets import held_out_scenes
 from apt_hooks.tinyworld.evaluate import METRICS, Examination, agreement
-from apt_hooks.tinyworld.judges import AttributeClassifier, IdentityEncoder, Judges, load_judges
+from apt_hooks.tinyworld.judge_networks import AttributeClassifier, IdentityEncoder, Judges, load_judges
 from apt_hooks.tinyworld.personalize import reference_pictures
 from apt_hooks.tinyworld.render import render
 from apt_hooks.tinyworld.world import BACKGROUNDS, COLORS

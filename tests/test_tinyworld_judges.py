@@ -10,7 +10,7 @@ pytest.importorskip("rich")
 from apt_hooks import AptError
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.datasets import held_out_scenes
-from apt_hooks.tinyworld.judges import (
+from apt_hooks.tinyworld.judge_networks import (
     ATTRIBUTES,
     AttributeClassifier,
     IdentityEncoder,

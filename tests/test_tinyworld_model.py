@@ -10,7 +10,7 @@ from apt_hooks.errors import AptError
 from apt_hooks.tinyworld.datasets import draw_scenes, held_out_scenes
 from apt_hooks.tinyworld.denoisers import DENOISERS, TRANSFORMER
 from apt_hooks.tinyworld.evaluate import agreement
-from apt_hooks.tinyworld.judges import load_judges
+from apt_hooks.tinyworld.judge_networks import load_judges
 from apt_hooks.tinyworld.model import (
     PIPELINES,
     WEIGHTS,

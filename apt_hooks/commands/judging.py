@@ -48,7 +48,7 @@ def evaluate(
 
     Several GPUs: `accelerate launch -m apt_hooks eval ...`.
     """
-    from apt_hooks.integrations.judging.commands import Models, run_eval
+    from apt_hooks.integrations.judging.evaluation import Models, run_eval
 
     given = {"clip": clip, "dino": dino, "hps": hps, "inception": inception, "vgg": vgg}
     run_eval(

@@ -48,7 +48,7 @@ def blend(
     offload: Annotated[bool, typer.Option("--offload", help="Keep the attention in the CPU's memory.")] = False,
 ) -> None:
     """Draw with a late LoRA, guided by the attention of an early one (DreamBlend), beside what each draws alone."""
-    from apt_hooks.integrations.sampling import commands
+    from apt_hooks.integrations.sampling.blend_and_maps import run_blend, run_sweep
 
     shared: dict[str, Any] = {
         "seed": seed,
@@ -60,9 +60,9 @@ def blend(
         "offload": offload,
     }
     if sweep is not None and references is not None and early is late is None:
-        commands.run_sweep(model, sweep, references, prompt, out, clip=clip, plain_prompt=plain_prompt, **shared)
+        run_sweep(model, sweep, references, prompt, out, clip=clip, plain_prompt=plain_prompt, **shared)
     elif early is not None and late is not None and sweep is references is clip is plain_prompt is None:
-        commands.run_blend(model, early, late, prompt, out, **shared)
+        run_blend(model, early, late, prompt, out, **shared)
     else:
         raise AptError("blend takes --early and --late, or --sweep and --references")
 
@@ -89,7 +89,7 @@ def maps(
     guidance_scale: GuidanceScale = 7.5,
 ) -> None:
     """Draw where each word of a prompt looks, in the base model and with LoRAs."""
-    from apt_hooks.integrations.sampling.commands import run_collapse, run_maps
+    from apt_hooks.integrations.sampling.blend_and_maps import run_collapse, run_maps
 
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     if collapse:

@@ -22,7 +22,7 @@ from .capture import FeatureCapture, Features
 from .gradients import Kind
 from .layout import AttentionPoint
 
-Predict = Callable[[Tensor], object]
+RunDenoiser = Callable[[Tensor], object]
 """Runs a denoiser on inputs, [batch, channels, height, width], with everything else as in the step at hand."""
 
 LONGEST = 0.1
@@ -95,7 +95,7 @@ def attention_distance(layers: Sequence[AttentionPoint], features: Features, ref
     return torch.stack(terms).sum()
 
 
-def guide(inputs: Tensor, predict: Predict, capture: FeatureCapture, reference: Features, lr: float) -> Tensor:
+def guide(inputs: Tensor, predict: RunDenoiser, capture: FeatureCapture, reference: Features, lr: float) -> Tensor:
     """`inputs - lr * gradient of attention_distance`, in their dtype, no sample moved by more than `LONGEST`.
 
     Args:

@@ -26,9 +26,7 @@ def token_maps(layers: Sequence[AttentionPoint], features: Features, size: tuple
     """
     total = torch.zeros(())
     for i, layer in enumerate(layers):
-        weights = attention_map(
-            features.queries[i], features.keys[i], layer.heads, layer.scale, features.masks.get(i)
-        ).mean(dim=1)
+        weights = _map(layer, features, i).mean(dim=1)
         height = round((weights.shape[1] * size[0] / size[1]) ** 0.5)
         maps = weights.transpose(1, 2).unflatten(2, (height, -1))
         maps = F.interpolate(maps, size=size, mode="bilinear")
@@ -50,10 +48,8 @@ def attention_shift(layers: Sequence[AttentionPoint], features: Features, base: 
     """
     shares = []
     for i, layer in enumerate(layers):
-        own, wanted = (
-            attention_map(f.queries[i], f.keys[i], layer.heads, layer.scale, f.masks.get(i)) for f in (features, base)
-        )
-        shares.append((own - wanted).abs().sum(dim=-1).mean(dim=(1, 2)) / 2)
+        difference = _map(layer, features, i) - _map(layer, base, i)
+        shares.append(difference.abs().sum(dim=-1).mean(dim=(1, 2)) / 2)
     return torch.stack(shares).mean(dim=0)
 
 

@@ -33,7 +33,7 @@ GAMMA_AT_END = 0.97  # that quantile of the paper's four published bins: 0.969, 
 
 
 @dataclasses.dataclass(frozen=True)
-class LoggedRun:
+class LoggedIndicator:
     """What a step log tells about the indicator.
 
     Attributes:
@@ -56,7 +56,7 @@ class LoggedRun:
         return float(f"{float(scales[-1]):.6g}") if len(scales) else None
 
 
-def read_log(path: Path, scale: float | None = None) -> LoggedRun:
+def read_log(path: Path, scale: float | None = None) -> LoggedIndicator:
     """Read a step log, as `StepLog` writes it; of a very long one an evenly chosen part (`read_run`).
 
     Args:
@@ -81,7 +81,7 @@ def read_log(path: Path, scale: float | None = None) -> LoggedRun:
         )
     from_gamma = -torch.log1p(-run.gammas) / (scale or 1.0)
     dropout = run.starts[-1].get("dropout", {}) if run.starts else {}
-    return LoggedRun(run.steps, run.gammas, torch.where(without[:, None], from_gamma, run.gaps), dropout)
+    return LoggedIndicator(run.steps, run.gammas, torch.where(without[:, None], from_gamma, run.gaps), dropout)
 
 
 def gaps_at_end(gaps: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _text(scale: float | None) -> str:
     return "unknown" if scale is None else f"{scale:.15g}"
 
 
-def _draw(run: LoggedRun, proposed: float, picture: Path) -> None:
+def _draw(run: LoggedIndicator, proposed: float, picture: Path) -> None:
     try:
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable

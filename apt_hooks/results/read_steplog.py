@@ -25,7 +25,7 @@ MOST_BYTES = 50_000_000  # and not more than this, which hundreds of bins could 
 _STEP = b'{"step"'  # how `StepLog` begins the line of a step
 
 
-class Step(NamedTuple):
+class LoggedStep(NamedTuple):
     """The line of a step; NaN for null, and for what an older log does not have."""
 
     step: int
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunLog:
     """A step log, or an evenly chosen part of it.
 
     Attributes:
@@ -104,12 +104,12 @@ def run_name(path: Path) -> str:
     return path.name.removesuffix(ENDING) if path.name != ENDING else path.stem
 
 
-def read_run(path: Path, name: str | None = None, most: int = MOST_LINES) -> Run | None:
+def read_run(path: Path, name: str | None = None, most: int = MOST_LINES) -> RunLog | None:
     """Read a step log; what a run that goes on has not finished at its end is left out.
 
     Args:
         path: the jsonl file.
-        name: see `Run`; None takes the file's.
+        name: see `RunLog`; None takes the file's.
         most: of a log with more steps than this, every 2nd, 4th, ... is read, so that this many suffice.
 
     Returns:
@@ -129,7 +129,7 @@ def read_run(path: Path, name: str | None = None, most: int = MOST_LINES) -> Run
     steps = chosen.parse()
     if not steps:
         return None
-    return Run(
+    return RunLog(
         name=name or run_name(path),
         path=path,
         starts=chosen.starts,
@@ -146,7 +146,7 @@ def read_run(path: Path, name: str | None = None, most: int = MOST_LINES) -> Run
     )
 
 
-def parse_line(path: Path, number: int, text: bytes) -> Step | dict[str, Any]:
+def parse_line(path: Path, number: int, text: bytes) -> LoggedStep | dict[str, Any]:
     """A line of a step log: a step, or what is said of a run where it starts.
 
     Raises:
@@ -162,7 +162,7 @@ def parse_line(path: Path, number: int, text: bytes) -> Step | dict[str, Any]:
         ) from error
 
 
-def check_next(path: Path, number: int, before: Step, step: Step) -> None:
+def check_next(path: Path, number: int, before: LoggedStep, step: LoggedStep) -> None:
     """Raises AptError where a step cannot come after the one before it."""
     if len(step.gamma) != len(before.gamma):
         raise AptError(f"{path}: line {number} has {len(step.gamma)} bins, those before have {len(before.gamma)}")
@@ -222,22 +222,22 @@ class _Chosen:
         self.lines += len(lines)
         self._last = (self.lines, lines[-1])
 
-    def parse(self) -> list[Step]:
+    def parse(self) -> list[LoggedStep]:
         """The steps that were kept, and the last."""
         lines = self._kept
         if lines and lines[-1][0] != self._last[0]:
             lines = [*lines, self._last]
-        steps: list[Step] = []
+        steps: list[LoggedStep] = []
         for number, text in lines:
             step = parse_line(self.path, number, text)
-            assert isinstance(step, Step)  # for mypy: `add` has taken the starts
+            assert isinstance(step, LoggedStep)  # for mypy: `add` has taken the starts
             if steps:
                 check_next(self.path, number, steps[-1], step)
             steps.append(step)
         return steps
 
 
-def _step(line: dict[str, Any]) -> Step:
+def _step(line: dict[str, Any]) -> LoggedStep:
     step, gamma, gap = line["step"], line["gamma"], line.get("gap")
     if type(step) is not int or not 0 <= step < 2**53 or not gamma:
         raise ValueError(step)
@@ -246,7 +246,7 @@ def _step(line: dict[str, Any]) -> Step:
     gap = [None] * len(gamma) if gap is None else gap
     if len(gap) != len(gamma):
         raise ValueError(f"{len(gap)} gaps, {len(gamma)} gammas")
-    return Step(step, _numbers(gamma), _numbers(gap), seen, _numbers([line.get(name) for name in VALUES]))
+    return LoggedStep(step, _numbers(gamma), _numbers(gap), seen, _numbers([line.get(name) for name in VALUES]))
 
 
 def _numbers(found: list[Any]) -> list[float]:

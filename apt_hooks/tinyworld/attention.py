@@ -13,14 +13,14 @@ from .model import encode_images, encode_texts
 
 
 @torch.no_grad()
-def attention_of_words(pipeline: Any, prompt: str, picture: Tensor, *, timestep: int = 500) -> Tensor:
-    """The up-blocks' cross-attention of a picture, noised to a timestep: a map a word, [words, 16, 16].
+def attention_of_words(pipeline: Any, prompt: str, picture: Tensor) -> Tensor:
+    """The up-blocks' cross-attention of a picture, noised to timestep 500: a map a word, [words, 16, 16].
 
     Mean over heads and layers, lower resolutions scaled up.
     """
     latents = encode_images(pipeline, picture[None] * 2 - 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    moment = torch.tensor([timestep])
+    moment = torch.tensor([500])
     noisy = pipeline.training_scheduler.add_noise(latents, noise, moment)
     with FeatureCapture(pipeline.unet, representation=False) as capture:
         with capture.record() as features:

@@ -12,7 +12,7 @@ from ..results.pictures import draw_grid
 from .datasets import held_out_scenes
 from .denoisers import DENOISERS, Denoiser
 from .evaluate import agreement
-from .judges import load_judges
+from .judge_networks import load_judges
 from .model import PIPELINES, denoiser_of, load_pipeline, sample
 
 CAPTIONS = 256

@@ -82,7 +82,7 @@ def run_demo(
     make_folder(out)
     from .evaluate import Examination
     from .experiment import run_method
-    from .judges import load_judges
+    from .judge_networks import load_judges
     from .model import load_pipeline
 
     pipeline, judges = load_pipeline(), load_judges()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import AptError
 from .concepts import IDENTIFIER, Concept
-from .judges import Judges, identity_score, text_score
+from .judge_networks import Judges, identity_score, text_score
 from .metrics import black_frames, frechet_distance, precision_recall
 from .model import decode_latents, encode_images, sample
 from .world import BACKGROUNDS, PLACES, SECONDS, SIZES, STYLES, Scene, random_scene
@@ -68,8 +68,7 @@ class Examination:
             raise AptError(f"scenes must be from 1 to {MOST_SCENES}, as many prompts as there are; found {scenes}")
         self.scenes = [s for s in _elsewhere(concept, scenes, seed) for _ in range(repeats)]
         self._seed = seed
-        # As the autoencoder shows them: nothing that the model draws can be sharper, or truer in color.
-        self._drawn_references = decode_latents(pipeline, encode_images(pipeline, references * 2 - 1))
+        self._drawn_references = as_decoded(pipeline, references)
         self._base = judges.features(sample(pipeline, self.prompts(None), seed=2 * seed))
 
     def prompts(self, identifier: str | None = IDENTIFIER) -> list[str]:
@@ -82,16 +81,28 @@ class Examination:
 
     def score(self, pictures: Tensor) -> Judgement:
         """Score pictures of the prompts, one of each: [pictures, 3, 64, 64], from 0 to 1."""
-        features = self.judges.features(pictures)
-        precision, recall = precision_recall(self._base, features)
-        of_each = {
-            "text": text_score(self.judges.classifier, pictures, self.scenes, ASKED),
-            "identity": identity_score(self.judges.identity, pictures, self._drawn_references),
-        }
-        scores = {"frechet": frechet_distance(self._base, features), "precision": precision, "recall": recall}
-        scores |= {name: values.mean().item() for name, values in of_each.items()}
+        of_each, of_all = scores_of(self.judges, pictures, self.scenes, self._drawn_references, self._base)
+        scores = of_all | {name: values.mean().item() for name, values in of_each.items()}
         scores["black_frames"] = black_frames(pictures).mean().item()
         return Judgement(pictures, scores, {name: values.std(correction=0).item() for name, values in of_each.items()})
+
+
+def as_decoded(pipeline: Any, pictures: Tensor) -> Tensor:
+    """Pictures as the autoencoder shows them: nothing that the model draws can be sharper, or truer in color."""
+    return decode_latents(pipeline, encode_images(pipeline, pictures * 2 - 1))
+
+
+def scores_of(
+    judges: Judges, pictures: Tensor, scenes: Sequence[Scene], references: Tensor, base: Tensor
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Scores of each picture, [pictures], and those of all of them against the base model's features."""
+    features = judges.features(pictures)
+    precision, recall = precision_recall(base, features)
+    of_each = {
+        "text": text_score(judges.classifier, pictures, scenes, ASKED),
+        "identity": identity_score(judges.identity, pictures, references),
+    }
+    return of_each, {"frechet": frechet_distance(base, features), "precision": precision, "recall": recall}
 
 
 def _elsewhere(concept: Concept, count: int, seed: int) -> list[Scene]:

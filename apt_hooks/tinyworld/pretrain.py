@@ -33,7 +33,7 @@ from .card import write_card
 from .datasets import draw_scenes
 from .denoisers import DENOISERS, TEXT_WIDTH, Denoiser
 from .fit import cached, fit
-from .judges import ATTRIBUTES, attribute_labels
+from .judge_networks import ATTRIBUTES, attribute_labels
 from .model import load_pipeline, new_model, new_tokenizer, save_denoiser, save_pipeline, token_numbers
 from .render import render
 from .world import RARE_WORDS, Scene

@@ -25,7 +25,7 @@ from ..errors import errors_in_one_line
 from .concepts import CONCEPTS
 from .datasets import draw_scenes, held_out_scenes, random_subject
 from .fit import cached
-from .judges import (
+from .judge_networks import (
     AttributeClassifier,
     IdentityEncoder,
     Judges,

@@ -82,7 +82,7 @@ def run_caption(
     photos = find_photos(folder)
     if others := unseen_folders(folder):
         say(f"not looked into: {', '.join(others)} (of folders in {folder}, those named as 10_sks dog are)")
-    run = _Run(folder, subject, prompt, overwrite, max_side, say)
+    run = _CaptioningRun(folder, subject, prompt, overwrite, max_side, say)
     if dry_run:
         return run.rehearse(photos)
     if not overwrite and all(caption_file(photo).exists() for photo in photos):
@@ -142,7 +142,7 @@ def read_key(name: str) -> str | None:
 
 
 @dataclasses.dataclass
-class _Run:
+class _CaptioningRun:
     folder: Path
     subject: str
     prompt: str

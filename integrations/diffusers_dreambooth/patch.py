@@ -13,7 +13,7 @@ from apt_hooks.files import remove_leftovers, write_atomically
 from .. import patching
 from ..patching import Places, Statements
 from ..trainers import Change
-from .script import Script, find
+from .script_anchors import Anchors, find
 
 NAME = "diffusers"
 OPTIONS = frozenset({"output", "in_place", "force"})
@@ -147,7 +147,7 @@ def _patched(content: bytes, name: str) -> bytes:
     return patching.patched_python(plain, _places(found, Statements(plain, name)), name)
 
 
-def _places(found: Script, statements: Statements) -> Places:
+def _places(found: Anchors, statements: Statements) -> Places:
     """The lines of every anchor, with the number of the line that each group goes before."""
     before, after = statements.before, statements.after
     guard = f"if {RUN} is not None:"
@@ -198,7 +198,7 @@ def _places(found: Script, statements: Statements) -> Places:
     ]
 
 
-def _start(found: Script) -> list[str]:
+def _start(found: Anchors) -> list[str]:
     masked = f", masked={found.factor!r}" if found.factor else ""
     starting = [
         f"{RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}, "
@@ -210,7 +210,7 @@ def _start(found: Script) -> list[str]:
     return [f"{RUN} = None", *_where_asked(found, starting, imported=found.words is not None)]
 
 
-def _of_words(found: Script, statements: Statements) -> Places:
+def _of_words(found: Anchors, statements: Statements) -> Places:
     """Where text is encoded before the training: once more, with the class word for the identifier."""
     if found.words is None:
         return []
@@ -224,12 +224,12 @@ def _of_words(found: Script, statements: Statements) -> Places:
     return [making, *again]
 
 
-def _making_words(found: Script) -> str:
+def _making_words(found: Anchors) -> str:
     refused = f", {found.wordless!a}" if found.wordless else ""
     return f"{WORDS} = apt_hooks_adapter.class_words({found.arguments}, locals(){refused})"
 
 
-def _where_asked(found: Script, lines: list[str], *, imported: bool) -> list[str]:
+def _where_asked(found: Anchors, lines: list[str], *, imported: bool) -> list[str]:
     """Lines that run where one of the arguments is given; `imported`: the adapter is there then."""
     asked = f'if (getattr({found.arguments}, "apt_config", None), getattr({found.arguments}, "apt_preset", None))'
     importing = [

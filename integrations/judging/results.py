@@ -12,7 +12,7 @@ from typing import Any
 
 from apt_hooks.files import write_atomically
 
-from .judges import Metric, Score
+from .judge import Metric, Score
 
 Scores = Mapping[str, Mapping[str, Score]]
 """By model and metric."""

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from apt_hooks.errors import AptError
-from apt_hooks.hooks.attention_guidance import AttentionRecording, Predict, guide
+from apt_hooks.hooks.attention_guidance import AttentionRecording, RunDenoiser, guide
 from apt_hooks.hooks.capture import FeatureCapture
 
+from .denoising_steps import MOVABLE, check_pipeline, denoising_steps
 from .loras import LoraFile, Loras
-from .steps import MOVABLE, check_pipeline, denoising_steps
 
 EARLY, LATE = "early", "late"
 _OURS = {"prompt", "prompt_embeds", "generator", "latents", "num_images_per_prompt", "return_dict"}
 
 
 @dataclasses.dataclass
-class Run:
+class SampledRun:
     """Pictures, and the attention on the way to them.
 
     Attributes:
@@ -92,7 +92,7 @@ class DreamBlend:
         self._shared = loras is not None
         self.loras = loras or Loras(pipeline, {EARLY: early, LATE: late})
 
-    def early(self, prompts: str | Sequence[str], seeds: int | Sequence[int], **options: Any) -> Run:
+    def early(self, prompts: str | Sequence[str], seeds: int | Sequence[int], **options: Any) -> SampledRun:
         """The early checkpoint's pictures, and its attention at the steps to be guided.
 
         Args:
@@ -101,7 +101,7 @@ class DreamBlend:
         """
         return self._run(self._names[0], prompts, seeds, options, keep=self._guided)
 
-    def late(self, early: Run, *, keep: Container[int] = ()) -> Run:
+    def late(self, early: SampledRun, *, keep: Container[int] = ()) -> SampledRun:
         """The late checkpoint's pictures without guidance, of the same prompts and from the same noise.
 
         Args:
@@ -109,7 +109,9 @@ class DreamBlend:
         """
         return self._run(self._names[1], early.prompts, early.seeds, early.options, keep=keep.__contains__)
 
-    def blend(self, early: Run, prompts: str | Sequence[str] | None = None, *, keep: Container[int] = ()) -> Run:
+    def blend(
+        self, early: SampledRun, prompts: str | Sequence[str] | None = None, *, keep: Container[int] = ()
+    ) -> SampledRun:
         """The late checkpoint's pictures from the same noise, guided to the early one's attention.
 
         Args:
@@ -155,7 +157,7 @@ class DreamBlend:
         *,
         keep: Callable[[int], bool],
         reference: AttentionRecording | None = None,
-    ) -> Run:
+    ) -> SampledRun:
         prompts, seeds = _same_number(prompts, seeds)
         if own := sorted(_OURS & options.keys()):
             raise AptError(
@@ -171,7 +173,7 @@ class DreamBlend:
         ):
             attention = AttentionRecording(capture.layers)
 
-            def before(step: int, inputs: Tensor, predict: Predict) -> Tensor | None:
+            def before(step: int, inputs: Tensor, predict: RunDenoiser) -> Tensor | None:
                 if reference is None or step not in reference.steps or not self._guided(step):
                     return None
                 return guide(inputs, predict, capture, reference.steps[step], self.guidance_lr)
@@ -185,7 +187,7 @@ class DreamBlend:
             noise = [torch.Generator().manual_seed(seed) for seed in seeds]
             with denoising_steps(self.pipeline, before=before, around=around):
                 images = self.pipeline(prompts, generator=noise, **options).images
-        return Run(images, attention, prompts, seeds, options)
+        return SampledRun(images, attention, prompts, seeds, options)
 
     def _check_tokens(self, ours: str, theirs: str) -> None:
         tokenizers = [getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]

@@ -62,11 +62,11 @@ def _of_text_encoder(paths: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _of_unet(unet: nn.Module, paths: list[str]) -> Iterator[tuple[str, str]]:
-    blocks = {ours: theirs for theirs, ours in _stability_blocks(unet)}
+    blocks = list(_stability_blocks(unet))
     for path in paths:
         yield path, path
         yield path.replace("to_out.0", "to_out"), path  # before peft
-        for ours, theirs in blocks.items():
+        for ours, theirs in blocks:
             if path == ours or path.startswith(f"{ours}."):
                 inside = path[len(ours) + 1 :]
                 yield f"{theirs}.{_STABILITY_RESNET.get(inside, inside)}".removesuffix("."), path
@@ -74,28 +74,22 @@ def _of_unet(unet: nn.Module, paths: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _stability_blocks(unet: Any) -> Iterator[tuple[str, str]]:
-    """Stability's names, which sd-scripts has for SDXL, and diffusers' for the same parts: one flat list of inputs, of
+    """diffusers' names, and for the same parts Stability's, which sd-scripts has for SDXL: one flat list of inputs, of
     which the first is the first convolution, and one of outputs, whose upsamplers stand behind what they follow."""
-    number = 1
-    for i, block in enumerate(unet.down_blocks):
-        for j in range(len(block.resnets)):
-            yield f"input_blocks.{number}.0", f"down_blocks.{i}.resnets.{j}"
-            yield f"input_blocks.{number}.1", f"down_blocks.{i}.attentions.{j}"
-            number += 1
-        if block.downsamplers is not None:
-            yield f"input_blocks.{number}.0.op", f"down_blocks.{i}.downsamplers.0.conv"
-            number += 1
     for number, part in enumerate(("resnets.0", "attentions.0", "resnets.1")):
-        yield f"middle_block.{number}", f"mid_block.{part}"
-    number = 0
-    for i, block in enumerate(unet.up_blocks):
-        for j in range(len(block.resnets)):
-            yield f"output_blocks.{number}.0", f"up_blocks.{i}.resnets.{j}"
-            yield f"output_blocks.{number}.1", f"up_blocks.{i}.attentions.{j}"
-            number += 1
-        if block.upsamplers is not None:
-            place = 2 if hasattr(block, "attentions") else 1
-            yield f"output_blocks.{number - 1}.{place}.conv", f"up_blocks.{i}.upsamplers.0.conv"
+        yield f"mid_block.{part}", f"middle_block.{number}"
+    for side, theirs, number in (("down", "input", 1), ("up", "output", 0)):
+        for i, block in enumerate(getattr(unet, f"{side}_blocks")):
+            for j in range(len(block.resnets)):
+                yield f"{side}_blocks.{i}.resnets.{j}", f"{theirs}_blocks.{number}.0"
+                yield f"{side}_blocks.{i}.attentions.{j}", f"{theirs}_blocks.{number}.1"
+                number += 1
+            if side == "down" and block.downsamplers is not None:
+                yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{number}.0.op"
+                number += 1
+            if side == "up" and block.upsamplers is not None:
+                place = 2 if hasattr(block, "attentions") else 1
+                yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{number - 1}.{place}.conv"
 
 
 _STABILITY_RESNET = {

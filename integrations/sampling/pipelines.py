@@ -13,7 +13,7 @@ import torch
 from apt_hooks.errors import AptError, why_not_imported
 from apt_hooks.integrations.quiet import quiet
 
-from .steps import MOVABLE, check_pipeline
+from .denoising_steps import MOVABLE, check_pipeline
 
 TINY_WORLD = "tinyworld"
 

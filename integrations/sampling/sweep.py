@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from apt_hooks.errors import AptError
 from apt_hooks.files import write_atomically
+from apt_hooks.images import find_photos, open_picture
+from apt_hooks.integrations.embedders import CLIP, Clip
 
 from .dreamblend import DreamBlend
-from .judges import ClipJudge
-from .loras import LoraFile, Loras
+from .loras import Loras
 
 _STEP = re.compile(r"-(?P<epoch>\d{6})$|-step(?P<step>\d+)$|(^|/)checkpoint-(?P<checkpoint>\d+)/|(^|/)(?P<name>\d+)$")
 
@@ -43,6 +44,32 @@ def find_checkpoints(folder: Path) -> dict[str, Path]:
     return dict(zip(names, ordered, strict=True))
 
 
+class ClipJudge:
+    """Cosine similarities of pictures to a text, and to reference pictures: DreamBooth's CLIP-T and CLIP-I.
+
+    Args:
+        references: folder of pictures of the subject.
+        model: folder or name on the hub of a CLIP.
+
+    Raises:
+        AptError: no pictures there; a model that cannot be loaded.
+    """
+
+    def __init__(self, references: Path, model: str = CLIP) -> None:
+        photos = find_photos(references)
+        self._clip = Clip(model)
+        self._references = self._clip.images([open_picture(path) for path in photos])
+
+    def score(self, pictures: Sequence[Any], prompt: str) -> tuple[float, float]:
+        """(text score, subject score) of PIL pictures: means of cosine similarities, the second over all pairs.
+
+        Args:
+            prompt: what the pictures should show, the identifier left out: CLIP does not know it.
+        """
+        images, text = self._clip.images(pictures), self._clip.texts([prompt])
+        return (images @ text.T).mean().item(), (images @ self._references.T).mean().item()
+
+
 def sweep(
     pipeline: Any,
     files: Mapping[str, Path],
@@ -69,22 +96,21 @@ def sweep(
     Returns:
         `early` (None for a checkpoint alone), `late`, `text`, `subject`.
     """
-    loaded: dict[str, LoraFile] = dict(files)
-    names, steps = dict(zip(files, loaded, strict=True)), list(files)
+    steps = list(files)
     pairs = [(None, late) for late in steps] + list(itertools.combinations(steps, 2))
     images: dict[tuple[str | None, str], list[Any]] = {pair: [] for pair in pairs}
-    with Loras(pipeline, loaded) as loras:
+    with Loras(pipeline, files) as loras:
         # A seed after another, so that no more than one run's attention is kept.
         for seed, early in itertools.product(seeds, steps):
             tell(f"seed {seed}, {early}")
             # Of the last one no attention is needed.
             own = guidance if early != steps[-1] else {**guidance, "guidance_steps": (0, 0)}
-            run = DreamBlend(pipeline, names[early], names[early], loras=loras, **own).early(prompt, seed, **options)
+            run = DreamBlend(pipeline, early, early, loras=loras, **own).early(prompt, seed, **options)
             images[None, early] += run.images
             keep(f"{seed}-{early}", run.images[0])
             for late in steps[steps.index(early) + 1 :]:
                 tell(f"seed {seed}, {early} + {late}")
-                pair = DreamBlend(pipeline, names[early], names[late], loras=loras, **guidance)
+                pair = DreamBlend(pipeline, early, late, loras=loras, **guidance)
                 images[early, late] += pair.blend(run).images
                 keep(f"{seed}-{early}+{late}", images[early, late][-1])
             del run  # before the next one is recorded

@@ -25,7 +25,7 @@ from apt_hooks.method.augmentation import Placement
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.run import AptRun
 
-from ..accelerate_state import attach
+from ..accelerate_resume import attach
 from ..class_captions import ClassCaptions
 from ..noise_options import tell_noise_options
 from .augment import black_latent, moved

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt_hooks.results.read_steplog import Run
+from apt_hooks.results.read_steplog import RunLog
 
 from .curves import downsample, fold_bins, smooth, timesteps_of
 
@@ -49,7 +49,7 @@ def bin_ranges(bins: int) -> list[str]:
     return timesteps_of(fold_bins(torch.zeros(1, bins), MOST_LINES)[1], bins)
 
 
-def gamma_plot(run: Run, last_step: int, points: int) -> Plot:
+def gamma_plot(run: RunLog, last_step: int, points: int) -> Plot:
     """Gamma over the steps, a line a bin from where it was first seen, and their mean."""
     gammas = run.gammas.masked_fill(~run.seen, math.nan)
     folded, groups = fold_bins(gammas, MOST_LINES)
@@ -70,7 +70,7 @@ def gamma_plot(run: Run, last_step: int, points: int) -> Plot:
     return {"data": traces, "layout": layout}
 
 
-def loss_plot(run: Run, last_step: int, top: float, points: int) -> Plot:
+def loss_plot(run: RunLog, last_step: int, top: float, points: int) -> Plot:
     """Losses of the LoRA and of the base model; `top` ends the axis, see `loss_top`."""
     traces = []
     for name, color, title in (
@@ -83,12 +83,12 @@ def loss_plot(run: Run, last_step: int, top: float, points: int) -> Plot:
     return {"data": traces, "layout": layout}
 
 
-def loss_top(runs: Sequence[Run]) -> float:
+def loss_top(runs: Sequence[RunLog]) -> float:
     """Where the axis of losses ends, the same for all runs."""
     return _top([run.values[name] for run in runs for name in ("loss_tuned", "loss_frozen")])
 
 
-def value_plot(name: str, runs: Sequence[Run], last_step: int, points: int, label: str) -> Plot:
+def value_plot(name: str, runs: Sequence[RunLog], last_step: int, points: int, label: str) -> Plot:
     """One of the log's values over the steps, all runs in one plot; shares go from 0 to 1."""
     traces = []
     for i, run in enumerate(runs):
@@ -100,13 +100,12 @@ def value_plot(name: str, runs: Sequence[Run], last_step: int, points: int, labe
     return {"data": traces, "layout": layout}
 
 
-def shortened(name: str, most: int = 32) -> str:
+def shortened(name: str) -> str:
     """A name that fits beside others: its middle gives way."""
-    half = (most - 1) // 2
-    return name if len(name) <= most else f"{name[:half]}\u2026{name[-half:]}"
+    return name if len(name) <= 32 else f"{name[:15]}\u2026{name[-15:]}"
 
 
-def _noisy(run: Run, values: Tensor, name: str, key: str, color: str, points: int) -> list[dict[str, Any]]:
+def _noisy(run: RunLog, values: Tensor, name: str, key: str, color: str, points: int) -> list[dict[str, Any]]:
     """A value that jumps from step to step: pale as it is, or from its lowest to its highest, and bold its mean."""
     logged = ~values.isnan()
     curve = downsample(run.steps[logged], values[logged][:, None], points)

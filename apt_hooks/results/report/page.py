@@ -12,7 +12,7 @@ from string import Template
 
 from apt_hooks.errors import AptError
 from apt_hooks.files import write_atomically
-from apt_hooks.results.read_steplog import Run, find_logs, read_run
+from apt_hooks.results.read_steplog import RunLog, find_logs, read_run
 from apt_hooks.training.run import version
 
 from . import figures
@@ -66,7 +66,7 @@ def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None])
 class _Page:
     """What fills the gaps of page.html; `plots` collects what its script is to draw, by the ids of their places."""
 
-    def __init__(self, runs: list[Run], samples: list[Samples | None]) -> None:
+    def __init__(self, runs: list[RunLog], samples: list[Samples | None]) -> None:
         self.runs, self.samples = runs, samples
         self.found = [summarize(run) for run in runs]
         self.last_step = max(1, *(one.last for one in self.found))
@@ -110,7 +110,7 @@ class _Page:
             f'<p class="soft">{self._how_read(run)}<br><code>{escape(str(run.path))}</code></p></div>'
         )
 
-    def _how_read(self, run: Run) -> str:
+    def _how_read(self, run: RunLog) -> str:
         # `every` is a power of two: the 2nd, 32nd and 8192nd, but the 4th and 512th.
         ending = "nd" if run.every % 10 == 2 and run.every % 100 != 12 else "th"
         part = f"every {run.every}{ending} of" if run.every > 1 else "all"
@@ -205,7 +205,7 @@ def _key(within: str, what: str, lines: Sequence[tuple[str, str, str]]) -> str:
     return f'<div class="key"><span class="soft">{escape(what)}:</span>{buttons}</div>'
 
 
-def _grid(run: Run, found: Samples) -> str:
+def _grid(run: RunLog, found: Samples) -> str:
     head = "".join(f'<th scope="col">{kind} {count}{_gamma_at(run, kind, count)}</th>' for kind, count in found.moments)
     rows = []
     for prompt in found.prompts:
@@ -220,7 +220,7 @@ def _grid(run: Run, found: Samples) -> str:
     return f"<h3>{escape(run.name)}</h3>{notes}{table}"
 
 
-def _gamma_at(run: Run, kind: str, count: int) -> str:
+def _gamma_at(run: RunLog, kind: str, count: int) -> str:
     """Mean gamma when a picture was drawn; of an epoch the log does not know the step."""
     if kind != "step" or not int(run.steps[0]) <= count <= int(run.steps[-1]):
         return ""

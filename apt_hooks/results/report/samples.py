@@ -44,8 +44,8 @@ def read_samples(log: Path, starts: Sequence[dict[str, Any]] = ()) -> Samples | 
 
     Args:
         log: the step log, beside which they are looked for.
-        starts: what it says of its run, `Run.starts`: by them steps are the log's, also where the trainer that drew the
-            pictures counted from 1 again. Without, they are the trainer's.
+        starts: what it says of its run, `RunLog.starts`: by them steps are the log's, also where the trainer that drew
+            the pictures counted from 1 again. Without, they are the trainer's.
 
     Raises:
         AptError: there are some, and Pillow is missing.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt_hooks.results.read_steplog import Run
+from apt_hooks.results.read_steplog import RunLog
 
 from .curves import timesteps_of
 
@@ -50,7 +50,7 @@ class Summary:
         return sorted(seen, key=lambda b: -float(self.gamma[b]))
 
 
-def summarize(run: Run) -> Summary:
+def summarize(run: RunLog) -> Summary:
     """The numbers of a run."""
     lines = math.ceil(len(run.steps) / 10)
     places = torch.arange(len(run.steps))[:, None].expand_as(run.seen)
@@ -67,12 +67,12 @@ def summarize(run: Run) -> Summary:
     )
 
 
-def in_words(run: Run, found: Summary) -> list[str]:
+def in_words(run: RunLog, found: Summary) -> list[str]:
     """Sentences that say whether a run overfitted, as far as its log tells."""
     return [*_of_gamma(run, found), *_of_difference(found), *_of_apt(run, found), *_of_breaks(run, found)]
 
 
-def how_trained(run: Run) -> str:
+def how_trained(run: RunLog) -> str:
     """Preset and method of a run in a few words; empty where its log does not say."""
     if not run.starts:
         return ""
@@ -87,13 +87,13 @@ def how_trained(run: Run) -> str:
     return ", ".join(parts)
 
 
-def number(value: float, digits: int = 3) -> str:
-    """A number as people read it; a dash for NaN."""
+def number(value: float) -> str:
+    """A number to three digits, as people read it; a dash for NaN."""
     if math.isnan(value):
         return "\u2013"
     if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{digits}g}"
+        return f"{value:.2e}"
+    return f"{value:.3g}"
 
 
 def share(value: float) -> str:
@@ -106,7 +106,7 @@ def fixed(value: float) -> str:
     return "\u2013" if math.isnan(value) else f"{value:.2f}"
 
 
-def _of_gamma(run: Run, found: Summary) -> list[str]:
+def _of_gamma(run: RunLog, found: Summary) -> list[str]:
     when = f"steps {found.first} to {found.last}" if found.first < found.last else f"step {found.last}"
     order, bins = found.highest(), len(found.gamma)
     if not order:
@@ -131,7 +131,7 @@ def _of_difference(found: Summary) -> list[str]:
     return [f"{text}."]
 
 
-def _of_apt(run: Run, found: Summary) -> list[str]:
+def _of_apt(run: RunLog, found: Summary) -> list[str]:
     config = run.starts[-1].get("config", {}) if run.starts else {}
     if config.get("monitor_only"):
         return ["APT only watched (monitor_only): it changed nothing."]
@@ -151,7 +151,7 @@ def _of_apt(run: Run, found: Summary) -> list[str]:
     return [f"{text[0].upper()}{text[1:]}."] if text else []
 
 
-def _of_breaks(run: Run, found: Summary) -> list[str]:
+def _of_breaks(run: RunLog, found: Summary) -> list[str]:
     said = []
     if found.broken is not None:
         said.append(

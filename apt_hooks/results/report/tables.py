@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from apt_hooks.results.read_steplog import Run
+from apt_hooks.results.read_steplog import RunLog
 from apt_hooks.training.steplog import VALUES
 
 from .summary import Summary, fixed, number, share
@@ -32,7 +32,7 @@ _ABOUT = (
 )  # and config, in its own table
 
 
-def results_table(runs: Sequence[Run], found: Sequence[Summary]) -> str:
+def results_table(runs: Sequence[RunLog], found: Sequence[Summary]) -> str:
     """What was measured, a column a run."""
     rows: list[_Row] = [
         ("steps", [f"{int(run.steps[0])} to {int(run.steps[-1])}" for run in runs]),
@@ -58,7 +58,7 @@ def results_table(runs: Sequence[Run], found: Sequence[Summary]) -> str:
     return _table(runs, rows, differs=lambda cells: False)
 
 
-def settings_table(runs: Sequence[Run]) -> str:
+def settings_table(runs: Sequence[RunLog]) -> str:
     """Configuration and versions of runs whose logs have them: what was overridden or differs, the rest folded away."""
     starts: list[dict[str, Any]] = [run.starts[-1] for run in runs]
     configs = [start.get("config", {}) for start in starts]
@@ -88,7 +88,7 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) and value else "\u2013" if value in (None, "") else json.dumps(value)
 
 
-def _table(runs: Sequence[Run], rows: Sequence[_Row], *, differs: Callable[[list[str]], bool]) -> str:
+def _table(runs: Sequence[RunLog], rows: Sequence[_Row], *, differs: Callable[[list[str]], bool]) -> str:
     head = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs)
     body = "".join(
         f'<tr{" class=differs" if differs(cells) else ""}><th scope="row">{escape(name)}</th>'

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from apt_hooks.errors import AptError
-from apt_hooks.results.read_steplog import ENDING, Run, Step, check_next, parse_line, read_run, run_name
+from apt_hooks.results.read_steplog import ENDING, LoggedStep, RunLog, check_next, parse_line, read_run, run_name
 from apt_hooks.training.steplog import VALUES
 
 from .curves import fold_bins, timesteps_of
@@ -116,7 +116,7 @@ class Watched:
 
     def _forget(self) -> None:
         self.start: dict[str, Any] = {}
-        self.last: Step | None = None
+        self.last: LoggedStep | None = None
         self.histories = {name: History() for name in VALUES}
         self.written: datetime | None = None
         self._file = (0, 0)  # device and inode
@@ -203,7 +203,7 @@ class Watched:
                 self._add(path, line)
                 self._end += len(line)
 
-    def _take_over(self, run: Run) -> None:
+    def _take_over(self, run: RunLog) -> None:
         """A log that was there before: of a long one a part is read, as for the report."""
         self._end, self._lines = run.end, run.lines
         self.start = run.starts[-1] if run.starts else {}
@@ -212,7 +212,7 @@ class Watched:
                 history.add(value, run.every)
         values = [float(run.values[name][-1]) for name in VALUES]
         gammas, gaps, seen = (rows[-1].tolist() for rows in (run.gammas, run.gaps, run.seen))
-        self.last = Step(int(run.steps[-1]), gammas, gaps, seen, values)
+        self.last = LoggedStep(int(run.steps[-1]), gammas, gaps, seen, values)
 
     def _add(self, path: Path, line: bytes) -> None:
         self._lines += 1
@@ -273,7 +273,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_BLOCKS[max(0, min(7, int(8 * mean / top)))] if top > 0 else _BLOCKS[0] for mean in means)
 
 
-def _bars(last: Step, width: int, most: int) -> list[Any]:
+def _bars(last: LoggedStep, width: int, most: int) -> list[Any]:
     from rich.text import Text
 
     gammas = torch.tensor([last.gamma], dtype=torch.float64).masked_fill(~torch.tensor([last.seen]), math.nan)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from apt_hooks.errors import AptError
+from apt_hooks.hooks.attention_guidance import RunDenoiser
 
-Predict = Callable[[Tensor], Any]
-Before = Callable[[int, Tensor, Predict], Tensor | None]
+Before = Callable[[int, Tensor, RunDenoiser], Tensor | None]
 Around = Callable[[int, int], contextlib.AbstractContextManager[Any]]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apt_hooks import AptConfig, AptObjective
-from apt_hooks.integrations.accelerate_state import attach
+from apt_hooks.integrations.accelerate_resume import attach
 from apt_hooks.training.run import STATE_FILE, AptRun
 
 

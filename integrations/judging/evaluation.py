@@ -16,8 +16,9 @@ from apt_hooks.integrations.sampling.pipelines import TINY_WORLD, check_model, l
 from apt_hooks.results.comparison.folders import BASE
 from apt_hooks.results.comparison.grid import run_grid
 
+from .embedding_judges import Embedder, SubjectJudge, TextJudge, VarietyJudge
 from .generate import Plan, Share, generate, share
-from .judges import Drawn, Embedder, Judge, SubjectJudge, TextJudge, VarietyJudge, score_all
+from .judge import Drawn, Judge, score_all
 from .manifest import Manifest, check_same, digest, new_manifest, read_before, write_manifest
 from .prompts import read_prompts
 from .results import Scores, table, write_results
@@ -151,7 +152,7 @@ def _judges(
         if models != Models() or set(metrics) != set(METRICS):
             raise AptError("the tiny world has judges of its own: leave --metrics and the judges' models out")
         try:
-            from .tinyworld import TinyWorldJudge
+            from .tinyworld_judge import TinyWorldJudge
         except ImportError as error:
             raise AptError(f'the tiny world needs diffusers ({error}): pip install "apt-hooks[eval]"') from error
         return [TinyWorldJudge([prompt.plain for prompt in plan.prompts], photos, pictures)]
@@ -170,7 +171,7 @@ def _judges(
     if "hps" in metrics:
         judges.append(TextJudge("hps_v2", Clip(models.hps, "--hps")))
     if "fidelity" in metrics:
-        from .fidelity import FidelityJudge
+        from .fidelity_judge import FidelityJudge
 
         judges.append(FidelityJudge(pictures, models.inception, models.vgg))
     return judges

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from apt_hooks.errors import AptError
 from apt_hooks.integrations.class_captions import ClassCaptions
-from apt_hooks.integrations.diffusers_dreambooth.words import ClassTokens, ClassWords
+from apt_hooks.integrations.diffusers_dreambooth.class_word import ClassTokens, ClassWords
 
 LENGTH = 10
 

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 from apt_hooks.errors import AptError
 
-from .arguments import find_arguments, find_parser
-from .encodings import Encoding, encoding_names, encodings
-from .repeats import FrozenCopy, Step, early_draw, frozen_copy
-from .target import comparison
-from .tree import Tree, assigned, called, first_line, listed, missing, owner, read, without_casts
+from .repeated_statements import FrozenCopy, StepBlock, draws, early_draw, frozen_copy
+from .syntax_tree import Tree, assigned, called, first_line, listed, missing, owner, read, without_casts
 
 PRIOR = "with_prior_preservation"
+_PARSING = ("parse_args", "parse_known_args")
+_SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+Encoding = tuple[ast.stmt, ast.expr]
+"""A statement, and the part of it that encodes text, to be run once more."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Script:
+class Anchors:
     """The anchors: statements to insert lines at, and the names that those lines use.
 
     Attributes:
@@ -77,7 +82,7 @@ class Script:
     folder: str
 
 
-def find(content: bytes, name: str) -> Script:
+def find(content: bytes, name: str) -> Anchors:
     """Find the anchors.
 
     Args:
@@ -117,27 +122,26 @@ class _Finder:
         if any(self.tree.index(self.suite, call) != self.at_call for call in self.calls):
             raise self._missing("one call of the U-Net a step, or one in each branch of an `if`", listed(self.calls))
 
-    def find(self) -> Script:
+    def find(self) -> Anchors:
         for call in ("save_state", "load_state"):
             if not self.tree.calls(self.function, call):
                 raise self._missing(f"the checkpoints, a call of {self.accelerator}.{call}(...)", "none")
         self._check_prior()
         images, timesteps = self._images(), self._timesteps()
-        step = Step(self.name, self.suite, self.at_encode, self.at_call)
+        step = StepBlock(self.name, self.suite, self.at_encode, self.at_call)
         at_draw, draw_copy, drawn_with = early_draw(step, timesteps, images)
         noise = {name for call in self.noising for name in read(*call.args[1:2])}
-        target, at_compare = comparison(step, self.prediction, noise, self.noising)
+        target, at_compare = self._comparison(noise)
         log, log_step = self._log()
         save, folder = self._save()
-        parser, parse = find_parser(self.tree, self.name)
-        others = {self.unet, owner(self.encoding), owner(self.noising[0])}
-        names = encoding_names(self.tree, self.loops[-1], self._text_encoders(), others)
-        encoded = encodings(self.tree, self.loops[-1], names)
+        parser, parse = self._parser()
+        names = self._encoding_names()
+        encoded = self._text_encodings(names)
         frozen, wordless = self._frozen(step, names)
-        return Script(
+        return Anchors(
             parser=parser,
             parse=parse,
-            arguments=find_arguments(self.tree, self.function, self.name),
+            arguments=self._arguments(),
             accelerator=self.accelerator,
             unet=self.unet,
             schedule=owner(self.noising[0]),
@@ -180,6 +184,51 @@ class _Finder:
         if len(found[0].args) != 1 or not isinstance(found[0].args[0], ast.Name):
             raise self._missing(wanted + ", the loss a variable", listed(found))
         return found[0]
+
+    def _parser(self) -> tuple[str, ast.stmt]:
+        """The name of the parser with the most arguments, and the statement to add others before."""
+        found = [c for name in _PARSING for c in self.tree.calls(self.tree.root, name) if owner(c).isidentifier()]
+        if not found:
+            raise self._missing("the argument parser, `parser.parse_args()`", "none")
+        found.sort(key=lambda call: call.lineno)
+        arguments = [owner(call) for call in self.tree.calls(self.tree.root, "add_argument")]
+        most = max(reversed(found), key=lambda call: arguments.count(owner(call)))
+        first = next(call for call in found if owner(call) == owner(most))
+        function: Any = self.tree.function(first)
+        making = [n for n in ast.walk(function) if isinstance(n, ast.Assign) and owner(first) in assigned(n)]
+        return owner(first), self.tree.beside(first, making[0] if making else function.body[0])
+
+    def _arguments(self) -> str:
+        """What the arguments are called in the training function: that of which most of the parser's are asked.
+
+        Where the parser's arguments cannot be read, it is what is parsed in the function, its parameter that is asked
+        most, or what is parsed outside.
+        """
+        function = self.function
+        given = [argument for call in self.tree.calls(self.tree.root, "add_argument") for argument in call.args]
+        names = {str(a.value).lstrip("-").replace("-", "_") for a in given if isinstance(a, ast.Constant)}
+        inner = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+        asked = [ast.unparse(node.value) for node in inner if node.attr in names]
+        own = function.args.args if isinstance(function, ast.FunctionDef) else []
+        parameters = [a.arg for a in own if a.arg != "self"]
+        found = asked or self._parsed(function)
+        if not found and parameters:
+            found = [name for name in map(ast.unparse, (n.value for n in inner)) if name in parameters] or parameters
+        found = found or self._parsed(self.tree.root)
+        if not found:
+            raise self._missing("the parser's arguments in the training function, as in `args.output_dir`", "none")
+        return max(sorted(set(found)), key=found.count)
+
+    def _parsed(self, function: ast.AST) -> list[str]:
+        """Names that are assigned in a function from what parses."""
+        functions = [node for node in ast.walk(self.tree.root) if isinstance(node, ast.FunctionDef)]
+        parsing = {f.name for f in functions if any(self.tree.calls(f, name) for name in _PARSING)} | set(_PARSING)
+        found = []
+        for node in ast.walk(function):
+            own = isinstance(node, (ast.Assign, ast.AnnAssign)) and self.tree.function(node) is function
+            if own and isinstance(node.value, ast.Call) and called(node.value) in parsing:  # type: ignore[attr-defined]
+                found += sorted(assigned(node))
+        return found
 
     def _prepare(self) -> tuple[ast.stmt, set[str]]:
         calls = self.tree.calls(self.function, "prepare")
@@ -235,6 +284,51 @@ class _Finder:
         if len(names) != 1:
             raise self._missing("one name for the U-Net's prediction", ", ".join(sorted(names)))
         return of_noisy, names.pop()
+
+    def _comparison(self, noise: set[str]) -> tuple[str, int]:
+        """The name of the target, and the place of the first statement that takes it or the prediction in, once it is
+        made.
+
+        Of several things that the prediction is compared to, the target is the one that is made from the noise itself
+        (`noise`: its names), or is its velocity.
+        """
+        suite, prediction = self.suite, self.prediction
+        wanted = f"the loss of `{prediction}`, such as `mse_loss({prediction}, target)`"
+        rest = suite[self.at_call + 1 :]
+        losses = [n for s in rest for n in ast.walk(s) if isinstance(n, ast.Call) and "loss" in ast.unparse(n.func)]
+        operations = [n for s in rest for n in ast.walk(s) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub)]
+        pairs = [[*call.args, *(k.value for k in call.keywords)][:2] for call in losses]
+        others: set[str] = set()
+        for pair in pairs + [[operation.left, operation.right] for operation in operations]:
+            names = {side.id for side in map(without_casts, pair) if isinstance(side, ast.Name)}
+            if prediction in names:
+                others |= names - {prediction}
+        if not others:
+            raise self._missing(wanted, listed(losses))
+        if len(others) > 1:
+            noised = assigned(*(s for s in suite if any(call in ast.walk(s) for call in self.noising)))
+            made = [s for s in suite if read(s) & noise or any(_is_velocity(n) for n in ast.walk(s))]
+            likely = (others & (assigned(*made) | noise)) - noised
+            if len(likely) != 1:
+                shown = ", ".join(f"`{name}`" for name in sorted(others))
+                raise self._missing(f"one target that `{prediction}` is compared to", shown)
+            others = likely
+        target = others.pop()
+        if not any(target in assigned(s) and prediction not in read(s) for s in suite):
+            raise self._missing(f"the assignment of the target `{target}` beside the U-Net's call", "none")
+        made_of_itself = False
+        for i in range(self.at_call + 1, len(suite)):
+            own = {target, prediction} & read(suite[i])
+            if not own or any(target in assigned(s) and not {target, prediction} & read(s) for s in suite[i:]):
+                continue
+            if target in assigned(suite[i]) and prediction not in own:
+                made_of_itself = True
+            elif made_of_itself and prediction in assigned(suite[i]):
+                wanted = f"masks in the loss, not in `{prediction}` and `{target}`, whose difference is measured before"
+                raise self._missing(wanted, f"`{first_line(suite[i])}`")
+            else:
+                return target, i
+        raise self._missing(wanted, "none after the target is made")
 
     def _factor(self, at_compare: int, others: set[str]) -> str | None:
         """What the batch holds beside the images and the text, where the loss is made of it.
@@ -320,7 +414,53 @@ class _Finder:
                 others.add(counted.id)
         return self.prepared - others - {self.unet, owner(self.encoding)}
 
-    def _frozen(self, step: Step, names: set[str]) -> tuple[FrozenCopy, str | None]:
+    def _encoding_names(self) -> set[str]:
+        """Text encoders by all their names: alone, in lists, and in functions that are defined where they are."""
+        tree, function, loop = self.tree, self.function, self.loops[-1]
+        # What is loaded and has these methods is a model, and no tokenizer.
+        models = {owner(call) for name in ("to", "requires_grad_") for call in tree.calls(function, name)}
+        found = self._text_encoders()
+        suite = tree.suite(loop)
+        for statement in suite[: suite.index(loop)]:
+            value = getattr(statement, "value", None)
+            if isinstance(value, ast.Call) and called(value) == "from_pretrained":
+                found |= assigned(statement) & models
+        for node in self._before_the_loops():
+            value = getattr(node, "value", None)
+            together = isinstance(value, (ast.List, ast.Tuple, ast.Dict, ast.Name))
+            if (together or isinstance(node, ast.FunctionDef)) and found & read(node):
+                found |= assigned(node) if together else {node.name}  # type: ignore[attr-defined]
+        return found - {self.unet, owner(self.encoding), owner(self.noising[0])}
+
+    def _text_encodings(self, names: set[str]) -> list[Encoding]:
+        """Calls before the loop of what may encode text: an encoder, a function that has one, or that is given one.
+
+        Whether one does is seen when it runs. Left out is what could not be run again after its statement.
+        """
+        defined = {node.name for node in ast.walk(self.tree.root) if isinstance(node, ast.FunctionDef)}
+        found: dict[ast.expr, ast.stmt] = {}
+        for statement in self._before_the_loops():
+            if not isinstance(statement, _SIMPLE):
+                continue
+            for call in (node for node in ast.walk(statement) if isinstance(node, ast.Call)):
+                given = read(*call.args, *(keyword.value for keyword in call.keywords))
+                known = called(call) in names or (called(call) in defined and names & given)
+                if not isinstance(call.func, ast.Name) or not known:
+                    continue
+                within = [n for n in self.tree.ancestors(call) if isinstance(n, ast.expr)]
+                whole = [n for n in within if isinstance(n, _COMPREHENSIONS)]
+                part = whole[-1] if whole else call
+                inner = any(n in found for n in [part, *within]) or any(isinstance(n, ast.Lambda) for n in within)
+                if not inner and not any(map(draws, ast.walk(part))) and not assigned(statement) & read(part):
+                    found[part] = statement
+        return [(statement, part) for part, statement in found.items()]
+
+    def _before_the_loops(self) -> Iterator[ast.stmt]:
+        """The training function's own statements up to the loop, of all blocks, in the order of the file."""
+        inside = [node for node in ast.walk(self.function) if isinstance(node, ast.stmt) and node is not self.function]
+        yield from sorted(filter(self._before_the_loop, inside), key=lambda node: node.lineno)
+
+    def _frozen(self, step: StepBlock, names: set[str]) -> tuple[FrozenCopy, str | None]:
         """The base model's pass, and why it cannot have other text, if so: then only trained encoders run again."""
         noising = {self.tree.index(self.suite, call) for call in self.noising}
         try:
@@ -363,3 +503,7 @@ def _along_the_batch(chunk: ast.Call) -> bool:
         return not given or ast.literal_eval(given[0]) in (0, -4)
     except ValueError:  # a variable
         return True
+
+
+def _is_velocity(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and called(node) == "get_velocity"

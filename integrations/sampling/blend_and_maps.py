@@ -15,16 +15,16 @@ from apt_hooks.errors import AptError
 from apt_hooks.files import make_folder, write_atomically
 from apt_hooks.hooks.attention_guidance import AttentionRecording
 from apt_hooks.hooks.capture import FeatureCapture
+from apt_hooks.integrations.embedders import CLIP
 
 from .collapse import attention_collapse
-from .dreamblend import DreamBlend, Run
-from .judges import CLIP, ClipJudge
+from .denoising_steps import denoising_steps
+from .dreamblend import DreamBlend, SampledRun
 from .lora_files import check_file
 from .loras import LoraFile, Loras, named
 from .pipelines import load_pipeline, make_movable
-from .steps import denoising_steps
-from .sweep import find_checkpoints, sweep, write_rows
-from .words import word_maps, words_of
+from .sweep import ClipJudge, find_checkpoints, sweep, write_rows
+from .word_maps import word_maps, words_of
 
 Say = Callable[[str], None]
 
@@ -191,7 +191,7 @@ def run_collapse(
 
 def _watch(
     pipeline: Any, capture: Any, prompt: str, seed: int, timesteps: Sequence[int], options: dict[str, Any]
-) -> tuple[Run, dict[int, int]]:
+) -> tuple[SampledRun, dict[int, int]]:
     """A run whose attention is kept at the steps nearest to some timesteps, and those steps' own timesteps."""
     attention = AttentionRecording(capture.layers)
     kept: dict[int, int] = {}
@@ -206,7 +206,7 @@ def _watch(
 
     with denoising_steps(pipeline, around=around):
         images = pipeline(prompt, generator=torch.Generator().manual_seed(seed), **options).images
-    return Run(images, attention, [prompt], [seed], options), kept
+    return SampledRun(images, attention, [prompt], [seed], options), kept
 
 
 def _pictures() -> Any:
@@ -237,13 +237,13 @@ def _telling(steps: Sequence[int]) -> list[int]:
     return [steps[len(steps) * i // 4] for i in (1, 2, 3)] if len(steps) > 3 else list(steps)
 
 
-def _mean_maps(run: Run, steps: Sequence[int], words: Sequence[tuple[str, list[int]]]) -> Tensor:
+def _mean_maps(run: SampledRun, steps: Sequence[int], words: Sequence[tuple[str, list[int]]]) -> Tensor:
     picture = _picture(run)
     ratio = picture.shape[1] / picture.shape[2]
     return torch.stack([word_maps(run.attention, step, words, ratio) for step in steps]).mean(dim=0)
 
 
-def _picture(run: Run) -> Tensor:
+def _picture(run: SampledRun) -> Tensor:
     """[3, height, width], from 0 to 1."""
     import numpy
 

@@ -10,7 +10,7 @@ import torch
 from apt_hooks.errors import AptError, why_not_imported
 from apt_hooks.images import open_picture, to_tensor
 
-from .judges import Drawn, Metric, Score
+from .judge import Drawn, Metric, Score
 
 # Where torch-fidelity and torchvision look for their weights: file name below torch.hub's folder, and its origin.
 INCEPTION = (

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from apt_hooks.errors import AptError
 from apt_hooks.images import open_picture, to_tensor
-from apt_hooks.tinyworld.evaluate import ASKED
-from apt_hooks.tinyworld.judges import identity_score, load_judges, text_score
-from apt_hooks.tinyworld.metrics import frechet_distance, precision_recall
-from apt_hooks.tinyworld.model import decode_latents, encode_images, load_pipeline
+from apt_hooks.tinyworld.evaluate import ASKED, as_decoded, scores_of
+from apt_hooks.tinyworld.judge_networks import load_judges
+from apt_hooks.tinyworld.model import load_pipeline
 from apt_hooks.tinyworld.world import BACKGROUNDS, KINDS, PLACES, SECONDS, SIZES, STYLES, Scene, Subject
 
-from .fidelity import AGAINST, check_number
-from .judges import Drawn, Metric, Score
+from .fidelity_judge import AGAINST, check_number
+from .judge import Drawn, Metric, Score
 
 
 class TinyWorldJudge:
@@ -37,9 +36,7 @@ class TinyWorldJudge:
         check_number(pictures)
         self._judges = load_judges()
         self._scenes = _scenes(prompts)
-        # As the autoencoder shows them: nothing that the model draws can be sharper, or truer in color.
-        pipeline = load_pipeline()
-        self._references = decode_latents(pipeline, encode_images(pipeline, _read(references) * 2 - 1))
+        self._references = as_decoded(load_pipeline(), _read(references))
         own = "the tiny world's"
         self.metrics = (
             Metric("text", "highest", f"{own} classifier", f"mean share of {', '.join(ASKED)} as asked"),
@@ -50,19 +47,11 @@ class TinyWorldJudge:
         )
 
     def score(self, drawn: Drawn) -> dict[str, Score]:
-        pictures, n = _read(drawn.files), len(drawn.files)
         scenes = [self._scenes[plain] for plain in drawn.plain]
-        text = text_score(self._judges.classifier, pictures, scenes, ASKED)
-        identity = identity_score(self._judges.identity, pictures, self._references)
-        features, base = self._judges.features(pictures), self._judges.features(_read(drawn.base))
-        precision, recall = precision_recall(base, features)
-        return {
-            "text": Score.mean(text.tolist(), drawn.each),
-            "identity": Score.mean(identity.tolist(), drawn.each),
-            "frechet": Score(frechet_distance(base, features), n),
-            "precision": Score(precision, n),
-            "recall": Score(recall, n),
-        }
+        base = self._judges.features(_read(drawn.base))
+        of_each, of_all = scores_of(self._judges, _read(drawn.files), scenes, self._references, base)
+        means = {name: Score.mean(values.tolist(), drawn.each) for name, values in of_each.items()}
+        return means | {name: Score(value, len(drawn.files)) for name, value in of_all.items()}
 
 
 def _scenes(prompts: Sequence[str]) -> dict[str, Scene]:

@@ -105,7 +105,7 @@ class Judges:
 _FILES = {"classifier": "attributes.safetensors", "identity": "identity.safetensors"}
 
 
-def load_judges(folder: Path | str = WEIGHTS, device: torch.device | str = "cpu") -> Judges:
+def load_judges(folder: Path | str = WEIGHTS) -> Judges:
     """The judges stored in `folder` (the package's own if not given), in float32.
 
     Raises:
@@ -120,7 +120,7 @@ def load_judges(folder: Path | str = WEIGHTS, device: torch.device | str = "cpu"
             )
         module: nn.Module = getattr(judges, name)
         module.load_state_dict({key: value.float() for key, value in load_file(path).items()})
-        module.to(device).eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
     return judges
 
 

@@ -1,0 +1,364 @@
+"""What of a training step runs twice, the draw of the timesteps and the base model's pass, and these statements again.
+
+Both are found backwards from their end, by which statement makes what another reads. Where running statements again
+could change what the script does, or is not the same, the script is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from apt_hooks.errors import AptError
+
+from .syntax_tree import (
+    Suite,
+    assigned,
+    called,
+    changed,
+    first_line,
+    made_from,
+    missing,
+    needs,
+    part_of,
+    read,
+    surely_assigned,
+)
+
+_SURE = ("len", "size", "to", "long", "int", "float")
+"""What gives the same when it is called again; any other function may draw random numbers or count its calls."""
+_RANDOM = re.compile(r"\b(rand|normal|uniform|bernoulli|binomial|multinomial|choice|shuffle|sample)|drop|random")
+"""Names of functions that draw random numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBlock:
+    """The block of statements that a training step is, with the place of the images' encoding and the U-Net's call."""
+
+    script: str
+    suite: Suite
+    at_encode: int
+    at_call: int
+
+    def makers(self, names: set[str], before: int, first: int = 0) -> set[int]:
+        """The statements from `first` up to `before` that assign any of the names, or change it in place."""
+        return {i for i in range(first, before) if names & (assigned(self.suite[i]) | changed(self.suite[i]))}
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenCopy:
+    """Statements that ask the base model what the script asks the one in training.
+
+    Attributes:
+        text, always: those that encode the text, and whether they are needed even if no text encoder is trained.
+        call: the call of the U-Net.
+        prefix: put before every name that they assign, so that the tuned pass finds its own values.
+        live, perhaps: names of which the copies begin with the tuned pass's value; those that may have none.
+    """
+
+    text: tuple[ast.stmt, ...]
+    always: bool
+    call: ast.stmt
+    prefix: str
+    live: tuple[str, ...]
+    perhaps: tuple[str, ...]
+
+
+def early_draw(step: StepBlock, timesteps: str, images: str) -> tuple[int, tuple[ast.stmt, ...], tuple[str, ...]]:
+    """Where the timesteps are complete, what draws them before the images are encoded, and what comes with them.
+
+    The last are names of the draw's other results that the step goes on with, such as weights of the timesteps, which
+    have to be those of the first draw too.
+
+    The augmentation depends on the timesteps, and the VAE on the augmentation; the scripts draw last. So what the
+    draw is made from is gathered backwards; where it asks the latents for batch size or device, the images know
+    these too.
+    """
+    suite, at_encode = step.suite, step.at_encode
+    drawing = sorted(step.makers({timesteps}, step.at_call))
+    if not any(timesteps in assigned(suite[i]) for i in drawing):
+        raise missing(step.script, f"the draw of `{timesteps}` before the U-Net is called", "none beside the call")
+    if drawing[-1] < at_encode:
+        return drawing[-1], (), ()
+    wanted = f"a draw of `{timesteps}` that takes no more than batch size and device from the latents"
+    latents = made_from(suite[at_encode : step.at_call], assigned(suite[at_encode]))
+    chosen: set[int] = set()
+    pending = {i for i in drawing if i >= at_encode}
+    while pending:
+        i = pending.pop()
+        chosen.add(i)
+        for name in read(suite[i]):
+            made = step.makers({name}, i, at_encode)
+            if not made or (name in latents and asks_only_batch_size_and_device(suite[i], name)):
+                continue
+            if at_encode in made:
+                raise missing(step.script, wanted, f"`{first_line(suite[i])}`, which needs `{name}`")
+            pending |= made - chosen
+    ask = AskOther(latents, images)
+    copies = tuple(ask.of(suite[i]) for i in sorted(chosen))
+    _check_draw(step, chosen, copies, timesteps, wanted, ask.unlike)
+    return drawing[-1], copies, _drawn_with(step, chosen, timesteps)
+
+
+def _check_draw(
+    step: StepBlock, chosen: set[int], copies: tuple[ast.stmt, ...], timesteps: str, wanted: str, unlike: set[str]
+) -> None:
+    """The copy runs first and the statements themselves once more, which nobody must notice."""
+    if step.at_encode in chosen:
+        raise missing(step.script, wanted, "it in one block with the encoding of the images")
+    between = [s for i, s in enumerate(step.suite) if min(chosen) < i < max(chosen) and i not in chosen]
+    early = [s for s in between if timesteps in read(s)]
+    if early:
+        raise missing(step.script, f"`{timesteps}` complete before it is used", f"`{first_line(early[0])}`")
+    if unlike & read(*copies):
+        raise missing(step.script, wanted, f"`{min(unlike & read(*copies))}`, a width of theirs")
+    own = [step.suite[i] for i in sorted(chosen)]
+    older = changed(*own) - assigned(*own) - {timesteps}
+    if older:
+        raise missing(step.script, f"a draw of `{timesteps}` that changes nothing older", f"it changing `{min(older)}`")
+
+
+def _drawn_with(step: StepBlock, chosen: set[int], timesteps: str) -> tuple[str, ...]:
+    """Of what is drawn a second time, the names besides the timesteps that are used later."""
+    own = [step.suite[i] for i in sorted(chosen)]
+    drawn = [s for s in own if any(isinstance(n, ast.Call) and called(n) not in _SURE for n in ast.walk(s))]
+    random = made_from(own, assigned(*drawn)) - {timesteps}
+    later = [s for i, s in enumerate(step.suite) if i > max(chosen)]
+    between = [s for i, s in enumerate(step.suite) if min(chosen) < i < max(chosen) and i not in chosen]
+    # Used before they can be replaced, or perhaps without a value.
+    lost = (random & needs(between)) | ((random & needs(later)) - surely_assigned(own))
+    if lost:
+        raise missing(step.script, f"a draw whose only random result is `{timesteps}`", f"`{min(lost)}`, used later")
+    return tuple(sorted(random & needs(later)))
+
+
+def frozen_copy(step: StepBlock, text_encoders: set[str], noising: set[int]) -> FrozenCopy:
+    """The call of the U-Net once more, and the statements before it that it needs and that run a text encoder."""
+    suite, at_call = step.suite, step.at_call
+    copied = _copied(step, text_encoders)
+    before = [suite[i] for i in sorted(copied - {at_call})]
+    taken = any(name.startswith("frozen_") for name in read(*suite) | assigned(*suite))
+    renamer = Renamed(step.script, "apt_frozen_" if taken else "frozen_")
+    text = renamer.statements(before)
+    always = bool(changed(suite[at_call]) & assigned(*before))
+    if not always:
+        renamer.forget()
+    (call,) = renamer.statements([suite[at_call]])
+    _check_frozen(step, copied, text_encoders, noising)
+    sure = surely_assigned(suite[:at_call])
+    live, perhaps = sorted(renamer.live & sure), sorted(renamer.live - sure)
+    return FrozenCopy(tuple(text), always, call, renamer.prefix, tuple(live), tuple(perhaps))
+
+
+def _copied(step: StepBlock, text_encoders: set[str]) -> set[int]:
+    suite = step.suite
+    needed: set[int] = set()
+    pending = {step.at_call}
+    while pending:
+        i = pending.pop()
+        needed.add(i)
+        pending |= step.makers(read(suite[i]), i) - needed
+    copied, texts = {step.at_call}, set[str]()
+    for i in sorted(needed):
+        made = assigned(suite[i]) | changed(suite[i])
+        if (text_encoders | texts) & read(suite[i]) or texts & made:
+            copied.add(i)
+            texts |= made
+    # What a copy changes in place has to be a copy too.
+    while missing := {j for i in copied for j in step.makers(changed(suite[i]), i)} - copied:
+        copied |= missing
+    return copied
+
+
+def _check_frozen(step: StepBlock, copied: set[int], text_encoders: set[str], noising: set[int]) -> None:
+    """The copies run where the call stands: what they read has to be then what it was, what they change their own."""
+    suite = step.suite
+    wanted = "text that is encoded from what does not change up to the U-Net's call"
+    for i in range(step.at_call):
+        if i not in copied and not isinstance(suite[i], ast.Expr) and text_encoders & read(suite[i]):
+            raise missing(step.script, "text encoders that encode for the U-Net's call", f"`{first_line(suite[i])}`")
+    for i in sorted(copied):
+        own = assigned(*(suite[j] for j in copied if j < i))
+        later = suite[i : step.at_call]
+        moved = (needs([suite[i]]) - own) & (assigned(*later) | changed(*later))
+        if moved:
+            raise missing(step.script, wanted, f"`{first_line(suite[i])}`, whose `{min(moved)}` changes")
+        foreign = (changed(suite[i]) & needs([suite[i]])) - own
+        if foreign:
+            raise missing(step.script, wanted, f"`{first_line(suite[i])}`, which changes `{min(foreign)}`")
+        if i in {step.at_encode, *noising}:
+            raise missing(step.script, wanted, "it in one block with the encoding or noising of the images")
+        for name in changed(suite[i]):
+            made = [suite[j] for j in copied if name in assigned(suite[j])]
+            second = [s for s in made if isinstance(part_of(getattr(s, "value", None)), ast.Name)]
+            rest = [s for j, s in enumerate(suite[: step.at_call]) if j not in copied]
+            second += [s for s in rest if name in read(s) and assigned(s) | changed(s)]
+            if second:
+                raise missing(step.script, wanted, f"`{first_line(second[0])}`, a second name for what is changed")
+
+
+# -- the copies --------------------------------------------------------------------------------------------------------
+
+
+class AskOther(ast.NodeTransformer):
+    """Batch size and device of some names, asked of another expression: `x.shape[0]`, `len(x)`, `x.device` and so on.
+
+    Attributes:
+        unlike: names that were unpacked from a shape behind the batch size; the other's are not the same.
+    """
+
+    def __init__(self, names: Iterable[str], other: str) -> None:
+        self.unlike: set[str] = set()
+        self._names = set(names)
+        self._other = other
+
+    def of(self, statement: ast.stmt) -> ast.stmt:
+        return self.visit(copy(statement))
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        target, value = node.targets[0], node.value
+        shape = value.func if isinstance(value, ast.Call) and not value.args else value
+        of_shape = isinstance(shape, ast.Attribute) and shape.attr in ("shape", "size") and self._knows(shape.value)
+        if of_shape and isinstance(target, ast.Tuple):
+            self.unlike |= assigned(*target.elts[1:])
+            shape.value = self._asked()  # type: ignore[attr-defined]
+        return self.generic_visit(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        of_shape = (
+            isinstance(node.value, ast.Attribute) and node.value.attr == "shape" and self._knows(node.value.value)
+        )
+        if of_shape and ast.unparse(node.slice) in ("0", ":1"):
+            node.value.value = self._asked()  # type: ignore[attr-defined]
+        return self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if node.attr == "device" and self._knows(node.value):
+            node.value = self._asked()
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        given = [ast.unparse(argument) for argument in node.args]
+        if called(node) == "len" and len(given) == 1 and self._knows(node.args[0]):
+            node.args = [self._asked()]
+        of_size = isinstance(node.func, ast.Attribute) and called(node) == "size" and given == ["0"]
+        if of_size and self._knows(node.func.value):  # type: ignore[attr-defined]
+            node.func.value = self._asked()  # type: ignore[attr-defined]
+        return self.generic_visit(node)
+
+    def _knows(self, node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id in self._names
+
+    def _asked(self) -> ast.expr:
+        return ast.parse(self._other, mode="eval").body
+
+
+class Renamed:
+    """Statements with every name that they assign renamed, and the reads of it from there on.
+
+    Args:
+        prefix: put before each name.
+
+    Attributes:
+        live: names that may be read under their new name before they are assigned.
+    """
+
+    def __init__(self, script: str, prefix: str) -> None:
+        self.live: set[str] = set()
+        self.prefix = prefix
+        self._script = script
+        self._now: set[str] = set()  # assigned on every path that leads here
+        self._perhaps: set[str] = set()  # on some
+
+    def statements(self, statements: Iterable[ast.stmt]) -> list[ast.stmt]:
+        return [self._statement(copy(statement)) for statement in statements]
+
+    def forget(self) -> None:
+        """What has been renamed so far is perhaps not run."""
+        self._perhaps, self._now = self._perhaps | self._now, set()
+
+    def _statement(self, node: Any) -> Any:
+        if isinstance(node, ast.If):
+            self._reads(node.test)
+            before = set(self._now)
+            node.body = self.statements(node.body)
+            after_body, self._now = self._now, before
+            node.orelse = self.statements(node.orelse)
+            self._perhaps |= self._now ^ after_body
+            self._now &= after_body
+        elif isinstance(node, ast.With):
+            for item in node.items:
+                self._reads(item.context_expr)
+                if item.optional_vars is not None:
+                    self._writes(item.optional_vars)
+            node.body = self.statements(node.body)
+        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            # Not in place: the tuned pass's own value may be what is read.
+            own = ast.Name(node.target.id, ast.Load())
+            node = self._statement(ast.Assign([node.target], ast.BinOp(own, node.op, node.value), lineno=node.lineno))
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)):
+            if node.value is not None:
+                self._reads(node.value)
+            for target in getattr(node, "targets", [getattr(node, "target", None)]):
+                if target is not None:
+                    self._writes(target)
+        elif isinstance(node, ast.Delete):
+            for target in node.targets:
+                self._reads(target)
+        elif not isinstance(node, (ast.Pass, ast.Raise)):
+            raise self._refused("assignments and `if`", node)
+        return node
+
+    def _reads(self, node: ast.expr) -> None:
+        own: set[str] = set()
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.NamedExpr):
+                raise self._refused("assignments and `if`", node)
+            if isinstance(inner, ast.comprehension):
+                own |= assigned(inner.target)
+            if isinstance(inner, ast.Lambda):
+                own |= {argument.arg for argument in ast.walk(inner.args) if isinstance(argument, ast.arg)}
+            if draws(inner):
+                raise self._refused("nothing drawn at random", node)
+        if own & (self._now | self._perhaps):
+            raise self._refused(f"no second `{min(own & (self._now | self._perhaps))}`", node)
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load):
+                inner.id = self._name(inner.id)
+
+    def _writes(self, target: ast.expr) -> None:
+        for node in ast.walk(target):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):  # the owner of an item that is assigned
+                node.id = self._name(node.id)
+        for node in ast.walk(target):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                self._now.add(node.id)
+                node.id = self.prefix + node.id
+
+    def _name(self, name: str) -> str:
+        if name not in self._now | self._perhaps:
+            return name
+        if name not in self._now:
+            self.live.add(name)
+        return self.prefix + name
+
+    def _refused(self, wanted: str, found: ast.AST) -> AptError:
+        wanted += " between the text encoding and the U-Net's call, which the base model has to repeat"
+        return missing(self._script, wanted, f"`{first_line(found)}`")
+
+
+def draws(node: ast.AST) -> bool:
+    """Whether it is a call of what draws random numbers."""
+    return isinstance(node, ast.Call) and bool(_RANDOM.search(ast.unparse(node.func)))
+
+
+def asks_only_batch_size_and_device(statement: ast.stmt, name: str) -> bool:
+    """Whether nothing else of `name` is read than `AskOther` can ask another one for."""
+    return name not in read(AskOther([name], "()").of(statement))
+
+
+def copy(statement: ast.stmt) -> Any:
+    return ast.parse(ast.unparse(statement)).body[0]
