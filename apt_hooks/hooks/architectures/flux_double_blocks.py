@@ -13,7 +13,8 @@ from torch import nn
 
 from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
-from .joint_attention import Block, Joint, before, pairs
+from .joint_attention import Block, Joint, before
+from .rotary_embedding import pairs
 
 NAME = "FLUX.1 and Chroma"
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...errors import AptError
 from ..layout import AttentionPoint, HiddenPoint, Layout, Source, Tap, Told
-from .depth import select
+from .block_choice import select
+from .rotary_embedding import rotate_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Block:
 def layout(
     found: Sequence[Block], blocks: Literal["auto"] | Sequence[int], source: Source, noun: str = "blocks"
 ) -> Layout:
-    """The points of the chosen blocks (`depth.select`), of all that are found in the order in which they run."""
+    """The points of the chosen blocks (`block_choice.select`), of all that are found in the order in which they run."""
     numbers = select(len(found), blocks, found[0].heads * found[0].channels)
     attention, hidden = [], []
     for block in (found[number] for number in numbers):
@@ -131,23 +132,6 @@ def layout(
         tap = dataclasses.replace(block.block if source == "block" else block.attention, read=block.image)
         hidden.append(HiddenPoint(tap.name, tap, block.told))
     return Layout(attention, hidden, numbers, noun)
-
-
-def pairs(angles: Tensor) -> Tensor:
-    """[..., channels / 2] as [..., channels], each number for a pair of neighboring channels."""
-    return angles.repeat_interleave(2, dim=-1)
-
-
-def rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """RoPE (rotary embedding, arXiv 2104.09864) of neighboring channels, in float32: each pair is turned by its angle.
-
-    Args:
-        x: [..., channels].
-        cosines, sines: broadcast to it; both of a pair alike.
-    """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (x.float() * cosines + turned * sines).to(x.dtype)
 
 
 def before(lengths: Tensor, positions: int) -> Tensor:

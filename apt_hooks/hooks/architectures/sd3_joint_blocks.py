@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..layout import AttentionPoint, HiddenPoint, Layout, Source, Tap, flat
-from .depth import select
+from .block_choice import select
 
 NAME = "SD 3"
 
