@@ -1,4 +1,4 @@
-"""RoPE, the rotary embedding of queries and keys (arXiv 2104.09864), of neighboring channels, as these models have it."""
+"""RoPE, the rotary embedding of queries and keys (arXiv 2104.09864), of neighboring channels."""
 
 from __future__ import annotations
 
