@@ -862,7 +862,7 @@ class FluxNetworkTrainer(train_network.NetworkTrainer):
             network.set_multiplier(0.0)
             unet.prepare_block_swap_before_forward()
             with torch.no_grad():
-                target[kept] = call(kept).detach().to(target.dtype)
+                target[kept] = call(kept).to(target.dtype)  # with a graph, as sd-scripts' own
             network.set_multiplier(1.0)
         return pred, target, timesteps, None
 

@@ -1298,6 +1298,15 @@ def test_checkpointing_and_swapped_blocks_give_the_same_lora(train: Train, kind:
         assert all(line["l_joint" if apt else "l_attn"] > 0 for line in run.log)
 
 
+def test_a_target_that_the_trainer_computes_with_a_graph_is_no_part_of_the_regularized_pass(train: Train) -> None:
+    options = {"kind": "flux", "subsets": (OWN, PRIOR), "train_batch_size": 4, "cache_text_encoder_outputs": True}
+    apt = {"augmentation": False, "loss_weighting": False}
+    plain = train(apt, **options, name="plain").saved()["weights"]
+    run = train(apt, **options, gradient_checkpointing=True)
+    for key, value in run.saved()["weights"].items():
+        torch.testing.assert_close(value, plain[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
 @transformer
 def test_cached_latents_of_a_transformer_are_zoomed_out_of_its_own_black(train: Train, kind: str) -> None:
     run = train(ALWAYS_SMALLER, kind=kind, spy=Overfitted, cache_latents=True)

@@ -292,7 +292,9 @@ class AptTrainer:
 
         def predict() -> Tensor:
             # Differential output preservation calls the model once more, which is no pass of APT's.
-            results["tuned"] = run(batch, text_conds, FirstCall(denoiser, passes.end_observation), is_train)
+            regularized = self.apt.objective.capture is not None and not self.apt_config.monitor_only
+            model = FirstCall(denoiser, passes.end_observation, later_without_graph=regularized)
+            results["tuned"] = run(batch, text_conds, model, is_train)
             prediction: Tensor = results["tuned"][0]
             return prediction
 
@@ -324,7 +326,7 @@ class AptTrainer:
             if self.apt.indicator_units != self.apt.target:
                 scale = self._noising.error_scale(self.apt.target, times, results["frozen"][1])
         current.step = passes.step(
-            target, times, ends_step=current.ends_step, error_scale=scale, mask=current.mask(target)
+            target.detach(), times, ends_step=current.ends_step, error_scale=scale, mask=current.mask(target)
         )
         return current.step.prediction, target, timesteps, weighting
 
