@@ -849,21 +849,25 @@ class FluxNetworkTrainer(train_network.NetworkTrainer):
                     timesteps=timesteps[rows] / 1000, y=None, mod_vectors=unet.get_mod_vectors(timesteps[rows]),
                     txt_attention_mask=None if mask is None else mask[rows],
                 )
+            return pred
+
+        def unpacked(pred, rows):
             height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
             pred = F.pixel_shuffle(pred.transpose(1, 2).reshape(len(pred), -1, height, width), 2)
             if args.model_prediction_type == "sample":
                 pred = noisy[rows] - sigmas[rows] * pred
             return pred
 
-        pred = call(slice(None))
+        pred = unpacked(call(slice(None)), slice(None))
         target = latents.clone() if args.model_prediction_type == "sample" else noise - latents
         kept = [i for i, a in enumerate(batch.get("custom_attributes", [])) if a.get("diff_output_preservation")]
         if kept:
             network.set_multiplier(0.0)
             unet.prepare_block_swap_before_forward()
             with torch.no_grad():
-                target[kept] = call(kept).to(target.dtype)  # with a graph, as sd-scripts' own
+                prior = call(kept)  # with a graph, as sd-scripts' own
             network.set_multiplier(1.0)
+            target[kept] = unpacked(prior, kept).to(target.dtype)
         return pred, target, timesteps, None
 
     def on_validation_step_end(self, args, accelerator, network, text_encoders, unet, batch, weight_dtype):
