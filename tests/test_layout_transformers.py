@@ -224,6 +224,32 @@ class Anima(Small):
         return [(f"blocks.{i}{end}", lambda _, out: out.flatten(1, -2)) for i in self.blocks]
 
 
+class Cosmos(Small):
+    blocks = auto = (2, 3)
+    channels = 12  # of which the rotary embedding has three axes
+    projections = frozenset({"to_q", "to_k", "to_v"})
+    latents = (3, 4, 1, SIDE, SIDE)
+
+    def make(self):
+        from diffusers import CosmosTransformer3DModel
+
+        return CosmosTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=self.channels, num_layers=4,
+            mlp_ratio=1.0, text_embed_dim=self.width, adaln_lora_dim=4, max_size=(4, 8, 8), patch_size=(1, 1, 1),
+            concat_padding_mask=False, extra_pos_embed_type=None,
+        )  # fmt: skip
+
+    def predict(self):
+        return self.model(self.x, TIMESTEPS.double() / 1000, self.text).sample
+
+    def compared(self, seen):
+        return [(*seen[2 * i + 1], None) for i in self.blocks]
+
+    def states(self, source):
+        end = "" if source == "block" else ".attn1"
+        return [(f"transformer_blocks.{i}{end}", lambda _, out: out) for i in self.blocks]
+
+
 class FluxOriginal(Small):
     blocks = (1, 2, 3)
     auto = (2, 3)
@@ -336,7 +362,7 @@ class HunyuanImage(Small):
         ]
 
 
-KINDS = [Flux, Sd3, Sd35, Anima, FluxOriginal, FluxMasked, Chroma, Sd3Original, Lumina2, HunyuanImage]
+KINDS = [Flux, Sd3, Sd35, Cosmos, Anima, FluxOriginal, FluxMasked, Chroma, Sd3Original, Lumina2, HunyuanImage]
 
 
 def plain(kind, monkeypatch, source, counted):

@@ -11,6 +11,7 @@ from ...errors import AptError
 from ..layout import Architecture, Layout, Source
 from . import (
     anima,
+    cosmos_transformer_blocks,
     flux_double_blocks,
     flux_transformer_blocks,
     hunyuan_image,
@@ -26,7 +27,9 @@ ALL: tuple[Architecture, ...] = (
     unet_output_blocks,
     flux_transformer_blocks,
     sd3_transformer_blocks,
+    cosmos_transformer_blocks,
     anima,
+    cosmos_transformer_blocks,
     flux_double_blocks,
     sd3_joint_blocks,
     lumina2,
