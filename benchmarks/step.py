@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from step_methods import FLOOR, Method, choose_methods, make_methods, parse_extra
-from step_models import CHECKPOINTING, MODELS, Setting, Training, add_options, check_choice, check_size, make_unet
+from step_models import CHECKPOINTING, MODELS, Setting, Training, add_options, check_choice, check_size, make_denoiser
 
 from apt_hooks.errors import AptError, errors_in_one_line
 
@@ -57,11 +57,12 @@ def _arguments() -> argparse.Namespace:
     check_choice("model", args.model, MODELS)
     check_choice("checkpointing", args.checkpointing, CHECKPOINTING)
     args.px = MODELS[args.model].px if args.px is None else args.px
+    args.tokens = MODELS[args.model].tokens if args.tokens is None else args.tokens
     check_size("px", args.px, multiple=64)
     for option in ("batch", "tokens", "rounds"):
         check_size(option, getattr(args, option))
     args.device = find_device(args.device)
-    args.methods = choose_methods(args.methods, args.checkpointing, args.device)
+    args.methods = choose_methods(args.methods, args.model, args.checkpointing, args.device)
     args.extra = {text: parse_extra(text) for text in args.extra}
     check_rows(args.out, COLUMNS)
     return args
@@ -70,7 +71,7 @@ def _arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Time the methods, append a row for each, and print them."""
     setting = Setting(**{name: getattr(args, name) for name in Setting._fields})
-    training = Training.make(make_unet(setting, args.device), setting)
+    training = Training.make(make_denoiser(setting, args.device), setting)
     methods = make_methods(args.methods, args.extra, training)
     measured = measure(methods, args.rounds, args.device, training.drop_gradients)
     where = {**setting._asdict(), "rounds": args.rounds, **machine(args.device)}

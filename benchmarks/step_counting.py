@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 from step_methods import CONFIGS, Method, make_methods
-from step_models import Setting, Training, make_unet
+from step_models import Setting, Training, make_denoiser
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,7 +158,7 @@ class Count(NamedTuple):
 
 def count_step(method: Method, training: Training, *, kernels: bool = False) -> Count:
     """One step of a method, or the steps of its period; `kernels`: it calls Triton's."""
-    inputs = tree_leaves([training.noisy, training.target, training.timesteps, training.conditions])
+    inputs = tree_leaves([training.noisy, training.target, training.timesteps, training.inputs])
     counter = LiveStorages([*training.unet.parameters(), *inputs])
     before = counter.live
     with kernels_left_out(counter) if kernels else contextlib.nullcontext(), method.prepared(), _collecting_nothing():
@@ -185,7 +185,7 @@ def _collecting_nothing() -> Iterator[None]:
 @contextlib.contextmanager
 def without_contents(setting: Setting) -> Iterator[Any]:
     """The U-Net with weights that have no contents; inside, all tensors are made so."""
-    unet = make_unet(setting, "meta")
+    unet = make_denoiser(setting, "meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in unet.modules():
             for name, parameter in module.named_parameters(recurse=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from step_models import DTYPES, Setting, make_unet
+from step_models import DTYPES, Setting, make_denoiser
 
 from apt_hooks.hooks.architectures import unet_up_blocks
 from apt_hooks.hooks.architectures.unet import select
@@ -66,7 +66,7 @@ def least(setting: Setting) -> dict[str, Least]:
 @functools.cache
 def _compared_layers(model: str) -> dict[str, list[tuple[int, int]]]:
     """For either regularizer by how much each layer's feature map is smaller than the latents, and its width."""
-    unet = make_unet(Setting(model, 64, 1, "float32", "off", 77), "meta")
+    unet = make_denoiser(Setting(model, 64, 1, "float32", "off", 77), "meta")
     blocks, last = select(unet, unet_up_blocks.find(unet), "auto"), len(unet.config.block_out_channels) - 1
     return {
         "alignment": [(2 ** (last - b.index), int(m.inner_dim)) for b in blocks for _, m in b.cross_attention],  # type: ignore[arg-type]

@@ -27,10 +27,10 @@ from step import MACHINE, append_rows, check_rows, machine, mib, print_table
 from step_counting import count
 from step_least import least
 from step_methods import FLOOR, choose_methods, parse_extra
-from step_models import CHECKPOINTING, MODELS, Setting, add_options, check_choice, check_size
+from step_models import CHECKPOINTING, MODELS, UNET, Setting, add_options, check_choice, check_size
 
 from apt_hooks import AptConfig
-from apt_hooks.errors import errors_in_one_line
+from apt_hooks.errors import AptError, errors_in_one_line
 
 COLUMNS = ["method", "peak_mib", "above_mib", "peak_to_floor", "above_to_floor", "gflop", "gflop_to_floor"]
 COLUMNS += [*Setting._fields, *MACHINE]
@@ -57,10 +57,14 @@ def _arguments() -> argparse.Namespace:
     for option, multiple in {"px": 64, "batch": 1}.items():
         for value in getattr(args, option) or ():
             check_size(option, value, multiple)
-    check_size("tokens", args.tokens)
+    if args.tokens is not None:
+        check_size("tokens", args.tokens)
+    if args.least and any(MODELS[model].kind is not UNET for model in args.model):
+        raise AptError("--least is written for U-Nets: name those by --model")
     args.extra = {text: parse_extra(text) for text in args.extra}
     if not args.least:
-        args.methods = {which: choose_methods(args.methods, which, None) for which in args.checkpointing}
+        both = itertools.product(args.model, args.checkpointing)
+        args.methods = {one: choose_methods(args.methods, *one, None) for one in both}
         check_rows(args.out, COLUMNS)
     return args
 
@@ -73,8 +77,9 @@ def run(args: argparse.Namespace) -> None:
         return
     for model, batch, checkpointing in places:
         for px in args.px or [MODELS[model].px]:
-            setting = Setting(model, px, batch, args.dtype, checkpointing, args.tokens)
-            rows = count_rows(setting, args.methods[checkpointing], args.extra)
+            tokens = MODELS[model].tokens if args.tokens is None else args.tokens
+            setting = Setting(model, px, batch, args.dtype, checkpointing, tokens)
+            rows = count_rows(setting, args.methods[model, checkpointing], args.extra)
             append_rows(args.out, COLUMNS, rows)
             print(f"\n{model} {px} px, batch {batch}, {args.dtype}, checkpointing {checkpointing}")
             print_table(rows, COLUMNS[: COLUMNS.index("model")])
@@ -96,7 +101,7 @@ def count_rows(setting: Setting, methods: Sequence[str], extras: Mapping[str, Ap
 def print_least(args: argparse.Namespace) -> None:
     """A table a model: batch, pixels and tokens each varied alone, from its usual size."""
     for model in args.model:
-        usual = Setting(model, MODELS[model].px, 1, args.dtype, "off", args.tokens)
+        usual = Setting(model, MODELS[model].px, 1, args.dtype, "off", args.tokens or MODELS[model].tokens)
         varied = [usual]
         varied += [usual._replace(batch=batch) for batch in args.batch if batch != usual.batch]
         varied += [usual._replace(px=px) for px in args.px or (512, 768, 1024) if px != usual.px]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from step_models import Training
+from step_models import MODELS, UNET, Training
 from torch import Tensor
 
 from apt_hooks import AptConfig, AptObjective
@@ -72,10 +72,13 @@ def parse_extra(text: str) -> AptConfig:
     return config
 
 
-def choose_methods(names: Sequence[str] | None, checkpointing: str, device: torch.device | None) -> list[str]:
+def choose_methods(
+    names: Sequence[str] | None, model: str, checkpointing: str, device: torch.device | None
+) -> list[str]:
     """The methods that were named, or all; the floor is always among them. What is left out is printed.
 
     Args:
+        model: what is trained.
         device: where they run; None: they are counted only.
 
     Raises:
@@ -86,7 +89,7 @@ def choose_methods(names: Sequence[str] | None, checkpointing: str, device: torc
             raise AptError(f"--methods takes {', '.join(METHODS)}, separated by commas; found {name!r}")
     chosen = []
     for name in METHODS:
-        reason = _why_not(name, checkpointing, device)
+        reason = _why_not(name, model, checkpointing, device)
         if names is None and name in ON_REQUEST:
             continue
         if names is None and reason:
@@ -98,7 +101,9 @@ def choose_methods(names: Sequence[str] | None, checkpointing: str, device: torc
     return chosen
 
 
-def _why_not(name: str, checkpointing: str, device: torch.device | None) -> str | None:
+def _why_not(name: str, model: str, checkpointing: str, device: torch.device | None) -> str | None:
+    if name == "obvious" and MODELS[model].kind is not UNET:
+        return "it is written for U-Nets"
     if name == "obvious" and checkpointing == "reentrant":
         return "what it keeps has no graph under reentrant checkpointing"
     if name == "compiled" and device is None:
@@ -199,6 +204,8 @@ class Obvious:
         self.indicator = OverfittingIndicator()
         self.kept: dict[str, list[Tensor]] | None = None
         self.processors: dict[str, Any] = {}
+        if not hasattr(training.unet, "up_blocks"):
+            return
         layout = layout_of(training.unet)
         self.processors.update({f"{point.name}.processor": self._cross_attention for point in layout.attention})
         self.processors.update({f"{point.name}.processor": self._self_attention for point in layout.hidden})

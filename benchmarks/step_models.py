@@ -1,4 +1,4 @@
-"""What the step benchmarks train: U-Nets with their published configurations, random weights, LoRA, and one batch."""
+"""What the step benchmarks train: denoisers of published configurations, random weights, LoRA, and one batch."""
 
 from __future__ import annotations
 
@@ -17,17 +17,93 @@ from apt_hooks.errors import AptError
 from apt_hooks.integrations.peft import adapters_off
 
 RANK = 16
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINTING = ("off", "nonreentrant", "reentrant")
 
 
+Random = Callable[..., Tensor]
+"""Makes a tensor of random numbers of a size, on the denoiser's device and in its precision."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A class of denoisers in diffusers.
+
+    Attributes:
+        name: of the class.
+        inputs: makes what it is called with beside the timestep, of a setting, its configuration and random numbers;
+            the first is the noisy picture, which the prediction has the shape of.
+        lora: its layers that carry a LoRA.
+        timesteps: what it is told for the timestep 1000.
+    """
+
+    name: str
+    inputs: Callable[[Setting, Any, Random], dict[str, Tensor]]
+    lora: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    timesteps: float = 1000
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A U-Net's configuration, as `UNet2DConditionModel` takes it, and the size of picture it is made for."""
+    """A denoiser's configuration, as its class takes it, the size of picture that it is made for, and of a caption."""
 
     config: dict[str, Any]
     px: int
+    kind: Kind
+    tokens: int = 77
+
+
+class Setting(NamedTuple):
+    """What is trained; `px`: pixels of a picture's side, `tokens`: of the caption."""
+
+    model: str
+    px: int
+    batch: int
+    dtype: str
+    checkpointing: str
+    tokens: int
+
+
+def _unet_inputs(setting: Setting, config: Any, random: Random) -> dict[str, Tensor]:
+    px, batch = setting.px, setting.batch
+    given: dict[str, Any] = {"sample": random(batch, 4, px // 8, px // 8)}
+    given["encoder_hidden_states"] = random(batch, setting.tokens, config.cross_attention_dim)
+    if config.addition_embed_type == "text_time":
+        like = given["sample"]
+        time_ids = torch.tensor([[px, px, 0, 0, px, px]] * batch).to(like.device, like.dtype)
+        given["added_cond_kwargs"] = {"text_embeds": random(batch, 1280), "time_ids": time_ids}
+    return given
+
+
+def _flux_inputs(setting: Setting, config: Any, random: Random) -> dict[str, Tensor]:
+    side, batch = setting.px // 16, setting.batch  # latents in patches of 2
+    noisy = random(batch, side * side, config.in_channels)
+    places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(side)), torch.arange(float(side)))
+    return {
+        "hidden_states": noisy,
+        "encoder_hidden_states": random(batch, setting.tokens, config.joint_attention_dim),
+        "pooled_projections": random(batch, config.pooled_projection_dim),
+        "img_ids": places.to(noisy.device, noisy.dtype),
+        "txt_ids": torch.zeros(setting.tokens, 3).to(noisy.device, noisy.dtype),
+        "guidance": torch.ones(batch).to(noisy.device, noisy.dtype),
+    }
+
+
+def _cosmos_inputs(setting: Setting, config: Any, random: Random) -> dict[str, Tensor]:
+    side, batch = setting.px // 8, setting.batch
+    noisy = random(batch, config.out_channels, 1, side, side)
+    return {
+        "hidden_states": noisy,
+        "encoder_hidden_states": random(batch, setting.tokens, config.text_embed_dim),
+    }
+
+
+UNET = Kind("UNet2DConditionModel", _unet_inputs)
+# As sd-scripts' networks.lora_flux trains them, less the feed-forward and modulation layers.
+FLUX = Kind("FluxTransformer2DModel", _flux_inputs, timesteps=1, lora=(
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+))  # fmt: skip
+COSMOS = Kind("CosmosTransformer3DModel", _cosmos_inputs, timesteps=1)
 
 
 def _sdxl(width: int, **others: Any) -> dict[str, Any]:
@@ -43,7 +119,13 @@ def _sdxl(width: int, **others: Any) -> dict[str, Any]:
     }
 
 
-# Of the published config.json: what differs from the class's defaults, which are those of SD 1.x.
+def _anima(**others: Any) -> dict[str, Any]:
+    """Cosmos-Predict2 of 2 B, as sd-scripts builds Anima of it; less the plane of the padding mask."""
+    return {"num_attention_heads": 16, "max_size": (128, 240, 240), "rope_scale": (1.0, 4.0, 4.0),
+            "concat_padding_mask": False, "extra_pos_embed_type": None, **others}  # fmt: skip
+
+
+# Of the published config.json: what differs from the class's defaults, which are those of SD 1.x and of FLUX.1.
 MODELS = {
     "sdxl": Model(
         _sdxl(
@@ -54,6 +136,7 @@ MODELS = {
             sample_size=128,
         ),
         1024,
+        UNET,
     ),
     "sd21": Model(
         {
@@ -64,9 +147,30 @@ MODELS = {
             "sample_size": 96,
         },
         768,
+        UNET,
     ),
-    "sd15": Model({"cross_attention_dim": 768, "sample_size": 64}, 512),
-    "reduced": Model(_sdxl(64), 256),  # for CPUs
+    "sd15": Model({"cross_attention_dim": 768, "sample_size": 64}, 512, UNET),
+    "flux": Model({"guidance_embeds": True}, 1024, FLUX, 512),
+    "anima": Model(_anima(), 1024, COSMOS, 512),
+    "reduced": Model(_sdxl(64), 256, UNET),  # for CPUs, as are those of true width and few blocks
+    "flux-wide": Model({"guidance_embeds": True, "num_layers": 2, "num_single_layers": 2}, 256, FLUX, 128),
+    "anima-wide": Model(_anima(num_layers=4), 256, COSMOS, 128),
+    "tiny-flux": Model(
+        {
+            "in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 8,
+            "axes_dims_rope": (4, 6, 6),
+            "guidance_embeds": True,
+        },
+        64,
+        FLUX,
+        8,
+    ),
     "tiny": Model(  # for tests
         {
             "block_out_channels": (32, 64),
@@ -78,42 +182,33 @@ MODELS = {
             "use_linear_projection": True,
         },
         64,
+        UNET,
     ),
 }
 
 
-class Setting(NamedTuple):
-    """What is trained; `px`: pixels of a picture's side, `tokens`: of the caption."""
-
-    model: str
-    px: int
-    batch: int
-    dtype: str
-    checkpointing: str
-    tokens: int
-
-
-def make_unet(setting: Setting, device: torch.device | str) -> Any:
-    """The U-Net in training, frozen but for LoRA: its weights in `dtype`, the LoRA's in float32 as sd-scripts has them.
+def make_denoiser(setting: Setting, device: torch.device | str) -> Any:
+    """The denoiser in training, frozen but for LoRA: its weights in `dtype`, the LoRA's in float32, as in sd-scripts.
 
     Raises:
         AptError: diffusers or peft is not installed.
     """
     try:
-        from diffusers import UNet2DConditionModel
+        import diffusers
         from peft import LoraConfig
     except ImportError as error:
         raise AptError(f"the step benchmarks need diffusers and peft (apt-hooks[diffusers]): {error}") from error
+    model = MODELS[setting.model]
     torch.manual_seed(0)
     usual = torch.get_default_dtype()
     with torch.device(device):
         torch.set_default_dtype(DTYPES[setting.dtype])
         try:
-            unet = UNet2DConditionModel(**MODELS[setting.model].config)
+            unet = getattr(diffusers, model.kind.name)(**model.config)
         finally:
             torch.set_default_dtype(usual)
         unet.requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_LAYERS))
+        unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(model.kind.lora)))
     for name, parameter in unet.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -135,14 +230,14 @@ def set_checkpointing(unet: Any, checkpointing: str) -> None:
 
 @dataclasses.dataclass
 class Training:
-    """A U-Net and the one batch that every step trains it on.
+    """A denoiser and the one batch that every step trains it on.
 
     Attributes:
-        noisy: [batch, 4, px / 8, px / 8]. Under reentrant checkpointing it requires a gradient: a block none of whose
-            inputs does is then left out of the graph, and its LoRA with it. It does so for all methods alike.
-        target: [batch, 4, px / 8, px / 8].
+        noisy: [batch, ...]. Under reentrant checkpointing it requires a gradient: a block none of whose inputs does is
+            then left out of the graph, and its LoRA with it. It does so for all methods alike.
+        target: of that shape.
         timesteps: [batch], whole numbers.
-        conditions: what else the U-Net is called with.
+        inputs: what the denoiser is called with, `noisy` among it.
         autocast: its dtype, as trainers with mixed precision have it; None: none.
     """
 
@@ -150,7 +245,7 @@ class Training:
     noisy: Tensor
     target: Tensor
     timesteps: Tensor
-    conditions: dict[str, Any]
+    inputs: dict[str, Any]
     autocast: torch.dtype | None
 
     def __post_init__(self) -> None:
@@ -158,32 +253,31 @@ class Training:
 
     @classmethod
     def make(cls, unet: Any, setting: Setting) -> Training:
-        """Random inputs on the U-Net's device; latents have an eighth of the picture's side."""
-        px, batch, tokens, dtype = setting.px, setting.batch, setting.tokens, DTYPES[setting.dtype]
+        """Random inputs on the denoiser's device."""
+        kind, dtype = MODELS[setting.model].kind, DTYPES[setting.dtype]
         device = next(unet.parameters()).device
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, dtype)
 
-        noisy, target = random(batch, 4, px // 8, px // 8), random(batch, 4, px // 8, px // 8).float()
-        conditions: dict[str, Any] = {"encoder_hidden_states": random(batch, tokens, unet.config.cross_attention_dim)}
-        if unet.config.addition_embed_type == "text_time":
-            time_ids = torch.tensor([[px, px, 0, 0, px, px]] * batch).to(device, dtype)
-            conditions["added_cond_kwargs"] = {"text_embeds": random(batch, 1280), "time_ids": time_ids}
-        timesteps = torch.randint(1000, (batch,), generator=generator).to(device)
+        inputs = kind.inputs(setting, unet.config, random)
+        noisy = next(iter(inputs.values()))
+        target = random(*noisy.shape).float()
+        timesteps = torch.randint(1000, (setting.batch,), generator=generator).to(device)
+        inputs["timestep"] = timesteps if kind.timesteps == 1000 else timesteps.to(dtype) * (kind.timesteps / 1000)
         noisy.requires_grad_(setting.checkpointing == "reentrant")
-        return cls(unet, noisy, target, timesteps, conditions, None if dtype == torch.float32 else dtype)
+        return cls(unet, noisy, target, timesteps, inputs, None if dtype == torch.float32 else dtype)
 
     def predict(self, unet: Callable[..., Any] | None = None) -> Tensor:
-        """The U-Net's answer, or a compiled one's, in float32: [batch, 4, px / 8, px / 8]."""
+        """The denoiser's answer, or a compiled one's, in float32: [batch, ...]."""
         device = self.noisy.device.type
         with contextlib.nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
-            return (self.unet if unet is None else unet)(self.noisy, self.timesteps, **self.conditions).sample.float()
+            return (self.unet if unet is None else unet)(**self.inputs).sample.float()
 
     def per_sample_loss(self, prediction: Tensor) -> Tensor:
         """Mean squared error: [batch]."""
-        return (prediction - self.target).square().mean(dim=(1, 2, 3))
+        return (prediction - self.target).square().flatten(1).mean(dim=1)
 
     def adapters_off(self) -> contextlib.AbstractContextManager[None]:
         return adapters_off(self.unet)
@@ -201,7 +295,7 @@ def add_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
     parser.add_argument("--model", type=kind, help=f"{', '.join(MODELS)}{listed}")
     parser.add_argument("--px", type=numbers, help=f"pixels of a side{listed}; without: what the model is made for")
     parser.add_argument("--batch", type=numbers)
-    parser.add_argument("--tokens", type=int, default=77, help="of the caption")
+    parser.add_argument("--tokens", type=int, help="of the caption; without: what the model is made for")
     parser.add_argument("--dtype", choices=list(DTYPES), help="but float32: U-Net and autocast in it, LoRA in float32")
     parser.add_argument("--checkpointing", type=kind, help=f"{', '.join(CHECKPOINTING)}{listed}")
     parser.add_argument("--methods", type=names, help="separated by commas")

@@ -10,7 +10,10 @@ from torch.nn import functional as F
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+import diffusers
 from diffusers import UNet2DConditionModel
+
+from apt_hooks import AptError
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
@@ -30,7 +33,7 @@ TINY = step_models.Setting("tiny", 64, 1, "bfloat16", "off", 77)
 
 
 def training_of(setting, device="cpu"):
-    return step_models.Training.make(step_models.make_unet(setting, device), setting)
+    return step_models.Training.make(step_models.make_denoiser(setting, device), setting)
 
 
 # What is trained.
@@ -43,8 +46,36 @@ def test_the_networks_are_those_published(model, count):
     assert sum(p.numel() for p in unet.parameters()) == count
 
 
+@pytest.mark.parametrize(("model", "billions"), [("flux", 11.9), ("anima", 1.96)])
+def test_the_transformers_are_of_the_published_size(model, billions):
+    config = step_models.MODELS[model]
+    with torch.device("meta"):
+        made = getattr(diffusers, config.kind.name)(**config.config)
+    assert sum(p.numel() for p in made.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_a_transformer_is_trained_and_counted_as_a_unet_is():
+    setting = step_models.Setting("tiny-flux", 64, 2, "float32", "nonreentrant", 8)
+    names = ["floor", "eager"]
+    training = training_of(setting)
+    for method in step_methods.make_methods(names, {}, training).values():
+        with method.prepared():
+            method.step()
+        gradients_of(training)
+    found = step_counting.count(setting, names, {})
+    assert found["eager"].peak > found["floor"].peak > found["floor"].before
+
+
+def test_what_is_written_for_unets_is_refused_for_transformers(monkeypatch, capsys):
+    with pytest.raises(AptError, match="obvious cannot be run here: it is written for U-Nets"):
+        step_methods.choose_methods(["obvious"], "flux", "off", None)
+    monkeypatch.setattr(sys, "argv", ["step_memory.py", "--least", "--model", "flux"])
+    with pytest.raises(SystemExit, match="--least is written for U-Nets"):
+        step_memory.main()
+
+
 def test_the_lora_is_in_float32_and_the_rest_as_asked():
-    unet = step_models.make_unet(TINY, "meta")
+    unet = step_models.make_denoiser(TINY, "meta")
     assert {p.dtype for name, p in unet.named_parameters() if "lora_" not in name} == {torch.bfloat16}
     assert {p.dtype for p in unet.parameters() if p.requires_grad} == {torch.float32}
 
