@@ -1375,3 +1375,23 @@ def test_the_models_preset_is_taken_and_said(train: Train, capsys: pytest.Captur
     assert run.saved()["metadata"]["ss_apt_preset"] == kind
     with pytest.raises(SystemExit, match=rf'preset = "sdxl" is for another model: this one\'s is "{kind}"'):
         train({"preset": "sdxl"}, kind=kind, name="other")
+
+
+def test_words_are_counted_by_every_tokenizer_that_the_strategy_has(make: Train) -> None:
+    class Letters:
+        model_max_length = 64
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+            return SimpleNamespace(input_ids=list(text))
+
+    class TwoTokenizers(Spy):
+        def get_tokenize_strategy(self, args: Any) -> Any:
+            strategy = super().get_tokenize_strategy(args)
+            strategy.t5_tokenizer = Letters()
+            return strategy
+
+    run = make({"identifier": "sks", "class_word": "puppy"}, kind="anima", spy=TwoTokenizers)
+    with pytest.raises(SystemExit, match=r"'sks' is 3 tokens, class_word 'puppy' is 5"):
+        run.trainer.train(run.args)
+    run = make({"identifier": "sks", "class_word": "bag"}, kind="anima", spy=TwoTokenizers, name="equal")
+    run.trainer.train(run.args)

@@ -75,7 +75,9 @@ class AptTrainer:
         if self.apt_config.identifier and self.apt_config.class_word:
             self._captions = ClassCaptions(self.apt_config.identifier, self.apt_config.class_word)
             if self.apt_config.aligns_attention:
-                self._captions.check_lengths(tokenizers)
+                # Anima reads a second tokenizer's tokens, which its trainer has as the strategy's own alone.
+                own = [t for t in vars(tokenize_strategy).values() if hasattr(t, "model_max_length")]
+                self._captions.check_lengths(list({id(t): t for t in [*tokenizers, *own]}.values()))
         return tokenizers
 
     def assert_extra_args(self, args: argparse.Namespace, train_dataset_group: Any, val_dataset_group: Any) -> None:
