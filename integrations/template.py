@@ -58,26 +58,26 @@ class Adapter:
         if self.run.indicator_units != predicts and alphas_cumprod is None:
             raise AptError(f"a model that predicts {predicts} needs alphas_cumprod, by which gamma is of epsilon")
         self._alphas_cumprod = alphas_cumprod
-        self._counted: Tensor | None = None
+        self._instances: Tensor | None = None
         self._placement: Placement | None = None
         self._covered: Tensor | None = None
         self._passes: Passes | None = None
         self._step: AptStep | None = None
         print(self.run.start_line())
 
-    def augment(self, images: Tensor, timesteps: Tensor, counted: Tensor | None = None) -> Tensor:
+    def augment(self, images: Tensor, timesteps: Tensor, instances: Tensor | None = None) -> Tensor:
         """The images, black at -1, some of them zoomed out and rotated; call it before they are encoded.
 
-        `counted`, [batch], bool, is False for class images, which are neither augmented nor counted nor aligned.
+        `instances`, [batch], bool, is False for class images, which are neither augmented nor measured nor aligned.
         """
-        objective, self._counted = self.run.objective, counted
-        self._placement = objective.draw_augmentation(timesteps, counted, self.run.generator())
+        objective, self._instances = self.run.objective, instances
+        self._placement = objective.draw_augmentation(timesteps, instances, self.run.generator())
         self._covered = objective.covered(self._placement, images.shape[-2:])
         return self._placement.apply(images, -1.0)
 
     def predict(self, call: Callable[[], Tensor]) -> Tensor:
         """The tuned model's prediction; `call` runs the denoiser."""
-        self._passes = self.run.objective.passes(self._counted, self._covered)
+        self._passes = self.run.objective.passes(self._instances, self._covered)
         return self._passes.run(call)
 
     def loss(self, target: Tensor, timesteps: Tensor, per_sample: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
@@ -92,7 +92,7 @@ class Adapter:
         """The batch is over, and with it an optimizer step or not."""
         assert self._step is not None
         self.run.record(self._step, self._placement, ends_step=ends_step)
-        self._counted = self._placement = self._covered = self._passes = self._step = None
+        self._instances = self._placement = self._covered = self._passes = self._step = None
 
     def close(self) -> None:
         """The training is over."""

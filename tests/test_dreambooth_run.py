@@ -302,8 +302,8 @@ def by_hand(source: str) -> str:
     loss_end = source.index("                accelerator.backward(loss)")
     loss = """
                 n = len(timesteps) // 2 if args.with_prior_preservation else len(timesteps)
-                counted = torch.arange(len(timesteps)) < n
-                step = apt.step(predict, target, timesteps, counted=counted)
+                instances = torch.arange(len(timesteps)) < n
+                step = apt.step(predict, target, timesteps, instances=instances)
                 per_sample = (step.prediction - target).square().mean(dim=(1, 2, 3))
                 loss = (per_sample * step.weight)[:n].mean() + step.regularizer * (len(timesteps) / n)
                 if args.with_prior_preservation:
@@ -450,7 +450,7 @@ def test_class_images_are_neither_augmented_nor_counted(
     train: Train, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     batches: list[tuple[Tensor, Tensor]] = []
-    counted: list[list[bool]] = []
+    instances: list[list[bool]] = []
     augment, assess = DreamBoothRun.augment, AptObjective._step
 
     def spied_augment(self: DreamBoothRun, images: Tensor, timesteps: Tensor) -> Tensor:
@@ -458,16 +458,16 @@ def test_class_images_are_neither_augmented_nor_counted(
         return batches[-1][1]
 
     def spied_assess(self: AptObjective, *args: Any, **options: Any) -> Any:
-        counted.append(args[0].counted.tolist())
+        instances.append(args[0].instances.tolist())
         step = assess(self, *args, **options)
-        assert step.weight[2:].tolist() == [1.0, 1.0] and step.counted == 2
+        assert step.weight[2:].tolist() == [1.0, 1.0] and step.instances == 2
         return step
 
     monkeypatch.setattr(DreamBoothRun, "augment", spied_augment)
     monkeypatch.setattr(AptObjective, "_step", spied_assess)
     monkeypatch.setattr(OverfittingIndicator, "gamma", lambda self, timesteps: torch.ones(len(timesteps)))
     found = train(name, "--with_prior_preservation", config="augment_max_probability = 1.0")
-    assert counted == [[True, True, False, False]] * 4
+    assert instances == [[True, True, False, False]] * 4
     for before, after in batches:
         assert torch.equal(before[2:], after[2:]) and not torch.equal(before[0], after[0])
         assert (after[0] == -1.0).any() and not (before[0] == -1.0).any()

@@ -4,14 +4,14 @@ from models import LAYOUTS, TEXT_WIDTH, TinyAttention, make_diffusers_unet, make
 from torch import nn
 
 from apt_hooks import AptConfig, AptError
-from apt_hooks.hooks.architectures import ALL, layout_of, preset_of, unet_output_blocks, unet_up_blocks
+from apt_hooks.hooks.architectures import ALL, layout_of, preset_of, unet_sdxl_output_blocks, unet_up_blocks
 from apt_hooks.hooks.architectures import unet as up_blocks
 from apt_hooks.hooks.architectures.block_choice import select as select_blocks
 from apt_hooks.hooks.architectures.unet import select
 
 
 def find_up_blocks(unet):
-    return (unet_up_blocks if unet_up_blocks.is_one(unet) else unet_output_blocks).find(unet)
+    return (unet_up_blocks if unet_up_blocks.is_one(unet) else unet_sdxl_output_blocks).find(unet)
 
 
 def select_up_blocks(unet, blocks):

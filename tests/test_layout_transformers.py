@@ -365,11 +365,11 @@ class HunyuanImage(Small):
 KINDS = [Flux, Sd3, Sd35, Cosmos, Anima, FluxOriginal, FluxMasked, Chroma, Sd3Original, Lumina2, HunyuanImage]
 
 
-def plain(kind, monkeypatch, source, counted):
+def plain(kind, monkeypatch, source, instances):
     """Loss and gradient of the LoRA by the formulas, all in one graph."""
     case = kind()
-    here = slice(None) if counted is None else counted
-    share = 1.0 if counted is None else float(counted.float().mean())
+    here = slice(None) if instances is None else instances
+    share = 1.0 if instances is None else float(instances.float().mean())
 
     def run():
         states = []
@@ -410,14 +410,14 @@ def hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def check(kind, source, checkpointing, counted, monkeypatch):
+def check(kind, source, checkpointing, instances, monkeypatch):
     """Value and gradient of an objective against `plain`, and that nothing is left behind."""
-    wanted, wanted_gradient = plain(kind, monkeypatch, source, counted)
+    wanted, wanted_gradient = plain(kind, monkeypatch, source, instances)
     case = kind(checkpointing)
     before = hooks(case.model)
     config = AptConfig(**CONFIG, blocks=list(case.blocks), representation_source=source)
     with AptObjective(config, case.model, case.lora.off, trained=case.lora.named_parameters()) as objective:
-        step = objective.step(case.predict, case.target, TIMESTEPS, counted=counted)
+        step = objective.step(case.predict, case.target, TIMESTEPS, instances=instances)
         loss = step.loss((step.prediction - case.target).square().flatten(1).mean(dim=1))
         loss.backward()
     assert float(loss.detach()) == pytest.approx(float(wanted), rel=kind.tolerance)
@@ -428,11 +428,11 @@ def check(kind, source, checkpointing, counted, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["self_attention", "block"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("counted", [None, COUNTED], ids=["all", "counted"])
+@pytest.mark.parametrize("instances", [None, COUNTED], ids=["all", "instances"])
 def test_value_and_gradient_are_those_of_the_models_own_scores_and_states(
-    kind, source, checkpointing, counted, monkeypatch
+    kind, source, checkpointing, instances, monkeypatch
 ):
-    check(kind, source, checkpointing, counted, monkeypatch)
+    check(kind, source, checkpointing, instances, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -51,11 +51,11 @@ class Case:
     def per_sample(self, prediction, rows=slice(None)):
         return (prediction - self.target[rows]).square().mean(dim=(1, 2, 3))
 
-    def run(self, counted=None, rows=slice(None), **kwargs):
+    def run(self, instances=None, rows=slice(None), **kwargs):
         """One step with the library: (step, loss, gradient of the LoRA)."""
         self.network.zero_grad()
         with make_objective(self.unet, self.network, **kwargs) as objective:
-            step = objective.step(lambda: self.predict(rows), self.target[rows], TIMESTEPS[rows], counted=counted)
+            step = objective.step(lambda: self.predict(rows), self.target[rows], TIMESTEPS[rows], instances=instances)
             loss = step.loss(self.per_sample(step.prediction, rows))
             loss.backward()
         return step, loss.detach(), self.network.gradient()
@@ -123,11 +123,13 @@ def weighted_statistics(h, weights):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
-@pytest.mark.parametrize("counted", [None, COUNTED])
-def test_a_border_that_is_ignored_has_no_part_in_loss_indicator_and_channel_statistics(layout, checkpointing, counted):
+@pytest.mark.parametrize("instances", [None, COUNTED])
+def test_a_border_that_is_ignored_has_no_part_in_loss_indicator_and_channel_statistics(
+    layout, checkpointing, instances
+):
     config = {"lambda_dist": 0.7, "lambda_attn": 0.0, "augment_border": "ignore"}
     placement = Placement(torch.tensor([2.0, 2.0, 1.6, 1.0]), torch.zeros(4), torch.tensor([True, True, True, False]))
-    here = torch.arange(4) if counted is None else counted.nonzero().flatten()
+    here = torch.arange(4) if instances is None else instances.nonzero().flatten()
 
     case = Case(layout)
     height, width = case.x.shape[2:]
@@ -158,7 +160,7 @@ def test_a_border_that_is_ignored_has_no_part_in_loss_indicator_and_channel_stat
     case = Case(layout, checkpointing)
     with make_objective(case.unet, case.network, **config) as objective:
         found = objective.covered(placement, (8 * height, 8 * width))
-        passes = objective.passes(counted, found)
+        passes = objective.passes(instances, found)
         passes.run(case.predict)
         step = passes.step(case.target, TIMESTEPS)
         step.loss(case.per_sample(step.prediction)).backward()
@@ -213,7 +215,7 @@ def test_a_step_is_the_papers_total_loss(layout, checkpointing):
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
     assert relative_difference(gradient, wanted_gradient) < 1e-5
     assert {name: float(value) for name, value in step.values.items()} == pytest.approx(wanted_values, rel=1e-5)
-    assert step.counted == 4
+    assert step.instances == 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -326,11 +328,11 @@ def test_monitor_only_draws_nothing_from_the_trainers_random_stream():
 @pytest.mark.parametrize("checkpointing", ["off", "reentrant"])
 def test_only_counted_samples_are_weighted_regularized_and_watched(checkpointing):
     case, rows = Case(checkpointing=checkpointing), COUNTED.nonzero().flatten()
-    step, loss, gradient = case.run(counted=COUNTED)
+    step, loss, gradient = case.run(instances=COUNTED)
     assert step.weight[~COUNTED].tolist() == [1.0, 1.0]
     assert torch.allclose(step.weight[COUNTED], 1 - gamma_of(TIMESTEPS[COUNTED]), atol=1e-5)
     alone, loss_alone, gradient_alone = Case(checkpointing=checkpointing).run(rows=rows)
-    assert step.counted == alone.counted == 2
+    assert step.instances == alone.instances == 2
     assert {name: float(value) for name, value in step.values.items()} == pytest.approx(
         {name: float(value) for name, value in alone.values.items()}, rel=1e-6
     )
@@ -347,17 +349,19 @@ def test_uncounted_samples_do_not_move_the_indicator():
     case = Case()
     objective = make_objective(case.unet, case.network)
     before = objective.indicator.state_dict()["loss_tuned"]
-    objective.step(case.predict, case.target, TIMESTEPS, counted=COUNTED)
+    objective.step(case.predict, case.target, TIMESTEPS, instances=COUNTED)
     after = objective.indicator.state_dict()["loss_tuned"]
     assert [b for b in range(10) if after[b] != before[b]] == [0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
-@pytest.mark.parametrize("counted", [None, COUNTED], ids=["all count", "some count"])
-def test_the_joint_regularizer_is_the_relative_distance_of_the_cross_attentions_outputs(layout, checkpointing, counted):
+@pytest.mark.parametrize("instances", [None, COUNTED], ids=["all count", "some count"])
+def test_the_joint_regularizer_is_the_relative_distance_of_the_cross_attentions_outputs(
+    layout, checkpointing, instances
+):
     case, outputs = Case(layout), []
-    rows = slice(None) if counted is None else counted
+    rows = slice(None) if instances is None else instances
     handles = [
         case.unet.get_submodule(f"{stem}.attn2").register_forward_hook(lambda m, a, y: outputs.append(y[rows]))
         for stem in STEMS[layout]
@@ -373,11 +377,11 @@ def test_the_joint_regularizer_is_the_relative_distance_of_the_cross_attentions_
         for now, before in zip(outputs, frozen, strict=True)
     ]
     l_joint = sum(terms) / len(terms)
-    share = 1.0 if counted is None else 0.5
+    share = 1.0 if instances is None else 0.5
     (case.per_sample(prediction).mean() + 0.7 * share * l_joint).backward()
     found = Case(layout, checkpointing)
     step, _, gradient = found.run(
-        counted, regularizer="joint", lambda_joint=0.7, loss_weighting=False, lambda_dist=9.0, lambda_attn=9.0
+        instances, regularizer="joint", lambda_joint=0.7, loss_weighting=False, lambda_dist=9.0, lambda_attn=9.0
     )
     assert step.values.keys() & {"l_mu", "l_sigma", "l_attn", "l_joint"} == {"l_joint"}
     assert float(step.values["l_joint"]) == pytest.approx(float(l_joint.detach()), rel=1e-9)
@@ -404,9 +408,9 @@ def test_a_frozen_pass_every_third_step_regularizes_with_three_times_the_strengt
     assert third.frozen_calls == 3
 
 
-def in_pieces(objective, case, counted=None):
+def in_pieces(objective, case, instances=None):
     """The passes of one batch, as a script's own lines make them."""
-    passes = objective.passes(counted)
+    passes = objective.passes(instances)
     with passes.frozen():
         frozen = case.predict()
     passes.begin_tuned(frozen)
@@ -436,8 +440,8 @@ def test_every_rank_updates_its_indicator_where_a_frozen_pass_is_due_though_noth
     case, updates = Case(), []
     objective = make_objective(case.unet, case.network, frozen_every=2)
     monkeypatch.setattr(objective.indicator, "add", lambda timesteps, *losses: updates.append(len(timesteps)))
-    for counted in (None, None, torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)):
-        objective.step(case.predict, case.target, TIMESTEPS, counted=counted)
+    for instances in (None, None, torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)):
+        objective.step(case.predict, case.target, TIMESTEPS, instances=instances)
     assert updates == [4, 0]  # of the first and the third, as on every other rank
 
 
@@ -562,13 +566,13 @@ def test_where_nothing_counts_the_frozen_pass_does_not_run():
     before = make_objective(case.unet, case.network).indicator.state_dict()
     objective = make_objective(case.unet, case.network)
     nothing = torch.zeros(4, dtype=torch.bool)
-    objective.step(case.predict, case.target, TIMESTEPS, counted=nothing)
+    objective.step(case.predict, case.target, TIMESTEPS, instances=nothing)
     assert case.frozen_calls == 1  # the run's first batch, which shows what model the training begins from
-    step = objective.step(case.predict, case.target, TIMESTEPS, counted=nothing)
+    step = objective.step(case.predict, case.target, TIMESTEPS, instances=nothing)
     loss = step.loss(case.per_sample(step.prediction))
     assert case.frozen_calls == 1
     assert torch.equal(loss, case.per_sample(step.prediction).mean())
-    assert (step.counted, step.values, float(step.regularizer)) == (0, {}, 0.0)
+    assert (step.instances, step.values, float(step.regularizer)) == (0, {}, 0.0)
     assert objective.indicator.state_dict() == before
 
 
@@ -674,8 +678,8 @@ def test_samples_are_augmented_with_probability_gamma_up_to_the_limit(limit, wan
 def test_only_counted_samples_of_a_bin_seen_are_augmented():
     case = Case()
     objective = make_objective(case.unet, case.network)
-    timesteps, counted = torch.tensor([350, 350, 650]).repeat(100), torch.tensor([True, False, True]).repeat(100)
-    chosen = objective.draw_augmentation(timesteps, counted, torch.Generator().manual_seed(0)).chosen.view(100, 3)
+    timesteps, instances = torch.tensor([350, 350, 650]).repeat(100), torch.tensor([True, False, True]).repeat(100)
+    chosen = objective.draw_augmentation(timesteps, instances, torch.Generator().manual_seed(0)).chosen.view(100, 3)
     assert (chosen.sum(dim=0) > 0).tolist() == [True, False, False]
 
 
@@ -748,8 +752,8 @@ def test_a_step_waits_for_no_device(monkeypatch):
     network.to("meta")
     x, timesteps, context, target = (t.detach().to("meta") for t in make_batch(unet, batch=4))
     with make_objective(unet, network, seen=False) as objective:
-        for counted in (None, COUNTED):
-            step = objective.step(lambda: unet(x, timesteps, context), target, timesteps, counted=counted)
+        for instances in (None, COUNTED):
+            step = objective.step(lambda: unet(x, timesteps, context), target, timesteps, instances=instances)
             step.loss((step.prediction - target).square().mean(dim=(1, 2, 3))).backward()
 
 
@@ -838,7 +842,7 @@ def test_the_gradient_of_a_step_under_dco_is_that_of_dcos_loss(layout, checkpoin
 def test_under_dco_samples_that_do_not_count_weigh_what_a_sample_starts_with():
     case = Case()
     wanted = dco_weight(*raw_losses(case), BETA)
-    step, loss, gradient = case.run(counted=COUNTED, objective="dco", dco_beta=BETA)
+    step, loss, gradient = case.run(instances=COUNTED, objective="dco", dco_beta=BETA)
     assert step.weight[~COUNTED].tolist() == [BETA / 2] * 2
     assert step.weight[COUNTED].tolist() == pytest.approx(wanted[COUNTED].tolist(), rel=1e-5)
     assert float(step.values["loss_weight"]) == pytest.approx(float(wanted[COUNTED].mean()), rel=1e-5)
@@ -852,36 +856,36 @@ def test_under_dco_samples_that_do_not_count_weigh_what_a_sample_starts_with():
 
 def test_under_dco_a_batch_of_which_nothing_counts_weighs_what_a_sample_starts_with():
     case = Case()
-    step, loss, _ = case.run(counted=torch.zeros(4, dtype=torch.bool), objective="dco", dco_beta=BETA)
-    assert (step.counted, step.weight.tolist(), step.values) == (0, [BETA / 2] * 4, {})
+    step, loss, _ = case.run(instances=torch.zeros(4, dtype=torch.bool), objective="dco", dco_beta=BETA)
+    assert (step.instances, step.weight.tolist(), step.values) == (0, [BETA / 2] * 4, {})
     assert float(loss) == pytest.approx(BETA / 2 * float(raw_losses(case)[0].mean()), rel=1e-6)
 
 
-@pytest.mark.parametrize("counted", [None, COUNTED, torch.zeros(4, dtype=torch.bool)], ids=["all", "some", "none"])
-def test_monitor_only_under_dco_weighs_nothing(counted):
+@pytest.mark.parametrize("instances", [None, COUNTED, torch.zeros(4, dtype=torch.bool)], ids=["all", "some", "none"])
+def test_monitor_only_under_dco_weighs_nothing(instances):
     case = Case()
     wanted = case.per_sample(case.predict()).mean()
     wanted.backward()
     wanted_gradient = case.network.gradient()
-    step, loss, gradient = case.run(counted=counted, objective="dco", monitor_only=True)
+    step, loss, gradient = case.run(instances=instances, objective="dco", monitor_only=True)
     assert step.weight.tolist() == [1.0] * 4
     assert torch.equal(loss, wanted.detach())
     assert torch.equal(gradient, wanted_gradient)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("counted", [None, COUNTED], ids=["all", "some"])
-def test_dreambooth_is_the_plain_loss_bit_for_bit_and_tells_what_there_is_to_watch(layout, counted):
+@pytest.mark.parametrize("instances", [None, COUNTED], ids=["all", "some"])
+def test_dreambooth_is_the_plain_loss_bit_for_bit_and_tells_what_there_is_to_watch(layout, instances):
     case = Case(layout)
     wanted = case.per_sample(case.predict()).mean()
     wanted.backward()
     wanted_gradient = case.network.gradient()
-    step, loss, gradient = case.run(counted=counted, objective="dreambooth", lambda_attn=3.0)
+    step, loss, gradient = case.run(instances=instances, objective="dreambooth", lambda_attn=3.0)
     assert torch.equal(loss, wanted.detach())
     assert torch.equal(gradient, wanted_gradient)
     assert step.weight.tolist() == [1.0] * 4
     # The same numbers as APT has of this step.
-    acting, _, _ = Case(layout).run(counted=counted)
+    acting, _, _ = Case(layout).run(instances=instances)
     for name in ("loss_tuned", "loss_frozen", "delta_noise"):
         assert float(step.values[name]) == pytest.approx(float(acting.values[name]), rel=1e-9)
     assert torch.equal(step.gammas, acting.gammas)
@@ -966,10 +970,10 @@ def test_weighing_keeps_the_value_and_with_weights_of_one_the_gradient_bit_for_b
 @pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
 @pytest.mark.parametrize("config", [{}, {"objective": "dco", "dco_beta": BETA}], ids=["apt", "dco"])
 def test_a_whole_step_by_weighing_the_prediction_has_the_gradient_of_its_loss(config, checkpointing):
-    _, _, wanted = Case(checkpointing=checkpointing).run(counted=COUNTED, **config)
+    _, _, wanted = Case(checkpointing=checkpointing).run(instances=COUNTED, **config)
     case = Case(checkpointing=checkpointing)
     with make_objective(case.unet, case.network, **config) as objective:
-        step = objective.step(case.predict, case.target, TIMESTEPS, counted=COUNTED)
+        step = objective.step(case.predict, case.target, TIMESTEPS, instances=COUNTED)
         loss = (step.weigh(step.prediction) - case.target).square().mean() + step.regularizer
         loss.backward()
     # The regularizers' share is not weighed.
@@ -979,20 +983,20 @@ def test_a_whole_step_by_weighing_the_prediction_has_the_gradient_of_its_loss(co
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non_reentrant"])
 @pytest.mark.parametrize(
-    ("config", "counted"),
+    ("config", "instances"),
     [({}, None), ({}, COUNTED), ({"monitor_only": True}, None), ({"objective": "dco"}, COUNTED)],
     ids=["apt", "apt, some count", "monitor_only", "dco"],
 )
-def test_a_step_in_pieces_is_the_step(layout, checkpointing, config, counted):
-    whole, wanted_loss, wanted = Case(layout, checkpointing).run(counted=counted, **config)
+def test_a_step_in_pieces_is_the_step(layout, checkpointing, config, instances):
+    whole, wanted_loss, wanted = Case(layout, checkpointing).run(instances=instances, **config)
     case = Case(layout, checkpointing)
     with make_objective(case.unet, case.network, **config) as objective:
-        step = in_pieces(objective, case, counted).step(case.target, TIMESTEPS)
+        step = in_pieces(objective, case, instances).step(case.target, TIMESTEPS)
         loss = step.loss(case.per_sample(step.prediction))
         loss.backward()
     for name in ("prediction", "weight", "regularizer", "gammas"):
         assert torch.equal(getattr(step, name), getattr(whole, name)), name
-    assert step.counted == whole.counted
+    assert step.instances == whole.instances
     assert step.values == whole.values
     assert torch.equal(loss, wanted_loss)
     assert torch.equal(case.network.gradient(), wanted)
@@ -1101,5 +1105,5 @@ def test_class_images_are_not_augmented():
     config = {"zoom_out": (2.0, 2.0), "augment_max_probability": 1.0}
     with make_objective(case.unet, case.network, seen=False, **config) as objective:
         objective.indicator.update(TIMESTEPS, torch.zeros(4), torch.ones(4))
-        moved = objective.augment(torch.zeros(4, 3, 64, 64), TIMESTEPS, counted=COUNTED)
+        moved = objective.augment(torch.zeros(4, 3, 64, 64), TIMESTEPS, instances=COUNTED)
         assert moved.flatten(1).any(dim=1).tolist() == COUNTED.tolist()

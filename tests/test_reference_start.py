@@ -192,7 +192,7 @@ def test_a_first_batch_of_which_nothing_counts_does_not_put_the_start_behind_it(
     unet, network = make_tuned("up_blocks")
     objective = objective_of(unet, network)
     first = [p.detach().clone() for p in network.parameters()]
-    step(objective, unet, counted=torch.zeros(2, dtype=torch.bool))
+    step(objective, unet, instances=torch.zeros(2, dtype=torch.bool))
     descend(network)
     assert float(step(objective, unet).values["delta_noise"]) > 0
     assert objective.reference.start is not None
@@ -340,7 +340,7 @@ def test_a_run_that_goes_on_from_a_lora_says_so_once(caplog: pytest.LogCaptureFi
     for _ in range(3):
         kwargs: dict[str, Any] = {}
         if way == "nothing counts":
-            kwargs["counted"] = torch.zeros(2, dtype=torch.bool)
+            kwargs["instances"] = torch.zeros(2, dtype=torch.bool)
         elif way == "other conditioning":
             kwargs["predict_frozen"] = lambda: unet(x, timesteps, context + 1)
         if way == "context":

@@ -43,13 +43,13 @@ def make_run(folder, *, log="log.jsonl", seed=0, rank=0, augment_space="image", 
     return AptRun(objective, log_path=path, augment_space=augment_space, seed=seed, rank=rank, target=target)
 
 
-def make_step(counted=2, **values):
+def make_step(instances=2, **values):
     """A step of a batch of four; scalars not given are 0, those given as None are left out."""
-    values = dict.fromkeys(KEYS[3:], 0.0) | values if counted else {}
+    values = dict.fromkeys(KEYS[3:], 0.0) | values if instances else {}
     values = {name: torch.tensor(v) for name, v in values.items() if v is not None and name != "augmented"}
     gammas = torch.tensor(GAMMAS, dtype=torch.float64)
     gaps = torch.tensor([math.nan if gap is None else gap for gap in GAPS], dtype=torch.float64)
-    return AptStep(torch.zeros(4), torch.ones(4), torch.zeros(()), gammas, gaps, counted, values)
+    return AptStep(torch.zeros(4), torch.ones(4), torch.zeros(()), gammas, gaps, instances, values)
 
 
 def moved(count):
@@ -79,12 +79,12 @@ def test_one_line_a_step_with_exactly_these_keys(tmp_path):
 
 def test_accumulated_batches_make_one_line_each_weighted_by_its_counted_samples(tmp_path):
     run = make_run(tmp_path)
-    run.record(make_step(counted=1, loss_tuned=1.0, l_attn=8.0), moved(1), ends_step=False)
-    run.record(make_step(counted=0), moved(0), ends_step=False)
-    run.record(make_step(counted=3, loss_tuned=5.0, l_attn=4.0), moved(1))
+    run.record(make_step(instances=1, loss_tuned=1.0, l_attn=8.0), moved(1), ends_step=False)
+    run.record(make_step(instances=0), moved(0), ends_step=False)
+    run.record(make_step(instances=3, loss_tuned=5.0, l_attn=4.0), moved(1))
     run.close()
     (line,) = lines(tmp_path / "log.jsonl")
-    # (1 * 1 + 3 * 5) / 4, (1 * 8 + 3 * 4) / 4, and 2 of 4 counted samples moved.
+    # (1 * 1 + 3 * 5) / 4, (1 * 8 + 3 * 4) / 4, and 2 of 4 instances moved.
     assert (line["step"], line["loss_tuned"], line["l_attn"], line["augmented"]) == (1, 4.0, 5.0, 0.5)
 
 
@@ -96,10 +96,10 @@ def _rank(rank, folder):
     run = make_run(Path(folder), log=None if rank else "log.jsonl", rank=rank)
     # Rank 0 has one sample that counts, rank 1 has three; then rank 1 has none, and no rank has `l_attn`.
     run.record(
-        make_step(counted=(1, 3)[rank], loss_tuned=(1.0, 5.0)[rank], l_attn=(None, 4.0)[rank]), moved((1, 0)[rank])
+        make_step(instances=(1, 3)[rank], loss_tuned=(1.0, 5.0)[rank], l_attn=(None, 4.0)[rank]), moved((1, 0)[rank])
     )
     seen = [run.tracker_values()]
-    run.record(make_step(counted=(2, 0)[rank], loss_tuned=7.0, l_attn=None))
+    run.record(make_step(instances=(2, 0)[rank], loss_tuned=7.0, l_attn=None))
     Path(folder, f"{rank}.json").write_text(json.dumps([*seen, run.tracker_values()]))
     run.close()
     torch.distributed.destroy_process_group()
@@ -117,8 +117,8 @@ def test_values_are_over_the_samples_of_all_ranks(tmp_path):
 
 def test_a_value_is_the_mean_over_the_batches_that_have_it(tmp_path):
     run = make_run(tmp_path)
-    run.record(make_step(counted=1, loss_frozen=6.0, loss_weight=1.0), ends_step=False)
-    run.record(make_step(counted=3, loss_frozen=None, loss_weight=5.0))  # without frozen pass
+    run.record(make_step(instances=1, loss_frozen=6.0, loss_weight=1.0), ends_step=False)
+    run.record(make_step(instances=3, loss_frozen=None, loss_weight=5.0))  # without frozen pass
     run.close()
     (line,) = lines(tmp_path / "log.jsonl")
     assert (line["loss_frozen"], line["loss_weight"]) == (6.0, 4.0)
@@ -126,7 +126,7 @@ def test_a_value_is_the_mean_over_the_batches_that_have_it(tmp_path):
 
 def test_a_step_without_counted_samples_has_gamma_gap_and_nulls(tmp_path):
     run = make_run(tmp_path)
-    run.record(make_step(counted=0))
+    run.record(make_step(instances=0))
     run.close()
     (line,) = lines(tmp_path / "log.jsonl")
     assert line == dict.fromkeys(KEYS) | {"step": 1, "gamma": GAMMAS, "gap": GAPS}
@@ -256,11 +256,11 @@ def test_a_trainer_that_begins_later_is_followed_and_one_that_counts_anew_is_tol
     run = make_run(tmp_path)
     if resumed:
         run.load(tmp_path)
-    run.counted(0)  # before the first step
+    run.trainer_counts(0)  # before the first step
     for i in range(2):
         run.record(make_step())
-        run.counted(number + i)
-        run.counted(number + i)  # and at an epoch's end
+        run.instances(number + i)
+        run.instances(number + i)  # and at an epoch's end
     run.close()
     written = lines(tmp_path / "log.jsonl", "run")[-1]["run"]
     assert [line["step"] for line in lines(tmp_path / "log.jsonl")][-2:] == steps and run.step == steps[-1]
@@ -340,7 +340,7 @@ def test_the_random_stream_is_another_for_every_batch_and_the_same_until_the_bat
     for ends_step in (False, True, True):
         assert numbers(run) == numbers(run)
         drawn.append(numbers(run))
-        passes = run.objective.passes(counted=torch.tensor([False]))
+        passes = run.objective.passes(instances=torch.tensor([False]))
         passes.end_tuned(torch.zeros(1, 4, 8, 8))
         passes.step(torch.zeros(1, 4, 8, 8), torch.tensor([3]), ends_step=ends_step)
     assert len(set(drawn)) == 3

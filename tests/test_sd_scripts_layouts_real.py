@@ -198,11 +198,11 @@ KINDS = [Anima, Flux, FluxWithMask, Chroma, Sd3, Lumina2, HunyuanImage]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["self_attention", "block"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("counted", [None, COUNTED], ids=["all", "counted"])
+@pytest.mark.parametrize("instances", [None, COUNTED], ids=["all", "instances"])
 def test_value_and_gradient_are_those_of_the_models_own_scores_and_states(
-    kind, source, checkpointing, counted, monkeypatch
+    kind, source, checkpointing, instances, monkeypatch
 ):
-    check(kind, source, checkpointing, counted, monkeypatch)
+    check(kind, source, checkpointing, instances, monkeypatch)
 
 
 NETWORKS = [

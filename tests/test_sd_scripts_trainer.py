@@ -573,18 +573,18 @@ def test_a_border_that_is_ignored_gets_no_gradient_but_that_of_the_prior_samples
 
     def spied(self: AptObjective, passes: Any, *rest: Any, **options: Any) -> Any:
         step = assess(self, passes, *rest, **options)
-        passes.tuned_prediction.register_hook(lambda gradient: gradients.append((gradient, passes.counted)))
+        passes.tuned_prediction.register_hook(lambda gradient: gradients.append((gradient, passes.instances)))
         return step
 
     monkeypatch.setattr(AptObjective, "_step", spied)
     apt = {**ALWAYS_SMALLER, "augment_border": border, "lambda_dist": 0.0, "lambda_attn": 0.0, "loss_weighting": False}
     train(apt, spy=Overfitted, cache_latents=cached, subsets=({**OWN}, {**OWN, "is_reg": True}))
-    assert len(gradients) == 3 and any(not counted.all() for _, counted in gradients)
-    for gradient, counted in gradients:
+    assert len(gradients) == 3 and any(not instances.all() for _, instances in gradients)
+    for gradient, instances in gradients:
         inside = torch.zeros(16, 16, dtype=torch.bool)
         inside[5:11, 5:11] = True
         learns = gradient[:, :, ~inside].flatten(1).any(dim=1)
-        assert learns.tolist() == [border == "learn" or not own for own in counted.tolist()]
+        assert learns.tolist() == [border == "learn" or not own for own in instances.tolist()]
         assert gradient[:, :, inside].flatten(1).any(dim=1).all()
 
 

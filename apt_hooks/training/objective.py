@@ -100,21 +100,21 @@ class AptObjective:
         return self.config.augmentation and not self.config.monitor_only
 
     def draw_augmentation(
-        self, timesteps: Tensor, counted: Tensor | None = None, generator: torch.Generator | None = None
+        self, timesteps: Tensor, instances: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Placement:
         """Choose the samples to augment, each with probability `clamp(gamma, 0, augment_max_probability)`.
 
         Args:
             timesteps: [batch], drawn already: the probability depends on them.
-            counted: [batch], bool; None counts all. Others (regularization images) are never augmented.
+            instances: [batch], bool; None counts all. Others (regularization images) are never augmented.
             generator: a CPU generator; None takes torch's global one.
         """
         if not self.augments:
             nowhere = torch.zeros(len(timesteps))
             return Placement(scales=nowhere + 1, angles=nowhere, chosen=nowhere.bool())
         probability = self.indicator.gamma(timesteps).cpu().clamp(max=self.config.augment_max_probability)
-        if counted is not None:
-            probability = probability * counted.cpu()
+        if instances is not None:
+            probability = probability * instances.cpu()
         return self.augmentation.draw(probability, generator)
 
     def augment(
@@ -122,15 +122,15 @@ class AptObjective:
         images: Tensor,
         timesteps: Tensor,
         *,
-        counted: Tensor | None = None,
+        instances: Tensor | None = None,
         fill: float | Tensor = -1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """`images` ([batch, channels, height, width], black = `fill`), some of them zoomed out and rotated.
 
-        `counted` is as in `step`, which then knows what was uncovered.
+        `instances` is as in `step`, which then knows what was uncovered.
         """
-        placement = self.draw_augmentation(timesteps, counted, generator)
+        placement = self.draw_augmentation(timesteps, instances, generator)
         self._augmented = placement, images.shape[-2:]
         return placement.apply(images, fill)
 
@@ -150,7 +150,7 @@ class AptObjective:
         timesteps: Tensor,
         *,
         predict_frozen: Callable[[], Tensor] | None = None,
-        counted: Tensor | None = None,
+        instances: Tensor | None = None,
         ends_step: bool = True,
         error_scale: Tensor | None = None,
         mask: Tensor | None = None,
@@ -162,7 +162,7 @@ class AptObjective:
             target: [batch, ...], what the denoiser should predict.
             timesteps: [batch], whole numbers, or what `bin_of` takes.
             predict_frozen: the same with other conditioning (class word for identifier); None takes `predict`.
-            counted: [batch], bool; False for regularization images, which are trained on as ever. None counts all.
+            instances: [batch], bool; False for regularization images, which are trained on as ever. None counts all.
             ends_step: under gradient accumulation, whether the optimizer steps after this batch; up to there gamma
                 stays what it is, and then the indicator is updated once with all the batches' samples.
             error_scale: [batch], what each sample's error has to be multiplied by to be an error of epsilon
@@ -175,7 +175,7 @@ class AptObjective:
             AptError: a mask of another shape.
         """
         augmented, self._augmented = self._augmented, None
-        passes = self.passes(counted, None if augmented is None else self.covered(*augmented))
+        passes = self.passes(instances, None if augmented is None else self.covered(*augmented))
         passes.run(predict, predict_frozen)
         return passes.step(target, timesteps, ends_step=ends_step, error_scale=error_scale, mask=mask)
 
@@ -183,9 +183,9 @@ class AptObjective:
         """Have `check` called with `numbers`, [n], once their device has come to them, at the latest by `verify`."""
         self._deferred.expect(numbers, check)
 
-    def passes(self, counted: Tensor | None = None, covered: Tensor | None = None) -> Passes:
+    def passes(self, instances: Tensor | None = None, covered: Tensor | None = None) -> Passes:
         """The passes of one batch, for loops that know the target later, or run the model in lines of their own."""
-        return Passes(self, counted, covered)
+        return Passes(self, instances, covered)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in plain numbers; without the weights of `reference = "start"`."""
@@ -220,7 +220,7 @@ class AptObjective:
                     "batch as a whole, right before its step"
                 )
             covered = covered_at(covered, target.shape).to(target.device, non_blocking=True)
-        batch, rows = len(timesteps), rows_of(passes.counted, timesteps.device)
+        batch, rows = len(timesteps), rows_of(passes.instances, timesteps.device)
         here = slice(None) if rows is None else rows
         count = batch if rows is None else len(rows)
         gammas, gaps = self.indicator.gammas, self.indicator.gaps

@@ -33,7 +33,7 @@ class Passes:
     Then, with the target, `step = passes.step(target, timesteps)`; the loss is to be taken of `step.prediction`.
 
     Args:
-        counted: [batch], bool; False for regularization images, which are trained on as ever. None counts all.
+        instances: [batch], bool; False for regularization images, which are trained on as ever. None counts all.
         covered: [batch, 1, height, width] of the images or of the latents, what of each sample to learn from
             (`AptObjective.covered`). The rest has no part in losses, indicator and channel statistics, and
             `AptStep.prediction` no gradient there. None: all.
@@ -44,9 +44,9 @@ class Passes:
         terms: `l_mu`, `l_sigma`, `l_attn`, `l_joint`, those that are on; scalars that reach the LoRA.
     """
 
-    def __init__(self, objective: AptObjective, counted: Tensor | None = None, covered: Tensor | None = None) -> None:
+    def __init__(self, objective: AptObjective, instances: Tensor | None = None, covered: Tensor | None = None) -> None:
         self._objective = objective
-        self.counted, self.covered = counted, covered
+        self.instances, self.covered = instances, covered
         self._weights = None if covered is None else Weights(covered)
         self.due = objective.steps % objective.config.frozen_every == 0
         self.tuned_prediction: Tensor | None = None
@@ -93,7 +93,7 @@ class Passes:
     @property
     def _counts(self) -> bool:
         """Whether any sample does."""
-        return self.counted is None or bool(self.counted.any())
+        return self.instances is None or bool(self.instances.any())
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -127,7 +127,7 @@ class Passes:
                     objective.capture.layers,
                     len(objective.capture.hidden),
                     regularizer=config.regularizer,
-                    rows=rows_of(self.counted),
+                    rows=rows_of(self.instances),
                     weights=self._weights,
                     impl=config.attention_impl,
                     differentiable=torch.is_grad_enabled() and not config.monitor_only,
@@ -199,11 +199,11 @@ class Passes:
         return self.tuned_prediction
 
 
-def rows_of(counted: Tensor | None, device: torch.device | None = None) -> Tensor | None:
+def rows_of(instances: Tensor | None, device: torch.device | None = None) -> Tensor | None:
     """The samples that count, None where all do; found on the CPU, so that no device is waited for."""
-    counted = None if counted is None else counted.cpu()
+    instances = None if instances is None else instances.cpu()
     return (
         None
-        if counted is None or bool(counted.all())
-        else torch.nonzero(counted).flatten().to(device, non_blocking=True)
+        if instances is None or bool(instances.all())
+        else torch.nonzero(instances).flatten().to(device, non_blocking=True)
     )

@@ -131,7 +131,7 @@ class AptRun:
             self.step += 1
             self.log.end_step(self.step)
 
-    def counted(self, number: int) -> None:
+    def trainer_counts(self, number: int) -> None:
         """What the trainer itself calls the step that was just recorded; the first one's is what counts.
 
         A trainer that begins with a later step than the first is followed. One that counts from 1 again after a state

@@ -24,7 +24,7 @@ class AptStep:
             added to the mean loss; times `frozen_every`, since it is 0 in the steps between.
         gammas: [num_bins], as this step used them, that is before its own update.
         gaps: [num_bins], the indicator's gaps behind `gammas`; NaN for a bin never seen.
-        counted: number of samples that APT acts on.
+        instances: number of samples that APT acts on.
         values: scalars averaged over those samples, not differentiable: `loss_tuned`, `loss_frozen`, `loss_weight`,
             `delta_noise` (equation 9, as the mean of squares) and of `l_mu`, `l_sigma`, `l_attn`, `l_joint` those that
             are on; in a step without frozen pass `loss_weight` alone.
@@ -35,7 +35,7 @@ class AptStep:
     regularizer: Tensor
     gammas: Tensor
     gaps: Tensor
-    counted: int
+    instances: int
     values: dict[str, Tensor]
 
     def loss(self, per_sample: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ logger = logging.getLogger("apt_hooks")
 class _Batch:
     gammas: Tensor
     gaps: Tensor
-    counted: int
+    instances: int
     values: dict[str, Tensor]
     augmented: int
     device: torch.device
@@ -74,7 +74,7 @@ class StepLog:
         """One batch, `augmented` of its samples moved; several batches make a step under gradient accumulation."""
         # Not the step itself: it holds on to the graph.
         self._batches.append(
-            _Batch(step.gammas, step.gaps, step.counted, step.values, augmented, step.prediction.device)
+            _Batch(step.gammas, step.gaps, step.instances, step.values, augmented, step.prediction.device)
         )
 
     def end_step(self, number: int) -> None:
@@ -90,11 +90,11 @@ class StepLog:
         totals = dict.fromkeys(VALUES, 0)
         sums = {name: torch.zeros((), dtype=dtype, device=device) for name in VALUES}
         for batch in batches:
-            if batch.counted:
-                share = torch.full((), batch.augmented / batch.counted, dtype=dtype, device=device)
+            if batch.instances:
+                share = torch.full((), batch.augmented / batch.instances, dtype=dtype, device=device)
                 for name, value in {**batch.values, "augmented": share}.items():
-                    totals[name] += batch.counted
-                    sums[name] = sums[name] + value.to(device, dtype) * batch.counted
+                    totals[name] += batch.instances
+                    sums[name] = sums[name] + value.to(device, dtype) * batch.instances
         counts = torch.tensor(list(totals.values()), dtype=dtype).to(device, non_blocking=True)
         found = torch.stack([*sums.values()])
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -159,7 +159,7 @@ class DreamBoothRun:
             self._drawn = drawn
             self._timesteps = timesteps.clone()  # which the script may change in place, and then again
             self._placement = self._run.objective.draw_augmentation(
-                _one_each(timesteps, images), self._counted(images), self._run.generator()
+                _one_each(timesteps, images), self._instances(images), self._run.generator()
             )
             self._covered = self._run.objective.covered(self._placement, images.shape[-2:])
             return self._placement.apply(images, -1.0)
@@ -191,7 +191,7 @@ class DreamBoothRun:
                 stack.enter_context(self._passes.frozen())
                 if self._words is not None:
                     unet = self._run.objective.reference.modules[0]
-                    stack.enter_context(self._words.read_by(unet, self._counted))
+                    stack.enter_context(self._words.read_by(unet, self._instances))
                     stack.callback(unet.register_forward_pre_hook(self._keep_call, with_kwargs=True).remove)
                 yield
             if len(called) < len(self._text_encoders):
@@ -206,7 +206,7 @@ class DreamBoothRun:
         with errors_in_one_line():
             if self._passes is None:
                 raise AptError(_NO_FROZEN_PASS)
-            self._passes.counted = self._counted(frozen_prediction)
+            self._passes.instances = self._instances(frozen_prediction)
             self._compare_start(frozen_prediction)
             self._passes.begin_tuned(frozen_prediction)
 
@@ -214,7 +214,7 @@ class DreamBoothRun:
         """The prediction, to go on with in place of `prediction`."""
         with errors_in_one_line():
             if self._passes is None:
-                self._passes = self._run.objective.passes(self._counted(prediction), self._covered)
+                self._passes = self._run.objective.passes(self._instances(prediction), self._covered)
                 if self._passes.due:
                     raise AptError(_NO_FROZEN_PASS)
             prediction = self._passes.end_tuned(prediction)
@@ -320,7 +320,7 @@ class DreamBoothRun:
             return None
         return epsilon_error_scale(predicted, self._schedule.alphas_cumprod, timesteps)
 
-    def _counted(self, samples: Tensor) -> Tensor | None:
+    def _instances(self, samples: Tensor) -> Tensor | None:
         """With prior preservation the second half of a batch are class images, which APT leaves alone."""
         if not self._prior:
             return None

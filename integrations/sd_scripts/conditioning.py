@@ -51,7 +51,7 @@ class FrozenConditioning:
         self._encoded: dict[str, list[Any]] = {}
 
     def __call__(
-        self, encoders: TextEncoders, batch: dict[str, Any], counted: Tensor, text_conds: list[Any]
+        self, encoders: TextEncoders, batch: dict[str, Any], instances: Tensor, text_conds: list[Any]
     ) -> list[Any]:
         """The conditioning in place of `text_conds`, on the same device and of the same dtype.
 
@@ -60,7 +60,7 @@ class FrozenConditioning:
         """
         changed: dict[int, str] = {}
         if self._captions is not None:
-            for i, (caption, own) in enumerate(zip(batch["captions"], counted.tolist(), strict=True)):
+            for i, (caption, own) in enumerate(zip(batch["captions"], instances.tolist(), strict=True)):
                 if own and self._captions(caption) != caption:
                     changed[i] = self._captions(caption)
         if not changed and not self._lora:

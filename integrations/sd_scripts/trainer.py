@@ -238,11 +238,11 @@ class AptTrainer:
         self._begin(accelerator, network, noise_scheduler)
         # Here the trainer has just fetched the last step's loss, so fetching its other numbers waits for nothing.
         self.apt.log.flush()
-        current = _Batch(_counted(batch), accelerator.sync_gradients)
+        current = _Batch(_instances(batch), accelerator.sync_gradients)
         if self._conditioning is not None:
             models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
             encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
-            current.frozen_conds = functools.partial(self._conditioning, encoders, batch, current.counted)
+            current.frozen_conds = functools.partial(self._conditioning, encoders, batch, current.instances)
         if self.apt.objective.augments:
             batch = self._augment(batch, current, args, noise_scheduler, accelerator.device, weight_dtype)
         current.mask = functools.partial(self._loss_mask, args, batch)
@@ -289,7 +289,7 @@ class AptTrainer:
         current = self._batch
         if current is None:  # validation
             return run(batch, text_conds, denoiser, is_train)
-        passes = self.apt.objective.passes(current.counted, current.covered)
+        passes = self.apt.objective.passes(current.instances, current.covered)
         results: dict[str, Any] = {}
 
         def predict() -> Tensor:
@@ -324,7 +324,7 @@ class AptTrainer:
             )
         scale = None
         if "frozen" in results:
-            self._check_targets(results["frozen"][1], target, current.counted)
+            self._check_targets(results["frozen"][1], target, current.instances)
             if self.apt.indicator_units != self.apt.target:
                 scale = self._noising.error_scale(self.apt.target, times, results["frozen"][1])
         current.step = passes.step(
@@ -344,7 +344,7 @@ class AptTrainer:
         self, accelerator: Any, args: argparse.Namespace, epoch: Any, global_step: int, *rest: Any
     ) -> None:
         # Called behind every optimizer step, and the one method that is told how the trainer counts.
-        self.apt.counted(global_step)
+        self.apt.trainer_counts(global_step)
         super().sample_images(accelerator, args, epoch, global_step, *rest)  # type: ignore[misc]
 
     def generate_step_logs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -394,7 +394,7 @@ class AptTrainer:
         with self._switch.off():
             yield
 
-    def _check_targets(self, frozen: Tensor, tuned: Tensor, counted: Tensor) -> None:
+    def _check_targets(self, frozen: Tensor, tuned: Tensor, instances: Tensor) -> None:
         """That both passes were of the same noise, once their device has come to them."""
 
         def check(different: list[float]) -> None:
@@ -404,7 +404,7 @@ class AptTrainer:
                     "draws from a stream that apt-hooks does not know of"
                 )
 
-        rows = counted.to(tuned.device)
+        rows = instances.to(tuned.device)
         self.apt.objective.expect((frozen != tuned).flatten(1).any(dim=1).logical_and(rows).any()[None].float(), check)
 
     def _augment(
@@ -427,7 +427,7 @@ class AptTrainer:
             height, width = height // pixels, width // pixels
         like = torch.zeros(len(batch["loss_weights"]), 1, height, width, device=device)
         current.drawn = self._noising.draw(args, noise_scheduler, like, dtype)
-        current.placement = self.apt.objective.draw_augmentation(current.drawn, current.counted, self.apt.generator())
+        current.placement = self.apt.objective.draw_augmentation(current.drawn, current.instances, self.apt.generator())
         if images:
             current.covered = self.apt.objective.covered(current.placement, batch["images"].shape[-2:])
         return moved(batch, current.placement, images=images)
@@ -456,7 +456,7 @@ class AptTrainer:
 class _Batch:
     """What is known of the training batch on its way through the trainer."""
 
-    counted: Tensor
+    instances: Tensor
     ends_step: bool
     frozen_conds: Callable[[list[Any]], list[Any]] = lambda conds: conds
     mask: Callable[[Tensor], Tensor | None] = lambda target: None
@@ -475,7 +475,7 @@ def _without_preservation(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "custom_attributes": kept}
 
 
-def _counted(batch: dict[str, Any]) -> Tensor:
+def _instances(batch: dict[str, Any]) -> Tensor:
     attributes = batch.get("custom_attributes")
     if not attributes:  # a dataset class of the user's own
         return torch.ones(len(batch["loss_weights"]), dtype=torch.bool)

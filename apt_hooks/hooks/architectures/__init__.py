@@ -18,13 +18,13 @@ from . import (
     lumina2,
     sd3_joint_blocks,
     sd3_transformer_blocks,
-    unet_output_blocks,
+    unet_sdxl_output_blocks,
     unet_up_blocks,
 )
 
 ALL: tuple[Architecture, ...] = (
     unet_up_blocks,
-    unet_output_blocks,
+    unet_sdxl_output_blocks,
     flux_transformer_blocks,
     sd3_transformer_blocks,
     cosmos_transformer_blocks,
