@@ -259,8 +259,8 @@ def test_a_trainer_that_begins_later_is_followed_and_one_that_counts_anew_is_tol
     run.trainer_counts(0)  # before the first step
     for i in range(2):
         run.record(make_step())
-        run.instances(number + i)
-        run.instances(number + i)  # and at an epoch's end
+        run.trainer_counts(number + i)
+        run.trainer_counts(number + i)  # and at an epoch's end
     run.close()
     written = lines(tmp_path / "log.jsonl", "run")[-1]["run"]
     assert [line["step"] for line in lines(tmp_path / "log.jsonl")][-2:] == steps and run.step == steps[-1]
