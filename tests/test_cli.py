@@ -272,6 +272,7 @@ def test_presets_are_listed_by_name_with_their_first_line() -> None:
     lines = run("presets", "list").splitlines()
     assert [line.split()[0] for line in lines] == list(preset_names())
     assert all("Adaptive Personalized Training for" in line for line in lines)
+    assert next(line for line in lines if line.startswith("chroma ")).endswith("at 1024 px (flux_train_network.py)")
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -87,9 +87,10 @@ def status(trainer: TrainerName, path: Place = Path()) -> None:
 
 @presets.command("list", epilog="Example: `apt-hooks presets list`")
 def presets_list() -> None:
-    """Name the presets, with the first line of each."""
+    """Name the presets, with the first line of each and the script of sd-scripts that takes it."""
     for name in preset_names():
-        typer.echo(f"{name}  {preset_text(name).splitlines()[0].lstrip('# ')}")
+        title = preset_text(name).splitlines()[0].lstrip("# ").removesuffix(".")
+        typer.echo(f"{name}  {title} ({sd_scripts.SCRIPT_OF_PRESET[name]})")
 
 
 @presets.command("show", epilog="Example: `apt-hooks presets show sdxl > apt.toml`")
@@ -116,7 +117,12 @@ def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Th
 
     found = check_section(config)
     overrides = found.overrides()
-    typer.echo(f"{config}: [apt] is valid, preset {found.preset_name or 'none'}")
+    preset = (
+        f"preset {found.preset_name}"
+        if found.preset_name
+        else "the trainer takes the preset of the model, where it has one, for all but overrides"
+    )
+    typer.echo(f"{config}: [apt] is valid, {preset}")
     for key in AptConfig.key_names():
         value = None if key == "preset" else getattr(found, key)
         if value is not None:
@@ -188,7 +194,7 @@ def _note_of_trainer(config: Path, preset: str | None) -> None:
             return
         states = dict.fromkeys(found.state.values())
         what, where = f"sd-scripts in {folder} is {' and '.join(states)}: an unpatched one", _typed(folder)
-    script = "sdxl_train_network.py" if preset == "sdxl" else "train_network.py"
+    script = sd_scripts.SCRIPT_OF_PRESET.get(preset or "", "train_network.py")
     if folder is not None and folder != places[0]:
         script = _typed(folder / script)
     typer.echo(
