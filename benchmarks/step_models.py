@@ -95,6 +95,7 @@ def _cosmos_inputs(setting: Setting, config: Any, random: Random) -> dict[str, T
     return {
         "hidden_states": noisy,
         "encoder_hidden_states": random(batch, setting.tokens, config.text_embed_dim),
+        "condition_mask": torch.zeros_like(noisy[:, :1]),  # joined to the picture just as the padding mask is
     }
 
 
@@ -120,9 +121,18 @@ def _sdxl(width: int, **others: Any) -> dict[str, Any]:
 
 
 def _anima(**others: Any) -> dict[str, Any]:
-    """Cosmos-Predict2 of 2 B, as sd-scripts builds Anima of it; less the plane of the padding mask."""
-    return {"num_attention_heads": 16, "max_size": (128, 240, 240), "rope_scale": (1.0, 4.0, 4.0),
-            "concat_padding_mask": False, "extra_pos_embed_type": None, **others}  # fmt: skip
+    """Anima as sd-scripts builds it (`dit_config`), less the adapter of its text encoder.
+
+    The last channel is the padding mask's, which diffusers would resize by torchvision.
+    """
+    return {
+        "in_channels": 17,
+        "num_attention_heads": 16,
+        "rope_scale": (1.0, 4.0, 4.0),
+        "concat_padding_mask": False,
+        "extra_pos_embed_type": None,
+        **others,
+    }
 
 
 # Of the published config.json: what differs from the class's defaults, which are those of SD 1.x and of FLUX.1.
@@ -155,7 +165,7 @@ MODELS = {
     "reduced": Model(_sdxl(64), 256, UNET),  # for CPUs, as are those of true width and few blocks
     "flux-wide": Model({"guidance_embeds": True, "num_layers": 2, "num_single_layers": 2}, 256, FLUX, 128),
     "anima-wide": Model(_anima(num_layers=4), 256, COSMOS, 128),
-    "tiny-flux": Model(
+    "tiny-flux": Model(  # for tests, as all that is tiny
         {
             "in_channels": 4,
             "num_layers": 1,
@@ -171,7 +181,21 @@ MODELS = {
         FLUX,
         8,
     ),
-    "tiny": Model(  # for tests
+    "tiny-anima": Model(
+        _anima(
+            in_channels=5,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=3,
+            text_embed_dim=16,
+            adaln_lora_dim=4,
+        ),
+        64,
+        COSMOS,
+        8,
+    ),
+    "tiny": Model(
         {
             "block_out_channels": (32, 64),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),

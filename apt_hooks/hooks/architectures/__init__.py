@@ -29,7 +29,6 @@ ALL: tuple[Architecture, ...] = (
     sd3_transformer_blocks,
     cosmos_transformer_blocks,
     anima,
-    cosmos_transformer_blocks,
     flux_double_blocks,
     sd3_joint_blocks,
     lumina2,
