@@ -303,9 +303,8 @@ class AptTrainer:
         def predict_frozen() -> Tensor:
             conds = text_conds
             if self._conditioning is not None:
-                with frozen_base(
-                    self.apt.objective.reference.modules, contextlib.nullcontext
-                ):  # for the random streams
+                modules = self.apt.objective.reference.modules
+                with frozen_base(modules, contextlib.nullcontext):  # which gives the random streams back
                     conds = current.frozen_conds(text_conds)
             result = run(_without_preservation(batch), conds, denoiser, False)
             prepare_block_swap(accelerator.unwrap_model(denoiser))
@@ -316,12 +315,8 @@ class AptTrainer:
         passes.run(predict, predict_frozen, same_conditioning=self._conditioning is None)
         _, target, timesteps, weighting = results["tuned"]
         times = self._noising.times(timesteps)
-        # The same tensor as a rule, so that no device is waited for.
-        if current.drawn is not None and current.drawn is not times and not torch.equal(current.drawn, times):
-            raise AptError(
-                "the trainer adds noise at other timesteps than those drawn for the augmentation; "
-                "set [apt] augmentation = false"
-            )
+        if current.drawn is not None and current.drawn is not times:
+            self.apt.objective.expect((current.drawn != times).any()[None].float(), _check_times)
         scale = None
         if "frozen" in results:
             self._check_targets(results["frozen"][1], target, current.instances)
@@ -404,7 +399,7 @@ class AptTrainer:
                     "draws from a stream that apt-hooks does not know of"
                 )
 
-        rows = instances.to(tuned.device)
+        rows = instances.to(tuned.device, non_blocking=True)
         self.apt.objective.expect((frozen != tuned).flatten(1).any(dim=1).logical_and(rows).any()[None].float(), check)
 
     def _augment(
@@ -464,6 +459,14 @@ class _Batch:
     placement: Placement | None = None
     covered: Tensor | None = None
     step: Any = None  # AptStep, from the target on
+
+
+def _check_times(different: list[float]) -> None:
+    if any(different):
+        raise AptError(
+            "the trainer adds noise at other timesteps than those drawn for the augmentation; "
+            "set [apt] augmentation = false"
+        )
 
 
 def _without_preservation(batch: dict[str, Any]) -> dict[str, Any]:
