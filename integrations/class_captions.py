@@ -43,10 +43,13 @@ class ClassCaptions:
             AptError: they do not.
         """
         for tokenizer in tokenizers:
-            own, other = (len(word_tokens(tokenizer, word)) for word in (self.identifier, self.class_word))
+            both = (self.identifier, self.class_word)
+            # Behind a space, as within a caption: some tokenizers tell a word that begins a text apart.
+            own, other = (len(word_tokens(tokenizer, f"a {word}")) - len(word_tokens(tokenizer, "a")) for word in both)
             if own != other:
                 raise AptError(
-                    f"[apt] identifier {self.identifier!r} is {own} tokens, class_word {self.class_word!r} is {other}: "
+                    f"[apt] identifier {self.identifier!r} is {own} tokens, class_word {self.class_word!r} is {other} "
+                    f"({type(tokenizer).__name__}): "
                     "attention alignment compares token by token; choose words of equal length, or set lambda_attn = 0"
                 )
 

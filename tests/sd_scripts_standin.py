@@ -153,7 +153,11 @@ class Dataset:
         batch = {
             "custom_attributes": [subset.custom_attributes for subset in subsets],
             "loss_weights": torch.tensor([self.prior_loss_weight if info.is_reg else 1.0 for info in infos]),
-            "captions": [self.process_caption(s, info.caption) for s, info in zip(subsets, infos)],
+            # Where all is cached, a caption is no longer put together.
+            "captions": [
+                info.caption if info.text_encoder_outputs else self.process_caption(s, info.caption)
+                for s, info in zip(subsets, infos)
+            ],
             "input_ids_list": self.tokenize_strategy.tokenize([info.caption for info in infos]),
             "images": None,
             "latents": None,
@@ -207,7 +211,7 @@ def make_dataset_groups(args, tokenize_strategy):
     with open(args.dataset_config, encoding="utf-8") as f:
         tables = toml.load(f)["subsets"]
     fields = {"captions": [], "is_reg": False, "mask": "", "validation": False, "custom_attributes": {},
-              "caption_prefix": "", "caption_dropout_rate": 0.0}
+              "caption_prefix": "", "caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0}
     subsets = [types.SimpleNamespace(**{**fields, **table}) for table in tables]
     parts = [[s for s in subsets if s.validation == wanted] for wanted in (False, True)]
     return [DatasetGroup(Dataset(part, args, tokenize_strategy)) if part else None for part in parts]

@@ -41,15 +41,22 @@ def test_the_class_word_is_taken_as_it_stands() -> None:
 
 
 def tokenizer(lengths: dict[str, int]) -> object:
-    def tokenize(word: str, add_special_tokens: bool) -> SimpleNamespace:
+    def tokenize(text: str, add_special_tokens: bool) -> SimpleNamespace:
         assert not add_special_tokens
-        return SimpleNamespace(input_ids=[0] * lengths[word])
+        return SimpleNamespace(input_ids=[0] * sum(lengths.get(word, 1) for word in text.split()))
 
     return tokenize
 
 
 def test_words_of_one_token_length_are_accepted() -> None:
     ClassCaptions("sks", "bag").check_lengths([tokenizer({"sks": 2, "bag": 2}), tokenizer({"sks": 1, "bag": 1})])
+
+
+def test_a_word_is_counted_as_within_a_caption() -> None:
+    def tokenize(text: str, add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[0] * (len(text.split()) + (text == "vase")))  # which begins a text in two
+
+    ClassCaptions("sks", "vase").check_lengths([tokenize])
 
 
 def test_words_of_unequal_token_length_in_any_tokenizer_are_refused() -> None:
@@ -69,6 +76,9 @@ class Encoders:
     def of_tokens(self, ids: list[Tensor]) -> list[Tensor]:
         self.asked.append((ids, False))
         return conditions()
+
+    def for_good(self, caption: str, weighted: bool) -> list[Tensor]:
+        return self([caption], weighted)
 
     def __call__(self, captions: list[str], weighted: bool) -> list[Tensor]:
         self.asked.append((captions, weighted))
@@ -153,3 +163,53 @@ def test_text_encoders_run_through_the_trainers_strategies() -> None:
         (tokenizing, "models", ["ids", ["a"]]),
         (tokenizing, "models", ("ids", ["a"]), "weights"),
     ]
+
+
+def test_for_good_a_caption_is_encoded_with_the_strategys_masks_and_without_dropout() -> None:
+    class Sd3Like:
+        apply_t5_attn_mask, apply_lg_attn_mask = True, False
+
+        def __init__(self) -> None:
+            self.given: list[object] = []
+
+        def encode_tokens(
+            self, tokenizing: object, models: object, ids: object, apply_lg_attn_mask: bool = False,
+            apply_t5_attn_mask: bool = False, enable_dropout: bool = True,
+        ) -> list[Tensor]:  # fmt: skip
+            self.given.append((apply_lg_attn_mask, apply_t5_attn_mask, enable_dropout))
+            return [torch.ones(1)]
+
+    encoding = Sd3Like()
+    encoders = TextEncoders("models", encoding, SimpleNamespace(tokenize=lambda captions: captions))
+    encoders.for_good("a dog", weighted=False)
+    encoders(["a dog"], weighted=False)  # as the trainer does it in a step
+    assert encoding.given == [(False, True, False), (False, False, True)]
+
+
+def test_what_was_encoded_with_the_lora_off_is_not_overwritten_by_what_was_encoded_for_good() -> None:
+    """A trained CLIP beside a cached T5."""
+    given = [torch.zeros(2, 3), torch.zeros(2, 3)]
+
+    class ClipAlone(Encoders):
+        def __call__(self, captions: list[str], weighted: bool) -> list[object]:
+            return [torch.full((len(captions), 3), 7.0), None]
+
+        def for_good(self, caption: str, weighted: bool) -> list[Tensor]:
+            return [torch.full((1, 3), 1.0), torch.full((1, 3), 2.0)]
+
+    dataset = SimpleNamespace(
+        image_data={"a": SimpleNamespace(caption="sks")}, image_to_subset={"a": None},
+        process_caption=lambda subset, caption: caption,
+    )  # fmt: skip
+    frozen = FrozenConditioning(ClassCaptions("sks", "dog"), lora=True, weighted=False)
+    frozen.prepare(ClipAlone(), dataset)
+    batch = {"captions": ["sks", "cat"], "text_encoder_outputs_list": given}
+    clip, t5 = frozen(ClipAlone(), batch, torch.tensor([True, True]), given)
+    assert clip.tolist() == [[7.0] * 3] * 2 and t5.tolist() == [[2.0] * 3, [0.0] * 3]
+
+    class Later(ClipAlone):
+        def for_good(self, caption: str, weighted: bool) -> list[object]:
+            return [torch.full((1, 3), 1.0), None]
+
+    with pytest.raises(AptError, match="caption 'a dog' was not encoded when the others were"):
+        frozen(Later(), {**batch, "captions": ["a sks", "cat"]}, torch.tensor([True, True]), given)

@@ -1331,7 +1331,7 @@ def test_the_class_word_is_encoded_while_the_text_encoders_are_there(
     options = {"subsets": subsets, "cache_text_encoder_outputs": True, "max_train_steps": 4}
     run = train(WORDS, kind="anima", spy=Listening, **options)
     frozen = run.trainer._conditioning
-    assert sorted(frozen._encoded) == ["nice bag dog", "nice one bag dog"]
+    assert sorted(frozen._encoded) == ["bag dog", "nice bag dog", "nice one bag dog", "one bag dog"]
     models, _, _ = trainers["noising"].load_models(run.args, [16], lambda checkpointing: None)
     util = trainers["noising"]
     for captions, conds in read:
@@ -1340,6 +1340,13 @@ def test_the_class_word_is_encoded_while_the_text_encoders_are_there(
         given = {"captions": captions, "text_encoder_outputs_list": conds}
         (found,) = frozen(SimpleNamespace(models=None), given, torch.ones(len(captions), dtype=torch.bool), conds)
         torch.testing.assert_close(found, wanted[0])
+
+
+def test_dropout_of_an_encoders_output_excludes_a_trained_text_encoder(make: Train) -> None:
+    run = make({}, kind="anima", network_train_unet_only=False)
+    run.args.t5_dropout_rate = 0.1
+    with pytest.raises(SystemExit, match=r"a trained text encoder cannot be used with t5_dropout_rate and APT"):
+        run.trainer.train(run.args)
 
 
 def test_captions_that_are_dropped_behind_the_batchs_back_exclude_a_class_word(make: Train) -> None:
@@ -1391,7 +1398,7 @@ def test_words_are_counted_by_every_tokenizer_that_the_strategy_has(make: Train)
             return strategy
 
     run = make({"identifier": "sks", "class_word": "puppy"}, kind="anima", spy=TwoTokenizers)
-    with pytest.raises(SystemExit, match=r"'sks' is 3 tokens, class_word 'puppy' is 5"):
+    with pytest.raises(SystemExit, match=r"'sks' is 4 tokens, class_word 'puppy' is 6 \(Letters\)"):
         run.trainer.train(run.args)
     run = make({"identifier": "sks", "class_word": "bag"}, kind="anima", spy=TwoTokenizers, name="equal")
     run.trainer.train(run.args)

@@ -76,9 +76,10 @@ def flow_error_scale(compared: str, sigmas: Tensor) -> Tensor:
 
     Args:
         compared: as `flow_target` says.
-        sigmas: [batch], from 0 to 1. At 0 there is no noise, and a sample's error is 0 in itself.
+        sigmas: [batch], from 0 to 1. A sample's are taken for 0.02 at least: below, where it is `x_t - sigma v`, the
+            rounding of half precision is more than what the model did wrong.
     """
     if compared == "epsilon":
         return torch.ones_like(sigmas)
     kept = 1 - sigmas
-    return kept if compared == "velocity" else kept / sigmas.clamp_min(torch.finfo(sigmas.dtype).tiny ** 0.25)
+    return kept if compared == "velocity" else kept / sigmas.clamp_min(0.02)

@@ -80,7 +80,12 @@ def _check_arguments(args: argparse.Namespace, config: AptConfig) -> None:
     }.items():
         if getattr(args, name, False):
             raise AptError(f"--{name} cannot be used with APT ({reason}); leave it out, or set [apt] enabled = false")
-    if getattr(args, "cpu_offload_checkpointing", False) and config.representation_source == "block":
+    compares_blocks = config.regularizer == "separate" and config.lambda_dist > 0
+    if (
+        getattr(args, "cpu_offload_checkpointing", False)
+        and compares_blocks
+        and config.representation_source == "block"
+    ):
         raise AptError(
             "--cpu_offload_checkpointing moves what a block gives to the CPU, where [apt] representation_source = "
             '"block" would compare it; set that to "self_attention"'

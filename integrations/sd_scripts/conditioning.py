@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
 from collections.abc import Callable
 from typing import Any
@@ -30,9 +31,23 @@ class TextEncoders:
             return list(self.encoding.encode_tokens_with_weights(self.tokenizing, self.models, ids, weights))
         return self.of_tokens(self.tokenizing.tokenize(captions))
 
-    def of_tokens(self, ids: Any) -> list[Any]:
+    def of_tokens(self, ids: Any, **options: Any) -> list[Any]:
         """The conditioning of captions that are tokens already."""
-        return list(self.encoding.encode_tokens(self.tokenizing, self.models, list(ids)))
+        return list(self.encoding.encode_tokens(self.tokenizing, self.models, list(ids), **options))
+
+    def for_good(self, caption: str, *, weighted: bool) -> list[Any]:
+        """As the trainer's cache encodes a caption: with the strategy's own masks, and nothing dropped.
+
+        SD 3's `encode_tokens` takes neither from the strategy.
+        """
+        taken = inspect.signature(self.encoding.encode_tokens).parameters
+        masks = [name for name in taken if name.startswith("apply_") and hasattr(self.encoding, name)]
+        options = {name: getattr(self.encoding, name) for name in masks}
+        if "enable_dropout" in taken:
+            options["enable_dropout"] = False
+        if weighted or not options:
+            return self([caption], weighted=weighted)
+        return self.of_tokens(self.tokenizing.tokenize([caption]), **options)
 
 
 class FrozenConditioning:
@@ -69,19 +84,27 @@ class FrozenConditioning:
             return _in_place(text_conds, self._encode_again(encoders, batch, changed))
         # What is cached is of the training captions, and of the encoders that are not trained.
         frozen = [cond.detach().clone() if isinstance(cond, Tensor) else cond for cond in text_conds]
+        again: list[bool] = []
         if self._lora:
-            frozen = _in_place(frozen, self._encode_again(encoders, batch, changed))
+            encoded = self._encode_again(encoders, batch, changed)
+            again = [isinstance(cond, Tensor) for cond in encoded]
+            frozen = _in_place(frozen, encoded)
+        again += [False] * (len(frozen) - len(again))
         for i, caption in changed.items():
-            for cond, new in zip(frozen, self._of_class_caption(encoders, caption), strict=False):
-                if isinstance(cond, Tensor) and isinstance(new, Tensor):
+            for cond, new, done in zip(frozen, self._of_class_caption(encoders, caption), again, strict=False):
+                if done or not isinstance(cond, Tensor):
+                    continue
+                if new is None:
+                    raise _not_encoded(caption)
+                if isinstance(new, Tensor):
                     cond[i] = new[0].to(cond)
         return frozen
 
     def prepare(self, encoders: TextEncoders, dataset: Any) -> None:
         """Encode the captions of a group of data sets as the frozen model reads them, while its encoders are at hand.
 
-        They are looked up later by what a batch says, which is a caption with its subset's prefix and suffix, though
-        what the trainer encodes for good is the one without.
+        They are looked up later by what a batch says, which is the caption as it is where all encoders' outputs are
+        cached, and with its subset's prefix and suffix where some are; what is encoded for good is the one without.
         """
         stream = random.getstate()
         try:
@@ -91,8 +114,9 @@ class FrozenConditioning:
                     if own == info.caption:
                         continue
                     said = self._captions(part.process_caption(part.image_to_subset[key], info.caption))  # type: ignore[misc]
-                    if said not in self._encoded:
-                        self._encoded[said] = self._on_cpu(encoders, own)
+                    if own not in self._encoded:
+                        self._encoded[own] = self._on_cpu(encoders, own)
+                    self._encoded.setdefault(said, self._encoded[own])
         finally:
             random.setstate(stream)
 
@@ -105,16 +129,13 @@ class FrozenConditioning:
     def _of_class_caption(self, encoders: TextEncoders, caption: str) -> list[Any]:
         if caption not in self._encoded:
             if not encoders.models:
-                raise AptError(
-                    f"the frozen model's caption {caption!r} was not encoded when the others were, and the text "
-                    "encoders are gone by now: leave cache_text_encoder_outputs out, or identifier and class_word"
-                )
+                raise _not_encoded(caption)
             self._encoded[caption] = self._on_cpu(encoders, caption)
         return self._encoded[caption]
 
     def _on_cpu(self, encoders: TextEncoders, caption: str) -> list[Any]:
         with torch.no_grad():
-            encoded = encoders([caption], weighted=self._weighted)
+            encoded = encoders.for_good(caption, weighted=self._weighted)
         return [cond.cpu() if isinstance(cond, Tensor) else cond for cond in encoded]
 
 
@@ -137,6 +158,13 @@ class WithClassCaptions:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._dataset, name)
+
+
+def _not_encoded(caption: str) -> AptError:
+    return AptError(
+        f"the frozen model's caption {caption!r} was not encoded when the others were, and the text encoders are "
+        "gone by now: leave cache_text_encoder_outputs out, or identifier and class_word"
+    )
 
 
 def _in_place(text_conds: list[Any], encoded: list[Any]) -> list[Any]:

@@ -27,7 +27,6 @@ from apt_hooks.training.run import AptRun
 
 from ..accelerate_resume import attach
 from ..class_captions import ClassCaptions
-from ..noise_options import tell_noise_options
 from .augment import black_latent, moved
 from .conditioning import FrozenConditioning, TextEncoders, WithClassCaptions
 from .denoiser import FirstCall, prepare_block_swap
@@ -77,13 +76,15 @@ class AptTrainer:
             if self.apt_config.aligns_attention:
                 # Anima reads a second tokenizer's tokens, which its trainer has as the strategy's own alone.
                 own = [t for t in vars(tokenize_strategy).values() if hasattr(t, "model_max_length")]
-                self._captions.check_lengths(list({id(t): t for t in [*tokenizers, *own]}.values()))
+                every = {id(t): t for t in [*tokenizers, *own]}.values()
+                # Of bytes (byT5 in HunyuanImage) text in quotes alone is read.
+                self._captions.check_lengths([t for t in every if getattr(t, "vocab_size", 1000) >= 1000])
         return tokenizers
 
     def assert_extra_args(self, args: argparse.Namespace, train_dataset_group: Any, val_dataset_group: Any) -> None:
         super().assert_extra_args(args, train_dataset_group, val_dataset_group)  # type: ignore[misc]
-        if self._captions is not None:
-            self._check_caption_dropout(args, train_dataset_group)
+        if self._captions is not None or self.is_train_text_encoder(args):  # type: ignore[attr-defined]
+            self._check_caption_dropout(args, train_dataset_group, words=self._captions is not None)
         captions: list[str] = []
         for dataset in getattr(train_dataset_group, "datasets", []):
             for subset in getattr(dataset, "subsets", []):
@@ -179,7 +180,7 @@ class AptTrainer:
         if getattr(args, "skip_until_initial_step", False):
             self.apt.step = getattr(args, "initial_step", None) or 0  # until a state is loaded that knows better
         if accelerator.is_main_process:
-            tell_noise_options(args)
+            self._noising.tell_options(args)
         self._loss_mask = LossMask(type(self))
         self._encode_images = functools.partial(self.encode_images_to_latents, args, self._vae)  # type: ignore[attr-defined]
         self._latent_of_black: tuple[Tensor, int] | None = None
@@ -304,11 +305,13 @@ class AptTrainer:
             conds = text_conds
             if self._conditioning is not None:
                 modules = self.apt.objective.reference.modules
-                with frozen_base(modules, contextlib.nullcontext):  # which gives the random streams back
+                # It gives the random streams back. The trainer encodes within autocast, too.
+                with frozen_base(modules, contextlib.nullcontext), accelerator.autocast():
                     conds = current.frozen_conds(text_conds)
             result = run(_without_preservation(batch), conds, denoiser, False)
             prepare_block_swap(accelerator.unwrap_model(denoiser))
-            results.setdefault("frozen", result)  # the LoRA's own, once compared in the first step, comes behind it
+            # The LoRA's own, once compared in the first step, comes behind it.
+            results.setdefault("frozen", (*result[:2], self._noising.noise()))
             prediction: Tensor = result[0]
             return prediction
 
@@ -319,9 +322,13 @@ class AptTrainer:
             self.apt.objective.expect((current.drawn != times).any()[None].float(), _check_times)
         scale = None
         if "frozen" in results:
-            self._check_targets(results["frozen"][1], target, current.instances)
+            _, frozen_target, noise = results["frozen"]
+            if noise is None:
+                self._check_same(frozen_target, target, current.instances)
+            else:
+                self._check_same(noise, self._noising.noise(), current.instances)
             if self.apt.indicator_units != self.apt.target:
-                scale = self._noising.error_scale(self.apt.target, times, results["frozen"][1])
+                scale = self._noising.error_scale(self.apt.target, times, frozen_target)
         current.step = passes.step(
             target.detach(), times, ends_step=current.ends_step, error_scale=scale, mask=current.mask(target)
         )
@@ -346,7 +353,7 @@ class AptTrainer:
         return {**super().generate_step_logs(*args, **kwargs), **self.apt.tracker_values()}  # type: ignore[misc]
 
     @staticmethod
-    def _check_caption_dropout(args: argparse.Namespace, datasets: Any) -> None:
+    def _check_caption_dropout(args: argparse.Namespace, datasets: Any, *, words: bool) -> None:
         """That no caption is dropped where no batch says so: the frozen model would read it all the same.
 
         Raises:
@@ -356,12 +363,14 @@ class AptTrainer:
         cached = getattr(args, "cache_text_encoder_outputs", False)
         names = ("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate")
         dropped = [name for name in names if getattr(args, name, None)]
-        if cached and any(getattr(subset, "caption_dropout_rate", 0) for subset in subsets):
-            dropped.append("caption_dropout_rate with cache_text_encoder_outputs")
+        for name in ("caption_dropout_rate", "caption_dropout_every_n_epochs") if cached and words else ():
+            if any(getattr(subset, name, 0) for subset in subsets):
+                dropped.append(f"{name} with cache_text_encoder_outputs")
         if dropped:
             raise AptError(
-                f"[apt] identifier and class_word cannot be used with {' and '.join(dropped)}: the base model would "
-                "read captions that are dropped for the LoRA; leave one of the two out"
+                f"{'[apt] identifier and class_word' if words else 'a trained text encoder'} cannot be used with "
+                f"{' and '.join(dropped)} and APT: the base model would read captions that are dropped for the LoRA, "
+                "and the other way round; leave one of the two out"
             )
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -389,8 +398,8 @@ class AptTrainer:
         with self._switch.off():
             yield
 
-    def _check_targets(self, frozen: Tensor, tuned: Tensor, instances: Tensor) -> None:
-        """That both passes were of the same noise, once their device has come to them."""
+    def _check_same(self, frozen: Tensor, tuned: Any, instances: Tensor) -> None:
+        """That both passes were of the same noise, or target, once their device has come to them."""
 
         def check(different: list[float]) -> None:
             if any(different):

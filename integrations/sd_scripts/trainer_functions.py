@@ -16,6 +16,7 @@ from apt_hooks.errors import AptError
 from apt_hooks.method.indicator import sigma_bins
 from apt_hooks.method.units import FLOW, epsilon_error_scale, flow_error_scale, flow_target
 
+from ..noise_options import tell_noise_options
 from .checkout import FLOW_NOISING, MASKING, METHOD, NOISING, SAMPLER
 
 
@@ -50,6 +51,13 @@ class DiffusionNoising:
 
     def bin_of(self, num_bins: int) -> None:
         """Bins are those of whole timesteps."""
+
+    def noise(self) -> None:
+        """It is the target, or part of it."""
+
+    def tell_options(self, args: Any) -> None:
+        """Say which options add noise that the base model does not know."""
+        tell_noise_options(args)
 
     def draw(self, args: Any, noise_scheduler: Any, latents: Tensor, dtype: Any) -> Tensor:
         """Timesteps, [batch], in the range of the trainer's arguments; of `latents` shape and device alone count."""
@@ -110,6 +118,15 @@ class FlowNoising:
     def bin_of(self, num_bins: int) -> Callable[[Tensor], Tensor]:
         """Bins are those of sigmas."""
         return sigma_bins(num_bins)
+
+    def noise(self) -> Tensor:
+        """What the last call was given as noise, within `watched`."""
+        return self._seen()[2]
+
+    def tell_options(self, args: Any) -> None:
+        """As for `DiffusionNoising`; of these options its function knows one at most."""
+        if "ip_noise_gamma" in self._plain.__code__.co_names:
+            tell_noise_options(args, ("ip_noise_gamma",))
 
     def draw(self, args: Any, noise_scheduler: Any, latents: Tensor, dtype: Any) -> Tensor:
         """Sigmas, [batch], as the trainer will draw them; of `latents` shape and device alone count."""
