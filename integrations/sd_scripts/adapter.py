@@ -80,12 +80,9 @@ def _check_arguments(args: argparse.Namespace, config: AptConfig) -> None:
     }.items():
         if getattr(args, name, False):
             raise AptError(f"--{name} cannot be used with APT ({reason}); leave it out, or set [apt] enabled = false")
-    compares_blocks = config.regularizer == "separate" and config.lambda_dist > 0
-    if (
-        getattr(args, "cpu_offload_checkpointing", False)
-        and compares_blocks
-        and config.representation_source == "block"
-    ):
+    stabilizes = config.regularizer == "separate" and config.lambda_dist > 0
+    compares_blocks = stabilizes and config.representation_source == "block"
+    if compares_blocks and getattr(args, "cpu_offload_checkpointing", False):
         raise AptError(
             "--cpu_offload_checkpointing moves what a block gives to the CPU, where [apt] representation_source = "
             '"block" would compare it; set that to "self_attention"'

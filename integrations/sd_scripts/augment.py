@@ -34,7 +34,6 @@ def moved(batch: dict[str, Any], placement: Placement, *, images: bool) -> dict[
     return result
 
 
-@torch.no_grad()
 def black_latent(encode: Callable[[Tensor], Tensor], vae: Any, device: Any) -> tuple[Tensor, int]:
     """What the VAE encodes black to, [channels], before the trainer's scaling, and its pixels a latent's side.
 

@@ -84,20 +84,17 @@ class FrozenConditioning:
             return _in_place(text_conds, self._encode_again(encoders, batch, changed))
         # What is cached is of the training captions, and of the encoders that are not trained.
         frozen = [cond.detach().clone() if isinstance(cond, Tensor) else cond for cond in text_conds]
-        again: list[bool] = []
-        if self._lora:
-            encoded = self._encode_again(encoders, batch, changed)
-            again = [isinstance(cond, Tensor) for cond in encoded]
-            frozen = _in_place(frozen, encoded)
-        again += [False] * (len(frozen) - len(again))
-        for i, caption in changed.items():
-            for cond, new, done in zip(frozen, self._of_class_caption(encoders, caption), again, strict=False):
-                if done or not isinstance(cond, Tensor):
+        encoded = self._encode_again(encoders, batch, changed) if self._lora else []
+        frozen = _in_place(frozen, encoded)
+        fresh = {i for i, cond in enumerate(encoded) if isinstance(cond, Tensor)}
+        for row, caption in changed.items():
+            for i, (cond, new) in enumerate(zip(frozen, self._of_class_caption(encoders, caption), strict=False)):
+                if i in fresh or not isinstance(cond, Tensor):
                     continue
                 if new is None:
                     raise _not_encoded(caption)
                 if isinstance(new, Tensor):
-                    cond[i] = new[0].to(cond)
+                    cond[row] = new[0].to(cond)
         return frozen
 
     def prepare(self, encoders: TextEncoders, dataset: Any) -> None:
@@ -106,17 +103,17 @@ class FrozenConditioning:
         They are looked up later by what a batch says, which is the caption as it is where all encoders' outputs are
         cached, and with its subset's prefix and suffix where some are; what is encoded for good is the one without.
         """
+        if self._captions is None:
+            return
         stream = random.getstate()
         try:
             for part in getattr(dataset, "datasets", [dataset]):
                 for key, info in part.image_data.items():
-                    own = self._captions(info.caption) if self._captions else info.caption
+                    own = self._captions(info.caption)
                     if own == info.caption:
                         continue
-                    said = self._captions(part.process_caption(part.image_to_subset[key], info.caption))  # type: ignore[misc]
-                    if own not in self._encoded:
-                        self._encoded[own] = self._on_cpu(encoders, own)
-                    self._encoded.setdefault(said, self._encoded[own])
+                    said = self._captions(part.process_caption(part.image_to_subset[key], info.caption))
+                    self._encoded.setdefault(said, self._of_class_caption(encoders, own))
         finally:
             random.setstate(stream)
 
@@ -130,13 +127,10 @@ class FrozenConditioning:
         if caption not in self._encoded:
             if not encoders.models:
                 raise _not_encoded(caption)
-            self._encoded[caption] = self._on_cpu(encoders, caption)
+            with torch.no_grad():
+                encoded = encoders.for_good(caption, weighted=self._weighted)
+            self._encoded[caption] = [cond.cpu() if isinstance(cond, Tensor) else cond for cond in encoded]
         return self._encoded[caption]
-
-    def _on_cpu(self, encoders: TextEncoders, caption: str) -> list[Any]:
-        with torch.no_grad():
-            encoded = encoders.for_good(caption, weighted=self._weighted)
-        return [cond.cpu() if isinstance(cond, Tensor) else cond for cond in encoded]
 
 
 class WithClassCaptions:

@@ -98,14 +98,12 @@ class FlowNoising:
     where the trainer's method looks it up.
 
     Args:
-        trainer: as for `DiffusionNoising`.
+        names: among which the trainer's method looks that function up.
     """
 
-    def __init__(self, trainer: type) -> None:
-        found = _called_from(trainer, METHOD, FLOW_NOISING)
-        assert found is not None  # noising_of has looked
-        self._names = found
-        self._plain: Any = found[FLOW_NOISING]
+    def __init__(self, names: dict[str, Any]) -> None:
+        self._names = names
+        self._plain: Any = names[FLOW_NOISING]
         self._signature = inspect.signature(self._plain)
         self._seed: int | None = None
         self._used: tuple[Tensor, Tensor, Tensor] | None = None
@@ -202,9 +200,8 @@ def noising_of(trainer: type, *, augments: bool) -> Noising:
     Raises:
         AptError: timesteps are to be drawn beforehand, and the trainer's way is none that is known.
     """
-    if _called_from(trainer, METHOD, FLOW_NOISING) is not None:
-        return FlowNoising(trainer)
-    return DiffusionNoising(trainer, augments=augments)
+    names = _called_from(trainer, METHOD, FLOW_NOISING)
+    return DiffusionNoising(trainer, augments=augments) if names is None else FlowNoising(names)
 
 
 def _per_sample(sigmas: Tensor) -> Tensor:
