@@ -41,6 +41,13 @@ UNCOUNTED = "apt_hooks_uncounted"
 PRESERVATION = "diff_output_preservation"
 """The trainer's own custom attribute of subsets whose samples are to stay as the base model has them."""
 
+_OTHER_TIMESTEPS = (
+    "the trainer adds noise at other timesteps than those drawn for the augmentation; set [apt] augmentation = false"
+)
+_OTHER_NOISE = (
+    "the trainer's step, run twice with the same random numbers, added other noise the second time; it draws from a "
+    "stream that apt-hooks does not know of"
+)
 _LATENTS_AUGMENTED = "the data set gives latents, which are augmented in place of the images; that is an approximation"
 
 
@@ -319,14 +326,13 @@ class AptTrainer:
         _, target, timesteps, weighting = results["tuned"]
         times = self._noising.times(timesteps)
         if current.drawn is not None and current.drawn is not times:
-            self.apt.objective.expect((current.drawn != times).any()[None].float(), _check_times)
+            self._expect_none(current.drawn != times, _OTHER_TIMESTEPS)
         scale = None
         if "frozen" in results:
             _, frozen_target, noise = results["frozen"]
-            if noise is None:
-                self._check_same(frozen_target, target, current.instances)
-            else:
-                self._check_same(noise, self._noising.noise(), current.instances)
+            both = (frozen_target, target) if noise is None else (noise, self._noising.noise())
+            rows = current.instances.to(target.device, non_blocking=True)
+            self._expect_none((both[0] != both[1]).flatten(1).any(dim=1).logical_and(rows), _OTHER_NOISE)
             if self.apt.indicator_units != self.apt.target:
                 scale = self._noising.error_scale(self.apt.target, times, frozen_target)
         current.step = passes.step(
@@ -398,18 +404,14 @@ class AptTrainer:
         with self._switch.off():
             yield
 
-    def _check_same(self, frozen: Tensor, tuned: Any, instances: Tensor) -> None:
-        """That both passes were of the same noise, or target, once their device has come to them."""
+    def _expect_none(self, different: Tensor, otherwise: str) -> None:
+        """An error that says `otherwise` where any is True, once their device has come to them."""
 
-        def check(different: list[float]) -> None:
-            if any(different):
-                raise AptError(
-                    "the trainer's step, run twice with the same random numbers, added other noise the second time; it "
-                    "draws from a stream that apt-hooks does not know of"
-                )
+        def check(found: list[float]) -> None:
+            if any(found):
+                raise AptError(otherwise)
 
-        rows = instances.to(tuned.device, non_blocking=True)
-        self.apt.objective.expect((frozen != tuned).flatten(1).any(dim=1).logical_and(rows).any()[None].float(), check)
+        self.apt.objective.expect(different.any()[None].float(), check)
 
     def _augment(
         self,
@@ -468,14 +470,6 @@ class _Batch:
     placement: Placement | None = None
     covered: Tensor | None = None
     step: Any = None  # AptStep, from the target on
-
-
-def _check_times(different: list[float]) -> None:
-    if any(different):
-        raise AptError(
-            "the trainer adds noise at other timesteps than those drawn for the augmentation; "
-            "set [apt] augmentation = false"
-        )
 
 
 def _without_preservation(batch: dict[str, Any]) -> dict[str, Any]:
