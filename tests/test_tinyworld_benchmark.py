@@ -203,7 +203,7 @@ def test_a_line_that_was_cut_off_is_made_again(bench, capsys):
     bench()
     whole = bench.log.read_text()
     capsys.readouterr()
-    bench("--table-only")
+    bench.log.write_text(whole[:-30])
     bench("--table-only")
     assert cells(capsys.readouterr().out.splitlines(), "apt")[0]["runs"] == "0"
     assert bench.log.read_text() == whole[:-30]
