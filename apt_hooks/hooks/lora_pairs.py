@@ -53,14 +53,17 @@ def _pairs_of(module: nn.Module) -> Iterator[LowRank]:
                 yield from _pair(down[adapter], up[adapter], scaling[adapter])
     scale = getattr(module, "scale", None)
     down, up = parts.get("lora_down"), parts.get("lora_up")
-    if down is not None and up is not None and scale is not None:
-        split = isinstance(down, nn.ModuleList) and isinstance(up, nn.ModuleList)  # parts of a fused layer's outputs
-        for one, other in zip(down, up, strict=True) if split else [(down, up)]:  # type: ignore[arg-type]
+    if isinstance(down, nn.ModuleList) and isinstance(up, nn.ModuleList):  # one each for the parts of a fused layer
+        for one, other in zip(down, up, strict=True):
             yield from _pair(one, other, scale)
+    elif down is not None and up is not None:
+        yield from _pair(down, up, scale)
 
 
 def _pair(down: nn.Module, up: nn.Module, scale: Any) -> Iterator[LowRank]:
     one, other = getattr(down, "weight", None), getattr(up, "weight", None)
+    if scale is None:
+        return
     # A projection up with a kernel of its own, or in groups, is no product of two matrices.
     if isinstance(one, nn.Parameter) and isinstance(other, nn.Parameter) and other.flatten(1).shape[1] == len(one):
         yield LowRank(one, other, float(scale))

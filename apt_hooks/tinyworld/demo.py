@@ -29,11 +29,7 @@ _FILLERS = {"a", "of", "in", "on", "at", "the", "with"}
 
 NAMES = {
     "base": "base model",
-    "dreambooth": "DreamBooth",
-    "dco": "DCO",
-    "ata": "adaptive training",
-    "ata+rs": "+ stabilization",
-    "apt": "APT (+ alignment)",
+    **{name: method.title for name, method in METHODS.items()},
 }
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from .attention import attention_of_words
 from .concepts import IDENTIFIER
 from .evaluate import Examination, Judgement
+from .methods import METHODS
+from .model import denoiser_of
 from .personalize import Trained, Training, lora, method_config, save_lora, train
 
 
@@ -55,12 +57,21 @@ def run_method(
 
     if name == "base":
         return examine(None, None)
-    config = method_config(name, overrides)
-    with lora(pipeline, training.rank, seed):
+    config, method = method_config(name, overrides), METHODS[name]
+    denoiser = getattr(pipeline, denoiser_of(pipeline.components).part)
+    with lora(pipeline, training.rank, seed), method.adapter(denoiser, seed):
         log = out / f"{name}-apt.jsonl" if out else None
         trained = train(
-            pipeline, examination.references, captions, config, training, seed=seed, log_path=log, advance=advance
+            pipeline,
+            examination.references,
+            captions,
+            config,
+            training,
+            seed=seed,
+            log_path=log,
+            advance=advance,
+            method=method,
         )
-        if out:
+        if out and not method.masks_rank:  # no LoRA file says that ranks are masked
             save_lora(pipeline, out / f"{name}.safetensors")
         return examine(IDENTIFIER, trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import random
@@ -22,18 +23,10 @@ from ..method.augmentation import Placement
 from ..training.objective import AptObjective
 from ..training.run import AptRun
 from .concepts import Concept
+from .methods import METHODS, Method
 from .model import encode_images, encode_texts
+from .preservation import class_caption, class_pictures, output_preservation_loss
 from .render import render
-
-METHODS: dict[str, dict[str, Any]] = {
-    "dreambooth": {"objective": "dreambooth"},
-    "dco": {"objective": "dco"},
-    "ata": {"lambda_dist": 0.0, "lambda_attn": 0.0},
-    "ata+rs": {"lambda_attn": 0.0},
-    "apt": {},
-}
-"""The keys of `[apt]` in which each method differs from `preset.toml`: from plain training to all of APT."""
-
 
 MEASUREMENTS = 15
 """How often delta noise is measured during a training."""
@@ -61,7 +54,7 @@ class Trained:
 def method_config(name: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> AptConfig:
     """The tiny world's preset, the overrides, and over both what makes the method."""
     preset = read_toml(Path(__file__).with_name("preset.toml"))["apt"]
-    return AptConfig.from_mapping({**preset, **overrides, **METHODS[name]})
+    return AptConfig.from_mapping({**preset, **overrides, **METHODS[name].keys})
 
 
 def reference_pictures(concept: Concept, seed: int = 0) -> Tensor:
@@ -112,8 +105,9 @@ def train(
     seed: int,
     log_path: Path | None = None,
     advance: Callable[[], None] = lambda: None,
+    method: Method = METHODS["apt"],
 ) -> Trained:
-    """Train the LoRA that is on `pipeline.unet`, as the paper does, without class images.
+    """Train the LoRA that is on `pipeline.unet`, as the paper does, without class images if the method asks for none.
 
     Both models read the same captions: the identifier is a word that means nothing to the base model, which DCO's
     way, the class word in its place, comes to as well.
@@ -122,10 +116,11 @@ def train(
         pipeline: the tiny world's, with a LoRA on its U-Net (`lora`).
         references: [pictures, 3, 64, 64], from 0 to 1.
         captions: one a picture.
-        config: the method.
+        config: the keys of the method (`method_config`).
         seed: of everything that is drawn; the same for two methods, the same samples, timesteps and noise.
         log_path: apt-hooks' log of every step.
         advance: called after each step.
+        method: what is done beside; to be called inside of its `adapter`.
     """
     unet = pipeline.unet
     parameters = [parameter for name, parameter in unet.named_parameters() if "lora_" in name]
@@ -134,7 +129,9 @@ def train(
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, weight_decay=0.0)
     samples = _Samples(pipeline, references, captions, training.batch, seed)
     delta_noise = _DeltaNoise(samples)
-    objective = AptObjective(config, unet, functools.partial(adapters_off, unet))
+    off = functools.partial(adapters_off, unet)
+    beside = _Beside(method, samples, captions, off, seed)
+    objective = AptObjective(config, unet, off)
     run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed, trainer="tinyworld")
     trained = Trained(config, [], [])
     unet.train()
@@ -147,7 +144,8 @@ def train(
             passes = objective.passes(covered=covered)
             passes.run(predict)
             apt = passes.step(noise, timesteps)
-            apt.loss((apt.prediction - noise).square().mean(dim=(1, 2, 3))).backward()
+            loss = apt.loss((apt.prediction - noise).square().mean(dim=(1, 2, 3)))
+            (loss + beside.loss(rows, timesteps, noise, placement)).backward()
             optimizer.step()
             optimizer.zero_grad()
             run.record(apt, placement)
@@ -171,6 +169,12 @@ class _Samples:
         self.clean = encode_images(pipeline, self.pictures)
         self._stream = torch.Generator().manual_seed(seed)
 
+    def told(self, captions: list[str]) -> _Samples:
+        """The same pictures with other captions."""
+        other = copy.copy(self)
+        other.texts = encode_texts(self.pipeline, captions)
+        return other
+
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the pictures, timesteps, noise: [batch], [batch], [batch, 4, 16, 16]."""
         rows = torch.randint(len(self.clean), (self.batch,), generator=self._stream)
@@ -187,6 +191,34 @@ class _Samples:
             latents = torch.where(placement.chosen[:, None, None, None], moved, latents)
         noisy = self.pipeline.training_scheduler.add_noise(latents, noise, timesteps)
         return lambda: self.pipeline.unet(noisy, timesteps, self.texts[rows]).sample
+
+
+class _Beside:
+    """What a method adds to a step's loss: terms of the class, that need batches of their own."""
+
+    def __init__(
+        self, method: Method, samples: _Samples, captions: list[str], off: Callable[[], Any], seed: int
+    ) -> None:
+        self._method, self._off = method, off
+        self._told_class = self._prior = None
+        if method.output_preservation:
+            self._told_class = samples.told([class_caption(caption) for caption in captions])
+        if method.prior_preservation:
+            # A stream of its own, so that the concept's samples are those of the other methods.
+            pictures, prompts = class_pictures(samples.pipeline, captions, off, seed)
+            self._prior = _Samples(samples.pipeline, pictures, prompts, samples.batch, ~seed & 0xFFFFFFFF)
+
+    def loss(self, *batch: Any) -> Tensor | float:
+        """Of the step with this batch of the concept, as `_Samples.prediction` takes it."""
+        total: Tensor | float = 0.0
+        if self._told_class is not None:
+            predict = self._told_class.prediction(*batch)
+            total = total + self._method.output_preservation * output_preservation_loss(predict, self._off)
+        if self._prior is not None:
+            rows, timesteps, noise = self._prior.draw()
+            prediction = self._prior.prediction(rows, timesteps, noise)()
+            total = total + self._method.prior_preservation * (prediction - noise).square().mean()
+        return total
 
 
 class _DeltaNoise:
