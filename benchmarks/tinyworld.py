@@ -27,11 +27,11 @@ from rich.progress import track
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
-from apt_hooks.tinyworld.evaluate import METRICS, Examination
-from apt_hooks.tinyworld.experiment import run_method
-from apt_hooks.tinyworld.judge_networks import load_judges
-from apt_hooks.tinyworld.model import GUIDANCE, SAMPLING_STEPS, WEIGHTS, load_pipeline
-from apt_hooks.tinyworld.personalize import METHODS, Training, method_config, reference_pictures
+from apt_hooks.tinyworld.denoisers import DENOISERS
+from apt_hooks.tinyworld.evaluate import METRICS
+from apt_hooks.tinyworld.experiment import UNTRAINED, Setting, run_method
+from apt_hooks.tinyworld.model import PIPELINES
+from apt_hooks.tinyworld.personalize import METHODS, Training, method_config
 
 REFERENCE = "dreambooth"
 COLUMNS = {**dict.fromkeys(METRICS, ".3f"), "frechet": ".2f", "delta_noise": ".4f"}
@@ -51,7 +51,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--concepts", type=numbers, default=list(REPORTED))
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     parser.add_argument("--methods", type=lambda text: list(dict.fromkeys(text.split(","))), default=["base", *METHODS])
+    parser.add_argument("--model", choices=PIPELINES, default="unet")
     parser.add_argument("--steps", type=int, default=Training.steps)
+    parser.add_argument("--learning-rate", type=float, default=Training.learning_rate)
+    parser.add_argument("--rank", type=int, default=Training.rank)
+    parser.add_argument("--checkpoints", type=numbers, default=[], help="earlier steps that are judged as well")
     parser.add_argument("--scenes", type=int, default=24, help="prompts that are judged")
     parser.add_argument("--repeats", type=int, default=8, help="pictures a prompt")
     parser.add_argument("--set", type=_override, action="append", default=[], metavar="KEY=VALUE", help="in [apt]")
@@ -62,7 +66,7 @@ def _arguments() -> argparse.Namespace:
     if args.smoke:
         args.concepts, args.seeds, args.methods = [4], [0], ["base", "apt"]
         args.steps, args.scenes, args.repeats = 2, 5, 1
-    for option, known in {"concepts": range(len(CONCEPTS)), "methods": ("base", *METHODS)}.items():
+    for option, known in {"concepts": range(len(CONCEPTS)), "methods": (*UNTRAINED, *METHODS)}.items():
         for item in getattr(args, option):
             if item not in known:
                 raise AptError(f"--{option} takes {', '.join(map(str, known))}, separated by commas; found {item!r}")
@@ -86,16 +90,24 @@ def _override(text: str) -> tuple[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Make the runs that are missing, and print the tables."""
-    log, training, overrides = args.out / "runs.jsonl", Training(steps=args.steps), dict(args.set)
-    weights = hashlib.sha256((WEIGHTS / "pipeline/unet/diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    shared = {**dataclasses.asdict(training), "scenes": args.scenes, "repeats": args.repeats, "weights": weights[:8]}
-    shared |= {"guidance": GUIDANCE, "sampling_steps": SAMPLING_STEPS}
+    log, overrides, denoiser = args.out / "runs.jsonl", dict(args.set), DENOISERS[args.model]
+    training = Training(steps=args.steps, learning_rate=args.learning_rate, rank=args.rank)
+    (stored,) = (PIPELINES[args.model] / denoiser.part).glob("*.safetensors")
+    weights = hashlib.sha256(stored.read_bytes()).hexdigest()[:8]
+    shared = {"model": args.model, "weights": weights, **dataclasses.asdict(training)}
+    shared |= {"scenes": args.scenes, "repeats": args.repeats, "checkpoints": args.checkpoints}
+    shared |= {"guidance": denoiser.guidance, "sampling_steps": denoiser.sampling_steps}
     # As the methods will have it, so that a change of the preset is one too; through JSON, which has no tuples.
-    configs = {name: dataclasses.asdict(method_config(name, overrides)) for name in METHODS}
-    configs = json.loads(json.dumps({"base": {}, **configs}))
+    configs = {name: dataclasses.asdict(method_config(name, overrides, denoiser)) for name in METHODS}
+    configs = json.loads(json.dumps({**{name: {} for name in UNTRAINED}, **configs}))
     places = [(concept, seed) for concept in args.concepts for seed in args.seeds]
+    # What a method does beside, where it does anything: rows of those that do not are found as they are.
+    beside = {name: {"beside": does} for name, method in METHODS.items() if (does := method.beside)}
     asked = {
-        name: {(c, s): {"concept": c, "seed": s, "method": name, **shared, "apt": configs[name]} for c, s in places}
+        name: {
+            (c, s): {"concept": c, "seed": s, "method": name, **shared, "apt": configs[name], **beside.get(name, {})}
+            for c, s in places
+        }
         for name in (*args.methods, REFERENCE)
     }
     failed = []
@@ -120,16 +132,25 @@ def run_group(log: Path, group: list[Settings], training: Training, overrides: d
     from step import commit, device_name  # the benchmark beside this one
 
     torch.set_num_threads(1)
-    concept, seed = CONCEPTS[group[0]["concept"]], group[0]["seed"]
+    first = group[0]
     machine = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     machine |= {"device": device_name(torch.device("cpu")), "commit": commit()}
-    count = {key: group[0][key] for key in ("scenes", "repeats")}
-    examination = Examination(load_pipeline(), load_judges(), concept, reference_pictures(concept), seed=seed, **count)
+    asked = {key: first[key] for key in ("concept", "seed", "model", "scenes", "repeats")}
+    examination = Setting(training=training, **asked).examination()
     for settings in group:
-        start, name = time.monotonic(), settings["method"]
-        result = run_method(name, examination, concept.captions(), training, seed=seed, overrides=overrides)
+        start = time.monotonic()
+        result = run_method(
+            settings["method"],
+            examination,
+            training,
+            seed=first["seed"],
+            overrides=overrides,
+            checkpoints=first["checkpoints"],
+        )
         seconds = round(time.monotonic() - start, 1)
-        append_line(log, json.dumps({**settings, "set": overrides, **result.metrics(), **machine, "seconds": seconds}))
+        curve = {"curve": {step: judged.scores for step, judged in result.checkpoints.items()}}
+        row = {**settings, "set": overrides, **result.metrics(), **curve, **machine, "seconds": seconds}
+        append_line(log, json.dumps(row))
 
 
 def append_line(log: Path, line: str) -> None:

@@ -142,18 +142,25 @@ def test_an_override_is_another_setting_for_the_methods_that_it_changes(bench, b
 
 def test_other_weights_are_another_setting(bench, benchmark, monkeypatch, tmp_path):
     bench()
-    weights = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"others")
-    monkeypatch.setattr(benchmark, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(benchmark, "PIPELINES", {"unet": tmp_path})
     assert bench() == BOTH
 
 
-@pytest.mark.parametrize("name", ["GUIDANCE", "SAMPLING_STEPS"])
+@pytest.mark.parametrize("name", ["guidance", "sampling_steps"])
 def test_another_way_of_sampling_is_another_setting(bench, benchmark, monkeypatch, name):
     bench()
-    monkeypatch.setattr(benchmark, name, getattr(benchmark, name) + 1)
+    denoiser = type(benchmark.DENOISERS["unet"])
+    monkeypatch.setattr(denoiser, name, getattr(denoiser, name) + 1)
     assert bench() == BOTH
+
+
+@pytest.mark.parametrize("option", ["--model transformer", "--learning-rate 1e-3", "--rank 4", "--checkpoints 1"])
+def test_another_model_or_training_is_another_setting(bench, option):
+    bench()
+    assert bench(*option.split()) == BOTH
 
 
 def test_a_line_that_was_cut_off_is_made_again(bench, capsys):
@@ -180,7 +187,7 @@ def test_a_failure_is_told_at_the_end_and_loses_nothing_else(bench, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--methods", "apt,lora"), "--methods takes base, dreambooth, dco, .*; found 'lora'"),
+        (("--methods", "apt,lora"), "--methods takes ideal, base, dreambooth, dco, .*; found 'lora'"),
         (("--concepts", "4,14"), "--concepts takes 0, 1, .*, 13, separated by commas; found 14"),
         (("--set", "lambda_atn=2"), 'no such key; did you mean "lambda_attn"'),
         (("--set", "lambda_attn=-2"), "lambda_attn must be a number, 0 or larger .*; found -2"),

@@ -2,16 +2,21 @@ import functools
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
+from apt_hooks.errors import AptError
 from apt_hooks.tinyworld import evaluate
-from apt_hooks.tinyworld.demo import run_demo
+from apt_hooks.tinyworld.concepts import CONCEPTS
+from apt_hooks.tinyworld.demo import run_demo, shown_rows
 from apt_hooks.tinyworld.evaluate import METRICS
+from apt_hooks.tinyworld.experiment import Setting, run_method, run_methods
 from apt_hooks.tinyworld.model import sample
 from apt_hooks.tinyworld.personalize import Training
+from apt_hooks.tinyworld.world import BACKGROUNDS
 
 PICTURES = ("comparison.png", "indicator.png", "delta_noise.png", "attention.png")
 
@@ -24,16 +29,18 @@ def rough():
         yield
 
 
-def demo(out, *, methods, concept=5, seed=0, steps=2, scenes=4):
+def demo(out, *, methods, concept=5, seed=0, steps=2, scenes=4, model="unet"):
     said = []
     metrics = run_demo(
         out,
         concept=concept,
         seed=seed,
         methods=methods,
+        model=model,
         training=Training(steps=steps),
         scenes=scenes,
         repeats=1,
+        workers=1,  # in this process, where the sampling is a rough one
         say=said.append,
     )
     return metrics, "\n".join(said)
@@ -81,3 +88,43 @@ def test_the_base_model_alone_needs_no_training(tmp_path):
     metrics, said = demo(tmp_path, methods=("base",))
     assert "comparison.png" in said and "indicator.png" not in said
     assert list(metrics["methods"]) == ["base"] and not (tmp_path / "indicator.png").exists()
+
+
+def test_processes_side_by_side_make_what_one_makes(tmp_path):
+    concept, training = CONCEPTS[5], Training(steps=2)
+    setting = Setting(5, training=training, scenes=4, repeats=1)
+    examination, steps = setting.examination(), []
+    together = dict(
+        run_methods(
+            ("ideal", "dreambooth"), examination, setting, out=tmp_path, workers=2, advance=lambda: steps.append(1)
+        )
+    )
+    assert examination.concept == concept and steps == [1, 1]
+    for name, result in together.items():
+        alone = run_method(name, setting.examination(examination.base), training, seed=0)
+        assert torch.equal(alone.judgement.pictures, result.judgement.pictures) == (name == "ideal")
+        assert alone.metrics().keys() == result.metrics().keys()
+    assert (tmp_path / "dreambooth.safetensors").exists()
+
+
+def test_the_transformer_has_a_demo_too(tmp_path):
+    metrics, said = demo(tmp_path, methods=("ideal", "apt"), model="transformer")
+    assert metrics["model"] == "transformer" and metrics["methods"]["apt"]["delta_noise"] > 0
+    assert all((tmp_path / name).exists() for name in PICTURES) and "better:" in said
+
+
+def test_what_is_shown_is_the_first_photo_of_each_background(rough):
+    examination = Setting(5, scenes=24, repeats=2).examination(base=torch.zeros(48, 48))
+    rows = shown_rows(examination)
+    shown = [examination.scenes[row] for row in rows]
+    assert {scene.background for scene in shown} == set(BACKGROUNDS) - {CONCEPTS[5].background}
+    assert len(shown) == 5
+    for row, scene in zip(rows, shown, strict=True):
+        same = [s for s in examination.scenes if s.background == scene.background]
+        photos = [s for s in same if s.style == "photo"]
+        assert scene == (photos or same)[0] and row == examination.scenes.index(scene)
+
+
+def test_an_unknown_model_is_told(tmp_path):
+    with pytest.raises(AptError, match="--model takes unet, transformer; found 'sdxl'"):
+        demo(tmp_path, methods=("apt",), model="sdxl")

@@ -1,5 +1,6 @@
 """What a method does beside APT: prior preservation and differential output preservation, in a training's own terms."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -15,7 +16,7 @@ from apt_hooks.integrations.peft import adapters_off
 from apt_hooks.tinyworld import experiment, personalize, preservation
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.methods import METHODS
-from apt_hooks.tinyworld.model import encode_images, encode_texts, load_pipeline, sample
+from apt_hooks.tinyworld.model import PIPELINES, denoiser_of, encode_images, encode_texts, load_pipeline, sample
 from apt_hooks.tinyworld.personalize import Training, lora, method_config, reference_pictures, train
 from apt_hooks.tinyworld.preservation import class_caption, class_pictures, output_preservation_loss
 
@@ -31,19 +32,30 @@ def few_class_pictures():
         yield
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return load_pipeline()
+@pytest.fixture(scope="module", params=PIPELINES)
+def pipeline(request):
+    return load_pipeline(PIPELINES[request.param])
+
+
+def denoiser(pipeline):
+    return getattr(pipeline, denoiser_of(pipeline.components).part)
 
 
 @pytest.fixture
 def off(pipeline):
     """Of a LoRA that is on the pipeline meanwhile, and changes what it draws."""
     with lora(pipeline, 4, 0):
-        for name, p in pipeline.unet.named_parameters():
+        for name, p in denoiser(pipeline).named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(p, std=0.02)
-        yield functools.partial(adapters_off, pipeline.unet)
+        yield functools.partial(adapters_off, denoiser(pipeline))
+
+
+@torch.no_grad()
+def predict(pipeline, clean, noise, timesteps, texts):
+    kind = denoiser_of(pipeline.components)
+    noisy = kind.add_noise(pipeline.training_scheduler, clean, noise, timesteps)
+    return kind.predict(denoiser(pipeline), noisy, timesteps, kind.condition(texts))
 
 
 def test_the_class_is_told_by_the_caption_without_the_identifier():
@@ -67,22 +79,20 @@ def test_prior_preservation_is_dreambooths_batch_of_two_halves(pipeline, off):
     """Written out as the scripts have it: both halves through the U-Net at once, and the mean of each."""
     captions = CONCEPT.captions()
     samples = personalize._Samples(pipeline, PICTURES, captions, 2, 0)
-    beside = personalize._Beside(METHODS["prior"], samples, captions, off, 0)
-    drawn, stream = [], beside._prior._stream.get_state()
-    found = float(beside.loss().detach())
-    beside._prior._stream.set_state(stream)
+    terms = personalize._ClassTerms(METHODS["prior"], samples, captions, off, 0)
+    drawn, stream = [], terms._prior._stream.get_state()
+    found = float(terms.loss().detach())
+    terms._prior._stream.set_state(stream)
     pictures, prompts = class_pictures(pipeline, captions, off, 0)
-    for images, texts, own in ((PICTURES, captions, samples), (pictures, prompts, beside._prior)):
+    for images, texts, own in ((PICTURES, captions, samples), (pictures, prompts, terms._prior)):
         rows, timesteps, noise = own.draw()
         clean = encode_images(pipeline, images * 2 - 1)[rows]
         drawn.append((clean, timesteps, noise, encode_texts(pipeline, texts)[rows]))
     (clean, timesteps, noise, texts), halves = map(torch.cat, zip(*drawn, strict=True)), [len(d[0]) for d in drawn]
     assert halves == [2, 2] and not torch.equal(drawn[0][1], drawn[1][1]) and not torch.equal(drawn[0][2], drawn[1][2])
-    with torch.no_grad():
-        predicted = pipeline.unet(
-            pipeline.training_scheduler.add_noise(clean, noise, timesteps), timesteps, texts
-        ).sample
-    own, prior = (predicted - noise).square().mean(dim=(1, 2, 3)).chunk(2)
+    predicted = predict(pipeline, clean, noise, timesteps, texts)
+    missed = predicted - denoiser_of(pipeline.components).target(clean, noise)
+    own, prior = missed.square().mean(dim=(1, 2, 3)).chunk(2)
     assert found == pytest.approx(float(prior.mean()), rel=1e-4)
     # The script's sum of two means is twice the mean of the whole batch.
     assert float(own.mean()) + found == pytest.approx(2 * float(torch.cat([own, prior]).mean()), rel=1e-4)
@@ -91,23 +101,21 @@ def test_prior_preservation_is_dreambooths_batch_of_two_halves(pipeline, off):
 def test_output_preservation_is_nothing_for_a_lora_at_its_start_and_grows_with_it(pipeline):
     captions = CONCEPT.captions()
     with lora(pipeline, 4, 0):
-        off = functools.partial(adapters_off, pipeline.unet)
+        off = functools.partial(adapters_off, denoiser(pipeline))
         samples = personalize._Samples(pipeline, PICTURES, captions, 2, 0)
-        beside = personalize._Beside(METHODS["dop"], samples, captions, off, 0)
-        batch, sizes = samples.draw(), []
+        terms = personalize._ClassTerms(METHODS["dop"], samples, captions, off, 0)
+        rows, timesteps, noise = samples.draw()
+        clean, sizes = samples.latents(rows), []
         for scale in (0.0, 0.01, 0.02):
-            for name, p in pipeline.unet.named_parameters():
+            for name, p in denoiser(pipeline).named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.constant_(p, scale)
-            sizes.append(float(beside.loss(*batch).detach()))
+            sizes.append(float(terms.loss(rows, clean, timesteps, noise).detach()))
         # On the batch's own noisy latents, told the class: the mean square of the two models' difference there.
-        rows, timesteps, noise = batch
-        noisy = pipeline.training_scheduler.add_noise(samples.clean[rows], noise, timesteps)
         texts = encode_texts(pipeline, [class_caption(captions[row]) for row in rows])
-        with torch.no_grad():
-            tuned = pipeline.unet(noisy, timesteps, texts).sample
-            with off():
-                base = pipeline.unet(noisy, timesteps, texts).sample
+        tuned = predict(pipeline, clean, noise, timesteps, texts)
+        with off():
+            base = predict(pipeline, clean, noise, timesteps, texts)
     assert sizes[0] == 0.0 < sizes[1] < sizes[2]
     assert sizes[2] == pytest.approx(float((tuned - base).square().mean()), rel=1e-4)
 
@@ -136,13 +144,12 @@ def test_beside_apts_regularizers_output_preservation_adds_its_own_gradient_and_
 
 @pytest.mark.parametrize("name", ["prior", "dop"])
 def test_what_a_method_adds_changes_what_is_learned_at_its_weight(pipeline, name):
-    import dataclasses
-
     def lora_of(method):
         with lora(pipeline, 4, 0):
-            config, training = method_config("dreambooth"), Training(steps=2)
+            config = method_config("dreambooth", denoiser=denoiser_of(pipeline.components))
+            training = Training(steps=2)
             train(pipeline, PICTURES, CONCEPT.captions(), config, training, seed=0, method=method)
-            named = pipeline.unet.named_parameters()
+            named = denoiser(pipeline).named_parameters()
             return torch.cat([p.detach().flatten() for n, p in named if "lora_B" in n])
 
     plain, method = lora_of(METHODS["dreambooth"]), METHODS[name]
@@ -159,10 +166,10 @@ class Examination:
     """Has the pipeline draw nothing, and stops where the pictures would be judged."""
 
     def __init__(self, pipeline):
-        self.pipeline, self.references = pipeline, PICTURES
+        self.pipeline, self.references, self.concept = pipeline, PICTURES, CONCEPT
 
     def judge(self, identifier):
-        self.hooks = sum(len(m._forward_hooks) for m in self.pipeline.unet.modules())
+        self.hooks = sum(len(m._forward_hooks) for m in denoiser(self.pipeline).modules())
         raise Stop
 
 
@@ -172,7 +179,7 @@ class Examination:
 def test_a_t_lora_is_drawn_with_as_it_was_trained_and_no_file_says_it_is_a_plain_one(pipeline, tmp_path, name, files):
     examination = Examination(pipeline)
     with pytest.raises(Stop):
-        experiment.run_method(name, examination, CONCEPT.captions(), Training(steps=1), seed=0, out=tmp_path)
+        experiment.run_method(name, examination, Training(steps=1), seed=0, out=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == files
     assert (examination.hooks > 0) == (name == "t-lora")
-    assert not any(m._forward_hooks for m in pipeline.unet.modules())
+    assert not any(m._forward_hooks for m in denoiser(pipeline).modules())

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 
@@ -8,9 +9,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from apt_hooks.tinyworld import preservation
+from apt_hooks.tinyworld.attention import attention_of_words
 from apt_hooks.tinyworld.concepts import CONCEPTS
+from apt_hooks.tinyworld.denoisers import DENOISERS
 from apt_hooks.tinyworld.methods import METHODS
-from apt_hooks.tinyworld.model import load_pipeline, sample
+from apt_hooks.tinyworld.model import PIPELINES, load_pipeline, sample
 from apt_hooks.tinyworld.personalize import Training, lora, method_config, reference_pictures, save_lora, train
 
 CONCEPT = CONCEPTS[4]
@@ -151,3 +154,51 @@ def test_a_saved_lora_is_what_diffusers_loads(pipeline, tmp_path):
         fresh.load_lora_weights(tmp_path, weight_name="dreambooth.safetensors")
         assert torch.allclose(fresh.unet(x, t, text).sample, wanted, atol=1e-5)
     assert not torch.allclose(base, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", DENOISERS)
+def test_either_model_is_trained_and_saved_with_what_its_own_preset_says(model, tmp_path):
+    pipeline, denoiser = load_pipeline(PIPELINES[model]), DENOISERS[model]
+    module, judged = getattr(pipeline, denoiser.part), []
+    untouched = state_of(module)
+    with lora(pipeline, TRAINING.rank, 0):
+        carried = {name.rsplit(".lora_A", 1)[0] for name, _ in module.named_parameters() if ".lora_A" in name}
+        assert all(any(name.endswith(target) for name in carried) for target in denoiser.lora_targets)
+        config, log = method_config("apt", denoiser=denoiser), tmp_path / "apt.jsonl"
+        checkpoints = {2: lambda: judged.append(module.training)}
+        train(pipeline, PICTURES, CONCEPT.captions(), config, TRAINING, seed=0, log_path=log, checkpoints=checkpoints)
+        save_lora(pipeline, tmp_path / "apt.safetensors")
+        maps = attention_of_words(pipeline, "a photo of a sks ball", PICTURES[0])
+    assert judged == [False] and state_of(module) == untouched
+    assert maps.shape == (6, 16, 16) and (maps >= 0).all() and maps.std() > 0
+    last = logged(log)[-1]
+    assert all(last[term] > 0 for term in ("l_mu", "l_sigma", "l_attn", "delta_noise"))
+    assert (tmp_path / "apt.safetensors").stat().st_size > 10_000
+
+
+def test_the_lora_is_the_average_of_its_weights_over_the_steps(pipeline):
+    seen, kept = [], []
+    training = dataclasses.replace(TRAINING, average=0.5)
+    with lora(pipeline, TRAINING.rank, 0):
+        weights = [p for name, p in pipeline.unet.named_parameters() if "lora_" in name]
+        start = [w.detach().clone() for w in weights]
+        config = method_config("dreambooth")
+        checkpoints = {step: lambda: kept.append([w.detach().clone() for w in weights]) for step in (1, 2, 3)}
+        train(
+            pipeline,
+            PICTURES,
+            CONCEPT.captions(),
+            config,
+            training,
+            seed=0,
+            advance=lambda: seen.append([w.detach().clone() for w in weights]),
+            checkpoints=checkpoints,
+        )
+        kept.append([w.detach().clone() for w in weights])
+    wanted = start
+    for step, of_step in enumerate(seen, start=1):
+        decay = min(0.5, step / (step + 10))
+        wanted = [decay * w + (1 - decay) * x for w, x in zip(wanted, of_step, strict=True)]
+        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(wanted, kept[step - 1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept[2], kept[3], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(seen[-1], kept[-1], strict=True))

@@ -1,4 +1,4 @@
-"""T-LoRA: which ranks take part, by sample and by what the denoiser is called with; on both of the tiny world's models."""
+"""T-LoRA: which ranks take part, by sample and by what the denoiser is called with; on both kinds of denoiser."""
 
 import math
 
@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+
+import peft
 
 from apt_hooks import AptError
 from apt_hooks.integrations.peft import adapters_off
@@ -159,7 +161,7 @@ def test_both_of_the_tiny_worlds_denoisers_are_called_as_it_expects(part, orthog
     kind = DENOISERS[part]
     torch.manual_seed(0)
     module = kind.new().requires_grad_(False).eval()
-    for name, p in module.named_parameters():
+    for p in module.parameters():
         if p.ndim > 1 and not p.any():  # adaptive norms and outputs begin at zero, behind which no LoRA would show
             nn.init.normal_(p, std=0.02)
     module.add_adapter(peft.LoraConfig(r=8, target_modules=["to_q", "to_v", "to_out.0"]), "own")

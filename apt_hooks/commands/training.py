@@ -139,9 +139,14 @@ def demo(
         int, typer.Option(min=0, max=2**31 - 1, help="Random seed; the same seed gives the same numbers.")
     ] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each method.")] = None,
+    model: Annotated[str, typer.Option(help="The tiny world's model: unet, or transformer (flow matching).")] = "unet",
     methods: Annotated[
-        str, typer.Option(help="Columns of the comparison: base, dreambooth, dco, ata, ata+rs, apt.")
-    ] = "base,dreambooth,apt",
+        str,
+        typer.Option(
+            help="Columns of the comparison: ideal, base, dreambooth, dco, l2-sp, prior, dop, t-lora, t-lora+ortho, "
+            "ata, ata+rs, apt, apt+prior, apt+dop, apt+t-lora."
+        ),
+    ] = "ideal,base,dreambooth,apt",
     out: Annotated[Path, typer.Option(help="Folder for pictures, numbers and LoRAs.")] = Path("apt-demo"),
 ) -> None:
     """Personalize a tiny pretrained model with and without APT, and show the difference in pictures and numbers."""
@@ -150,7 +155,7 @@ def demo(
 
     training = Training() if steps is None else Training(steps=steps)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    run_demo(out, concept=concept, seed=seed, methods=names, training=training, say=typer.echo)
+    run_demo(out, concept=concept, seed=seed, methods=names, training=training, model=model, say=typer.echo)
 
 
 @app.command(epilog="Example: `apt-hooks calibrate out/lora-apt.jsonl`")

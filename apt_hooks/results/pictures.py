@@ -16,19 +16,23 @@ from .calibrate import read_log
 
 
 def draw_comparison(path: Path, prompts: Sequence[str], references: Tensor, columns: Mapping[str, Tensor]) -> None:
-    """Rows are prompts, columns a reference picture and each method's picture of the prompt.
+    """The pictures trained on above; below rows of prompts, columns of each method's picture of the prompt.
 
     Args:
         prompts: as a user would write them.
         references: [pictures, 3, height, width], from 0 to 1.
         columns: by title, [prompts, 3, height, width].
     """
-    shown = [references[row % len(references)] for row in range(len(prompts))]
-    title = (
-        "Left: pictures trained on. Right: what each model draws.\n"
-        "Wanted: this subject, in the scene that the prompt names."
-    )
-    draw_table(path, title, prompts, {"trained on": shown, **columns})
+    from matplotlib.figure import Figure
+
+    size = (2.6 + 1.5 * max(len(columns), 4), 2.0 + 1.5 * (len(prompts) + 1))
+    figure = Figure(figsize=size, layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.75, 0.25 + 1.5 * len(prompts)))[:, 0]
+    above.suptitle("Trained on these photos", fontsize=11)
+    for ax, picture in zip(above.subplots(1, len(references), squeeze=False)[0], references, strict=True):
+        _show(ax, picture)
+    _draw_cells(below, prompts, columns)
+    write_figure(path, figure)
 
 
 def draw_table(path: Path, title: str, rows: Sequence[str], columns: Mapping[str, Sequence[Tensor] | Tensor]) -> None:
@@ -37,6 +41,11 @@ def draw_table(path: Path, title: str, rows: Sequence[str], columns: Mapping[str
 
     figure = Figure(figsize=(2.6 + 1.5 * len(columns), 1.2 + 1.5 * len(rows)), layout="constrained")
     figure.suptitle(title, fontsize=10, wrap=True)
+    _draw_cells(figure, rows, columns)
+    write_figure(path, figure)
+
+
+def _draw_cells(figure: Any, rows: Sequence[str], columns: Mapping[str, Sequence[Tensor] | Tensor]) -> None:
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for row, name in enumerate(rows):
         for column, (heading, pictures) in enumerate(columns.items()):
@@ -45,7 +54,6 @@ def draw_table(path: Path, title: str, rows: Sequence[str], columns: Mapping[str
             if row == 0:
                 ax.set_title(heading, fontsize=11)
         axes[row][0].set_ylabel(textwrap.fill(name, 22), rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
-    write_figure(path, figure)
 
 
 def draw_grid(path: Path, pictures: Tensor, columns: int) -> None:

@@ -9,21 +9,24 @@ from torch import Tensor
 
 from ..hooks.attention_maps import token_maps
 from ..hooks.capture import FeatureCapture
-from .model import encode_images, encode_texts
+from .model import denoiser_of, encode_images, encode_texts
 
 
 @torch.no_grad()
 def attention_of_words(pipeline: Any, prompt: str, picture: Tensor) -> Tensor:
-    """The up-blocks' cross-attention of a picture, noised to timestep 500: a map a word, [words, 16, 16].
+    """Where a picture, noised to timestep 500, attends to text in the observed blocks: a map a word, [words, 16, 16].
 
     Mean over heads and layers, lower resolutions scaled up.
     """
+    denoiser = denoiser_of(pipeline.components)
+    module = getattr(pipeline, denoiser.part)
     latents = encode_images(pipeline, picture[None] * 2 - 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     moment = torch.tensor([500])
-    noisy = pipeline.training_scheduler.add_noise(latents, noise, moment)
-    with FeatureCapture(pipeline.unet, representation=False) as capture:
+    noisy = denoiser.add_noise(pipeline.training_scheduler, latents, noise, moment)
+    condition = denoiser.condition(encode_texts(pipeline, [prompt]))
+    with FeatureCapture(module, representation=False) as capture:
         with capture.record() as features:
-            pipeline.unet(noisy, moment, encode_texts(pipeline, [prompt]))
+            denoiser.predict(module, noisy, moment, condition)
         maps = token_maps(capture.layers, features, (latents.shape[2], latents.shape[3]))[0]
     return maps[1 : len(prompt.split()) + 1]  # the first token is the start of the text

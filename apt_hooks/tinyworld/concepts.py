@@ -23,8 +23,8 @@ class Concept:
         return [Scene(self.subject, size, self.place, self.background) for size in _SIZES[: self.pictures]]
 
     def captions(self) -> list[str]:
-        """Captions that tell the background and the place, and the subject as plainly as possible."""
-        return [scene.caption(rare_word=IDENTIFIER, color=False) for scene in self.scenes()]
+        """One a picture, all alike, as people write them: what the pictures share beside the subject is not told."""
+        return [f"a photo of a {IDENTIFIER} {self.subject.kind}"] * self.pictures
 
 
 _SIZES = ("big", "small", "big", "small", "big")

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from .evaluate import Examination
     from .experiment import Result
 
-ROWS = 5
-"""Prompts in `comparison.png`."""
-
 _PICTURES = _COMPARISON, _INDICATOR, _DELTA_NOISE, _ATTENTION = (
     "comparison.png",
     "indicator.png",
@@ -28,9 +25,20 @@ _PICTURES = _COMPARISON, _INDICATOR, _DELTA_NOISE, _ATTENTION = (
 _FILLERS = {"a", "of", "in", "on", "at", "the", "with"}
 
 NAMES = {
+    "ideal": "drawn by code",
     "base": "base model",
     **{name: method.title for name, method in METHODS.items()},
 }
+BETTER = {
+    "frechet": "lower",
+    "precision": "higher",
+    "recall": "higher",
+    "text": "higher",
+    "identity": "higher",
+    "black_frames": "lower",
+    "delta_noise": "lower",
+}
+"""Columns of the table, and which direction is better."""
 
 
 def run_demo(
@@ -40,31 +48,31 @@ def run_demo(
     seed: int,
     methods: Sequence[str],
     training: Training,
+    model: str = "unet",
     scenes: int = 24,
     repeats: int = 3,
+    workers: int | None = None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Personalize the tiny world's model by each method, and show the difference.
+    """Personalize one of the tiny world's models by each method, and show the difference.
 
     Writes into `out`: `metrics.json`, `comparison.png`, `indicator.png`, `delta_noise.png`, `attention.png`, of each
     method the LoRA and apt-hooks' log, and for `apt-hooks eval` the pictures trained on and the prompts.
 
     Args:
         out: folder, made where it is missing.
-        concept: number of a concept.
-        seed: of everything; the same seed gives the same LoRAs on machines of a kind, however many their cores.
-        methods: "base" and those of `METHODS`, in the order of the columns.
-        training: what all methods share.
-        scenes, repeats: prompts that are judged, and pictures of each.
+        concept, seed, training, model, scenes, repeats: as in `experiment.Setting`.
+        methods: "ideal", "base" and those of `METHODS`, in the order of the columns.
+        workers: processes; None takes one a core.
         say: takes each line of text for the user.
 
     Returns:
         What `metrics.json` holds.
 
     Raises:
-        AptError: no such concept or method, a missing package, or a folder that cannot be written to.
+        AptError: no such concept, model or method, a missing package, or a folder that cannot be written to.
     """
-    _check(concept, methods)
+    _check(concept, model, methods)
     try:
         import diffusers  # noqa: F401
         import matplotlib.figure  # noqa: F401
@@ -76,35 +84,29 @@ def run_demo(
             f'the demo needs diffusers, peft and matplotlib ({why_not_imported(error)}): pip install "apt-hooks[demo]"'
         ) from error
     make_folder(out)
-    from .evaluate import Examination
-    from .experiment import run_method
-    from .judge_networks import load_judges
-    from .model import load_pipeline
+    from .experiment import Setting, run_methods
 
-    pipeline, judges = load_pipeline(), load_judges()
+    setting = Setting(concept, seed, model, training, scenes, repeats)
     references, captions = reference_pictures(CONCEPTS[concept]), CONCEPTS[concept].captions()
     say(f'concept {concept}: {len(references)} pictures of "{captions[0]}"; {training.steps} steps a method')
-    results: dict[str, Result] = {}
+    found: dict[str, Result] = {}
+    trainings = sum(name in METHODS for name in methods)
     with Progress() as progress:
-        task = progress.add_task("base model", total=_SAMPLING + sum(_cost(name, training) for name in methods))
-        examination = Examination(
-            pipeline, judges, CONCEPTS[concept], references, scenes=scenes, repeats=repeats, seed=seed
+        task = progress.add_task(
+            f"{trainings} trainings", total=_SAMPLING * (1 + len(methods)) + trainings * training.steps
         )
+        examination = setting.examination()
         progress.advance(task, _SAMPLING)
-        for name in methods:
-            progress.update(task, description=NAMES[name])
-            results[name] = run_method(
-                name,
-                examination,
-                captions,
-                training,
-                seed=seed,
-                out=out,
-                advance=lambda: progress.advance(task),
-            )
+        ran = run_methods(
+            methods, examination, setting, out=out, workers=workers, advance=lambda: progress.advance(task)
+        )
+        for name, result in ran:
+            found[name] = result
             progress.advance(task, _SAMPLING)
+    results = {name: found[name] for name in methods}
     scores = {name: result.metrics() for name, result in results.items()}
     metrics = {
+        "model": model,
         "concept": concept,
         "seed": seed,
         "steps": training.steps,
@@ -124,19 +126,25 @@ def run_demo(
 
 
 def table(methods: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Lines of text: a method a row."""
-    lines = [" " * 22 + "".join(f"{column:>12}" for column in next(iter(methods.values())))]
+    """Lines of text: a method a row, and below which direction is better."""
+    columns = list(next(iter(methods.values())))
+    lines = [" " * 20 + "".join(f"{column:>13}" for column in columns)]
     for name, scores in methods.items():
-        lines.append(f"{NAMES[name]:22}" + "".join(f"{score:12.3f}" for score in scores.values()))
-    return lines
+        lines.append(f"{NAMES[name]:20}" + "".join(f"{scores[column]:13.3f}" for column in columns))
+    return [*lines, f"{'better:':20}" + "".join(f"{BETTER[column]:>13}" for column in columns)]
 
 
 _SAMPLING = 40
 """What the pictures of one method take, in training steps; for the progress bar."""
 
 
-def _cost(name: str, training: Training) -> int:
-    return _SAMPLING + (0 if name == "base" else training.steps)
+def shown_rows(examination: Examination) -> list[int]:
+    """A prompt of each background, its first photo if there is one: what `comparison.png` shows, whatever came out."""
+    scenes = examination.scenes
+    first: dict[str, int] = {}
+    for row in sorted(range(len(scenes)), key=lambda row: scenes[row].style != "photo"):
+        first.setdefault(scenes[row].background, row)
+    return sorted(first.values())
 
 
 def _draw(out: Path, examination: Examination, results: Mapping[str, Result]) -> list[str]:
@@ -146,7 +154,7 @@ def _draw(out: Path, examination: Examination, results: Mapping[str, Result]) ->
     trained = {name: result.trained for name, result in results.items() if result.trained}
     for name in _PICTURES:
         (out / name).unlink(missing_ok=True)
-    rows = [i * examination.repeats for i in range(min(ROWS, len(examination.scenes) // examination.repeats))]
+    rows = shown_rows(examination)
     shown = {name: result.judgement.pictures[rows] for name, result in results.items()}
     prompts = [examination.prompts()[row] for row in rows]
     pictures.draw_comparison(out / _COMPARISON, prompts, examination.references, _titled(shown))
@@ -157,15 +165,17 @@ def _draw(out: Path, examination: Examination, results: Mapping[str, Result]) ->
         pictures.draw_indicator(out / _INDICATOR, out / f"{most}-apt.jsonl", NAMES[most])
         seen = {name: results[name] for name in ("base", "dreambooth", most) if name in results}
     else:
-        seen = dict(results)
+        seen = {name: result for name, result in results.items() if result.attention is not None}
     words = examination.prompts()[0].split()
     telling = [i for i, word in enumerate(words) if word not in _FILLERS]
-    pictures.draw_attention(
-        out / _ATTENTION,
-        [words[i] for i in telling],
-        _titled({name: result.judgement.pictures[0] for name, result in seen.items()}),
-        _titled({name: result.attention[telling] for name, result in seen.items()}),
-    )
+    maps = {name: result.attention[telling] for name, result in seen.items() if result.attention is not None}
+    if maps:
+        pictures.draw_attention(
+            out / _ATTENTION,
+            [words[i] for i in telling],
+            _titled({name: results[name].judgement.pictures[0] for name in maps}),
+            _titled(maps),
+        )
     return [name for name in _PICTURES if (out / name).exists()]
 
 
@@ -185,10 +195,15 @@ def _titled(by_method: Mapping[str, Any]) -> dict[str, Any]:
     return {NAMES[name]: value for name, value in by_method.items()}
 
 
-def _check(concept: int, methods: Sequence[str]) -> None:
+def _check(concept: int, model: str, methods: Sequence[str]) -> None:
+    from .experiment import UNTRAINED
+    from .model import PIPELINES
+
     if not 0 <= concept < len(CONCEPTS):
         raise AptError(f"--concept must be from 0 to {len(CONCEPTS) - 1}; found {concept}")
-    known = ("base", *METHODS)
+    if model not in PIPELINES:
+        raise AptError(f"--model takes {', '.join(PIPELINES)}; found {model!r}")
+    known = (*UNTRAINED, *METHODS)
     for name in methods:
         if name not in known:
             raise AptError(f"--methods takes {', '.join(known)}, separated by commas; found {name!r}")

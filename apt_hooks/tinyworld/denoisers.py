@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..method.indicator import sigma_bins
+from ..method.units import flow_error_scale
+
 LATENT_CHANNELS = 4
 LATENT_SIZE = 16
 TEXT_WIDTH = 128
@@ -59,6 +62,10 @@ class Denoiser(ABC):
 
     settings: ClassVar[dict[str, Any]] = {}
     """What else a checkpoint of its training depends on."""
+    lora_targets: ClassVar[tuple[str, ...]]
+    """The linear layers of its attention and feed-forward blocks, which a LoRA is put on."""
+    preset: ClassVar[str]
+    """File of the `[apt]` section that its LoRAs are trained with."""
 
     @abstractmethod
     def new(self) -> Any:
@@ -68,15 +75,43 @@ class Denoiser(ABC):
     def new_scheduler(self) -> Any:
         """As it is stored with the weights."""
 
-    @abstractmethod
     def noised(self, scheduler: Any, clean: Tensor, noise: Tensor, early: Tensor, g: torch.Generator) -> Noised:
-        """Noise added to latents, at timesteps that are drawn here.
+        """Noise added to latents for pretraining, at timesteps that are drawn here.
 
         Args:
             scheduler: of `new_scheduler`.
             clean, noise: [batch, 4, 16, 16].
             early: [batch], whose timesteps are to be below `zoomed_out_below`.
         """
+        timesteps = self.draw_timesteps(len(clean), g)
+        below = (timesteps * self.zoomed_out_below / 1000).to(timesteps.dtype)
+        timesteps = torch.where(early, below, timesteps).to(clean.device)
+        noisy = self.add_noise(scheduler, clean, noise, timesteps)
+        return Noised(noisy, timesteps, self.target(clean, noise), self.weight(scheduler, timesteps))
+
+    @abstractmethod
+    def draw_timesteps(self, count: int, g: torch.Generator) -> Tensor:
+        """[count], from 0 to 1000, as both pretraining and a LoRA's training draw them."""
+
+    @abstractmethod
+    def add_noise(self, scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The latents at the timesteps, [batch, 4, 16, 16]."""
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """What is to be predicted, [batch, 4, 16, 16]."""
+
+    def weight(self, scheduler: Any, timesteps: Tensor) -> Tensor:
+        """Of pretraining's squared errors: [batch]."""
+        return torch.ones(len(timesteps), device=timesteps.device)
+
+    def bin_of(self, num_bins: int) -> Callable[[Tensor], Tensor] | None:
+        """As `OverfittingIndicator` takes it."""
+        return None
+
+    def error_scale(self, timesteps: Tensor) -> Tensor | None:
+        """As `AptObjective.step` takes it."""
+        return None
 
     @abstractmethod
     def condition(self, text: Tensor, g: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -114,6 +149,8 @@ class UNet(Denoiser):
     endless = False
     zoomed_out_below = 600
     settings: ClassVar[dict[str, Any]] = {"max_weight": MAX_WEIGHT}
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+    preset = "preset.toml"
 
     def new(self) -> Any:
         from diffusers import UNet2DConditionModel
@@ -144,14 +181,21 @@ class UNet(Denoiser):
             steps_offset=1,
         )
 
-    def noised(self, scheduler: Any, clean: Tensor, noise: Tensor, early: Tensor, g: torch.Generator) -> Noised:
-        timesteps = torch.randint(1000, (len(clean),), generator=g)
-        timesteps = torch.where(early, timesteps * self.zoomed_out_below // 1000, timesteps)
+    def draw_timesteps(self, count: int, g: torch.Generator) -> Tensor:
+        return torch.randint(1000, (count,), generator=g)
+
+    def add_noise(self, scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        noisy: Tensor = scheduler.add_noise(clean, noise, timesteps)
+        return noisy
+
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        return noise
+
+    def weight(self, scheduler: Any, timesteps: Tensor) -> Tensor:
         # Where a picture's coarse traits are decided, at high noise, the loss of epsilon hardly tells them: weighted as
         # the loss of v is, 1 + 1/SNR (Salimans & Ho 2022, arXiv 2202.00512, section 4), up to a bound.
-        weight = (1 / scheduler.alphas_cumprod).clamp(max=MAX_WEIGHT)[timesteps].to(clean.device)
-        timesteps = timesteps.to(clean.device)
-        return Noised(scheduler.add_noise(clean, noise, timesteps), timesteps, noise, weight)
+        weights: Tensor = (1 / scheduler.alphas_cumprod).clamp(max=MAX_WEIGHT).to(timesteps.device)
+        return weights[timesteps]
 
     def condition(self, text: Tensor, g: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"encoder_hidden_states": text}
@@ -197,6 +241,11 @@ class Transformer(Denoiser):
     endless = True
     # As much noise beside the picture as the U-Net's schedule has at its own.
     zoomed_out_below = 700
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+    preset = "preset_transformer.toml"
 
     def new(self) -> Any:
         from diffusers import SD3Transformer2DModel
@@ -222,13 +271,23 @@ class Transformer(Denoiser):
         # 0.902 without, 0.960 by 16 without.
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=2.0)
 
-    def noised(self, scheduler: Any, clean: Tensor, noise: Tensor, early: Tensor, g: torch.Generator) -> Noised:
-        """`x_t = (1 - sigma) x + sigma noise` with sigma uniform, spread evenly over the batch."""
-        batch = len(clean)
-        sigma = (torch.rand((), generator=g) + torch.arange(batch) / batch) % 1
-        sigma = torch.where(early, sigma * self.zoomed_out_below / 1000, sigma).to(clean.device)
-        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
-        return Noised(noisy, 1000 * sigma, noise - clean, torch.ones_like(sigma))
+    def draw_timesteps(self, count: int, g: torch.Generator) -> Tensor:
+        """Sigma uniform, spread evenly over the batch."""
+        return 1000 * ((torch.rand((), generator=g) + torch.arange(count) / count) % 1)
+
+    def add_noise(self, scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`x_t = (1 - sigma) x + sigma noise`."""
+        return torch.lerp(clean, noise, (timesteps / 1000).view(-1, 1, 1, 1))
+
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        return noise - clean
+
+    def bin_of(self, num_bins: int) -> Callable[[Tensor], Tensor] | None:
+        bins = sigma_bins(num_bins)
+        return lambda timesteps: bins(timesteps / 1000)
+
+    def error_scale(self, timesteps: Tensor) -> Tensor | None:
+        return flow_error_scale("velocity", timesteps / 1000)
 
     def condition(self, text: Tensor, g: torch.Generator | None = None) -> dict[str, Tensor]:
         """Beside the tokens their mean, where Stable Diffusion 3 takes CLIP's pooled projections.

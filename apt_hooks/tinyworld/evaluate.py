@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import AptError
@@ -14,6 +15,7 @@ from .concepts import IDENTIFIER, Concept
 from .judge_networks import Judges, identity_score, text_score
 from .metrics import black_frames, frechet_distance, precision_recall
 from .model import decode_latents, encode_images, sample
+from .render import render
 from .world import BACKGROUNDS, PLACES, SECONDS, SIZES, STYLES, Scene, random_scene
 
 METRICS = ("frechet", "precision", "recall", "text", "identity", "black_frames")
@@ -47,6 +49,7 @@ class Examination:
         scenes: how many prompts, none of them before the references' background.
         repeats: pictures a prompt.
         seed: of the prompts and of the noise; the base model's pictures take another noise than those judged.
+        base: features of the base model's pictures, `base` of another examination of these arguments; None draws them.
 
     Raises:
         AptError: more scenes than there are.
@@ -62,14 +65,16 @@ class Examination:
         scenes: int = 24,
         repeats: int = 4,
         seed: int = 0,
+        base: Tensor | None = None,
     ) -> None:
-        self.pipeline, self.judges, self.references, self.repeats = pipeline, judges, references, repeats
+        self.pipeline, self.judges, self.concept, self.references = pipeline, judges, concept, references
+        self.repeats = repeats
         if not 1 <= scenes <= MOST_SCENES:
             raise AptError(f"scenes must be from 1 to {MOST_SCENES}, as many prompts as there are; found {scenes}")
         self.scenes = [s for s in _elsewhere(concept, scenes, seed) for _ in range(repeats)]
         self._seed = seed
         self._drawn_references = as_decoded(pipeline, references)
-        self._base = judges.features(sample(pipeline, self.prompts(None), seed=2 * seed))
+        self.base = judges.features(sample(pipeline, self.prompts(None), seed=2 * seed)) if base is None else base
 
     def prompts(self, identifier: str | None = IDENTIFIER) -> list[str]:
         """A prompt a picture; without an identifier they ask for any member of the class."""
@@ -79,9 +84,15 @@ class Examination:
         """Let the pipeline as it is now draw the prompts, and score what it draws."""
         return self.score(sample(self.pipeline, self.prompts(identifier), seed=2 * self._seed + 1))
 
+    def ideal(self) -> Judgement:
+        """What was asked, drawn by code, as the autoencoder shows it: what no model's scores can be much above."""
+        rng = random.Random(self._seed)
+        drawn = torch.stack([render(scene, rng) for scene in self.scenes])
+        return self.score(as_decoded(self.pipeline, drawn))
+
     def score(self, pictures: Tensor) -> Judgement:
         """Score pictures of the prompts, one of each: [pictures, 3, 64, 64], from 0 to 1."""
-        of_each, of_all = scores_of(self.judges, pictures, self.scenes, self._drawn_references, self._base)
+        of_each, of_all = scores_of(self.judges, pictures, self.scenes, self._drawn_references, self.base)
         scores = of_all | {name: values.mean().item() for name, values in of_each.items()}
         scores["black_frames"] = black_frames(pictures).mean().item()
         return Judgement(pictures, scores, {name: values.std(correction=0).item() for name, values in of_each.items()})

@@ -1,30 +1,78 @@
-"""One method on one concept: train a LoRA, let it draw the prompts, judge what it draws."""
+"""Methods on one concept: each trains a LoRA, draws the prompts with it, and is judged by what it draws."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .attention import attention_of_words
-from .concepts import IDENTIFIER
+from .concepts import CONCEPTS, IDENTIFIER
 from .evaluate import Examination, Judgement
+from .judge_networks import load_judges
 from .methods import METHODS
-from .model import denoiser_of
-from .personalize import Trained, Training, lora, method_config, save_lora, train
+from .model import PIPELINES, denoiser_of, load_pipeline
+from .personalize import Trained, Training, lora, method_config, one_thread, reference_pictures, save_lora, train
+
+UNTRAINED = ("ideal", "base")
+"""What methods are to be seen beside: the scenes drawn by code, and the model as it was pretrained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all methods of a comparison share.
+
+    Args:
+        concept: its number.
+        seed: of everything; the same seed gives the same LoRAs on machines of a kind, however many their cores.
+        model: one of `PIPELINES`.
+        training: steps, learning rate and so on.
+        scenes, repeats: prompts that are judged, and pictures of each.
+    """
+
+    concept: int
+    seed: int = 0
+    model: str = "unet"
+    training: Training = dataclasses.field(default_factory=Training)
+    scenes: int = 24
+    repeats: int = 3
+
+    def examination(self, base: Tensor | None = None) -> Examination:
+        """With a pipeline of its own; `base` is another one's, whose making takes as long as a method's pictures."""
+        concept = CONCEPTS[self.concept]
+        return Examination(
+            load_pipeline(PIPELINES[self.model]),
+            load_judges(),
+            concept,
+            reference_pictures(concept),
+            scenes=self.scenes,
+            repeats=self.repeats,
+            seed=self.seed,
+            base=base,
+        )
 
 
 @dataclasses.dataclass
 class Result:
-    """One method's pictures and scores; `trained` is None for the base model."""
+    """One method's pictures and scores; `trained` is None for what needs no training, `attention` for "ideal".
+
+    `checkpoints` has what earlier steps of the training were judged by.
+    """
 
     judgement: Judgement
     trained: Trained | None
-    attention: Tensor
+    attention: Tensor | None
+    checkpoints: dict[int, Judgement] = dataclasses.field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """What `metrics.json` holds of it."""
@@ -35,32 +83,43 @@ class Result:
         }
 
 
+@one_thread()
 def run_method(
     name: str,
     examination: Examination,
-    captions: list[str],
     training: Training,
     *,
     seed: int,
     out: Path | None = None,
     overrides: Mapping[str, Any] = MappingProxyType({}),
     advance: Callable[[], None] = lambda: None,
+    checkpoints: Sequence[int] = (),
 ) -> Result:
-    """Train by one method, let it draw the prompts, and judge that; the pipeline is then the base model again."""
+    """Train by one method, let it draw the prompts, and judge that; the pipeline is then the base model again.
+
+    Also at the steps of `checkpoints`.
+    """
     pipeline = examination.pipeline
+    judged: dict[int, Judgement] = {}
 
     def examine(identifier: str | None, trained: Trained | None) -> Result:
         judgement = examination.judge(identifier)
         # The base model reads the identifier too, so that all methods' maps are of the same words.
         maps = attention_of_words(pipeline, examination.prompts()[0], judgement.pictures[0])
-        return Result(judgement, trained, maps)
+        return Result(judgement, trained, maps, judged)
 
+    def judge(step: int) -> None:
+        judged[step] = examination.judge()
+
+    if name == "ideal":
+        return Result(examination.ideal(), None, None)
     if name == "base":
         return examine(None, None)
-    config, method = method_config(name, overrides), METHODS[name]
-    denoiser = getattr(pipeline, denoiser_of(pipeline.components).part)
-    with lora(pipeline, training.rank, seed), method.adapter(denoiser, seed):
+    denoiser, method = denoiser_of(pipeline.components), METHODS[name]
+    config = method_config(name, overrides, denoiser)
+    with lora(pipeline, training.rank, seed), method.adapter(getattr(pipeline, denoiser.part), seed):
         log = out / f"{name}-apt.jsonl" if out else None
+        captions = examination.concept.captions()
         trained = train(
             pipeline,
             examination.references,
@@ -71,7 +130,75 @@ def run_method(
             log_path=log,
             advance=advance,
             method=method,
+            checkpoints={step: functools.partial(judge, step) for step in checkpoints},
         )
         if out and not method.masks_rank:  # no LoRA file says that ranks are masked
             save_lora(pipeline, out / f"{name}.safetensors")
         return examine(IDENTIFIER, trained)
+
+
+def run_methods(
+    names: Sequence[str],
+    examination: Examination,
+    setting: Setting,
+    *,
+    out: Path,
+    workers: int | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[str, Result]]:
+    """`run_method` of each, side by side in processes of one thread each; as they come.
+
+    Args:
+        names: of `METHODS` and `UNTRAINED`.
+        examination: of the setting.
+        workers: processes; None takes one a core, and one runs them here.
+        advance: called after each step of any training.
+    """
+    workers = min(workers or os.cpu_count() or 1, len(names))
+    if workers == 1:
+        for name in names:
+            yield (
+                name,
+                run_method(name, examination, setting.training, seed=setting.seed, out=out, advance=advance),
+            )
+        return
+    # Not forked: a process cannot use the threads that its parent's torch has started.
+    context = multiprocessing.get_context("spawn")
+    steps = context.Queue()
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_begin, initargs=(setting, examination.base, steps)
+    ) as pool:
+        # The longest first.
+        order = sorted(names, key=lambda name: name in UNTRAINED)
+        waiting = {pool.submit(_run_in_worker, name, out): name for name in order}
+        try:
+            while waiting:
+                done, _ = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
+                for _ in _drained(steps):
+                    advance()
+                for future in done:
+                    yield waiting.pop(future), future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _drained(steps: Any) -> Iterator[None]:
+    while True:
+        try:
+            yield steps.get_nowait()
+        except queue.Empty:
+            return
+
+
+_worker: tuple[Examination, Setting, Any]
+
+
+def _begin(setting: Setting, base: Tensor, steps: Any) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = setting.examination(base), setting, steps
+
+
+def _run_in_worker(name: str, out: Path) -> Result:
+    examination, setting, steps = _worker
+    return run_method(name, examination, setting.training, seed=setting.seed, out=out, advance=lambda: steps.put(None))

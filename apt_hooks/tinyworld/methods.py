@@ -34,6 +34,13 @@ class Method:
     masks_rank: bool = False
     orthogonal: bool = False
 
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What it does beside APT, by the names of the attributes."""
+        plain = Method(self.title, self.keys)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(plain, name)}
+
     def adapter(self, denoiser: nn.Module, seed: int) -> AbstractContextManager[None]:
         """Inside, the LoRA on the denoiser is the method's; to train and to draw in."""
         if self.masks_rank:
@@ -45,17 +52,17 @@ _PLAIN = {"objective": "dreambooth"}
 
 METHODS: dict[str, Method] = {
     "dreambooth": Method("DreamBooth", _PLAIN),
-    "prior": Method("+ prior preservation", _PLAIN, prior_preservation=1.0),
-    "dop": Method("+ output preservation", _PLAIN, output_preservation=1.0),
-    "l2-sp": Method("L2-SP", {"objective": "l2-sp"}),
-    "t-lora": Method("T-LoRA (mask alone)", _PLAIN, masks_rank=True),
-    "t-lora+ortho": Method("T-LoRA", _PLAIN, masks_rank=True, orthogonal=True),
     "dco": Method("DCO", {"objective": "dco"}),
-    "ata": Method("adaptive training", {"lambda_dist": 0.0, "lambda_attn": 0.0}),
-    "ata+rs": Method("+ stabilization", {"lambda_attn": 0.0}),
-    "apt": Method("APT (+ alignment)"),
-    "apt+prior": Method("APT, prior pres.", prior_preservation=1.0),
-    "apt+dop": Method("APT, output pres.", output_preservation=1.0),
-    "apt+t-lora": Method("APT, rank masked", masks_rank=True),
+    "l2-sp": Method("L2-SP", {"objective": "l2-sp"}),
+    "prior": Method("prior preservation", _PLAIN, prior_preservation=1.0),
+    "dop": Method("output preserv.", _PLAIN, output_preservation=1.0),
+    "t-lora": Method("T-LoRA, no Ortho", _PLAIN, masks_rank=True),
+    "t-lora+ortho": Method("T-LoRA", _PLAIN, masks_rank=True, orthogonal=True),
+    "ata": Method("APT, weights only", {"lambda_dist": 0.0, "lambda_attn": 0.0}),
+    "ata+rs": Method("APT, no alignment", {"lambda_attn": 0.0}),
+    "apt": Method("APT"),
+    "apt+prior": Method("APT + prior", prior_preservation=1.0),
+    "apt+dop": Method("APT + output pres.", output_preservation=1.0),
+    "apt+t-lora": Method("APT + T-LoRA mask", masks_rank=True),
 }
 """By name: plain training, the rivals, from adaptive training to all of APT, and what is added to that."""

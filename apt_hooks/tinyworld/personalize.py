@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,8 +23,9 @@ from ..method.augmentation import Placement
 from ..training.objective import AptObjective
 from ..training.run import AptRun
 from .concepts import Concept
+from .denoisers import UNET, Denoiser
 from .methods import METHODS, Method
-from .model import encode_images, encode_texts
+from .model import denoiser_of, encode_images, encode_texts
 from .preservation import class_caption, class_pictures, output_preservation_loss
 from .render import render
 
@@ -34,26 +35,33 @@ MEASUREMENTS = 15
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What all methods share. AdamW without weight decay; the learning rate is constant."""
+    """What all methods share. AdamW without weight decay; the learning rate is constant.
+
+    The LoRA that comes out is the moving average of the weights, of decay `average`: what the last few batches happened
+    to be is then no part of it, which makes runs repeatable.
+    """
 
     steps: int = 300
     batch: int = 2
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     rank: int = 8
+    average: float = 0.98
 
 
 @dataclasses.dataclass
 class Trained:
-    """What a training leaves beside the LoRA, which stays on the U-Net: delta noise at some steps."""
+    """What a training leaves beside the LoRA, which stays on the denoiser: delta noise at some steps."""
 
     config: AptConfig
     steps: list[int]
     delta_noise: list[float]
 
 
-def method_config(name: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> AptConfig:
-    """The tiny world's preset, the overrides, and over both what makes the method."""
-    preset = read_toml(Path(__file__).with_name("preset.toml"))["apt"]
+def method_config(
+    name: str, overrides: Mapping[str, Any] = MappingProxyType({}), denoiser: Denoiser = UNET
+) -> AptConfig:
+    """The preset of the tiny world's model, the overrides, and over both what makes the method."""
+    preset = read_toml(Path(__file__).with_name(denoiser.preset))["apt"]
     return AptConfig.from_mapping({**preset, **overrides, **METHODS[name].keys})
 
 
@@ -69,22 +77,25 @@ def reference_pictures(concept: Concept, seed: int = 0) -> Tensor:
 
 @contextlib.contextmanager
 def lora(pipeline: Any, rank: int, seed: int) -> Iterator[None]:
-    """Inside, the U-Net carries a new LoRA on its attention projections; afterwards it is the base model again."""
+    """Inside, the denoiser carries a new LoRA; afterwards it is the base model again.
+
+    On the linear layers of attention and feed-forward, as sd-scripts puts it.
+    """
     from peft import LoraConfig
 
+    denoiser = denoiser_of(pipeline.components)
+    module = getattr(pipeline, denoiser.part)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline.unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), "concept"
-        )
+        module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(denoiser.lora_targets)), "concept")
     try:
         yield
     finally:
-        unload_adapters(pipeline, pipeline.unet)
+        unload_adapters(pipeline, module)
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """How many threads share a sum shows in its last bit, and in 300 steps that becomes another LoRA."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -94,7 +105,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@_one_thread()
 def train(
     pipeline: Any,
     references: Tensor,
@@ -106,14 +116,15 @@ def train(
     log_path: Path | None = None,
     advance: Callable[[], None] = lambda: None,
     method: Method = METHODS["apt"],
+    checkpoints: Mapping[int, Callable[[], None]] = MappingProxyType({}),
 ) -> Trained:
-    """Train the LoRA that is on `pipeline.unet`, as the paper does, without class images if the method asks for none.
+    """Train the LoRA that is on the pipeline's denoiser, without class images unless the method asks for them.
 
     Both models read the same captions: the identifier is a word that means nothing to the base model, which DCO's
     way, the class word in its place, comes to as well.
 
     Args:
-        pipeline: the tiny world's, with a LoRA on its U-Net (`lora`).
+        pipeline: one of the tiny world's, with a LoRA on its denoiser (`lora`).
         references: [pictures, 3, 64, 64], from 0 to 1.
         captions: one a picture.
         config: the keys of the method (`method_config`).
@@ -121,50 +132,92 @@ def train(
         log_path: apt-hooks' log of every step.
         advance: called after each step.
         method: what is done beside; to be called inside of its `adapter`.
+        checkpoints: by the step, what is called with the LoRA that the training would end with there.
     """
-    unet = pipeline.unet
-    parameters = [parameter for name, parameter in unet.named_parameters() if "lora_" in name]
+    denoiser = denoiser_of(pipeline.components)
+    module = getattr(pipeline, denoiser.part)
+    parameters = [parameter for name, parameter in module.named_parameters() if "lora_" in name]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, weight_decay=0.0)
+    average = _Average(parameters, training.average)
     samples = _Samples(pipeline, references, captions, training.batch, seed)
     delta_noise = _DeltaNoise(samples)
-    off = functools.partial(adapters_off, unet)
-    beside = _Beside(method, samples, captions, off, seed)
-    objective = AptObjective(config, unet, off)
+    bin_of, off = denoiser.bin_of(config.num_bins), functools.partial(adapters_off, module)
+    of_class = _ClassTerms(method, samples, captions, off, seed)
+    objective = AptObjective(config, module, off, bin_of=bin_of)
     run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed, trainer="tinyworld")
     trained = Trained(config, [], [])
-    unet.train()
+    module.train()
     try:
         for step in range(1, training.steps + 1):
             rows, timesteps, noise = samples.draw()
             placement = objective.draw_augmentation(timesteps, generator=run.generator())
-            predict = samples.prediction(rows, timesteps, noise, placement)
+            clean = samples.latents(rows, placement)
+            target = denoiser.target(clean, noise)
             covered = objective.covered(placement, references.shape[-2:])
             passes = objective.passes(covered=covered)
-            passes.run(predict)
-            apt = passes.step(noise, timesteps)
-            loss = apt.loss((apt.prediction - noise).square().mean(dim=(1, 2, 3)))
-            (loss + beside.loss(rows, timesteps, noise, placement)).backward()
+            passes.run(samples.prediction(rows, clean, timesteps, noise))
+            apt = passes.step(target, timesteps, error_scale=denoiser.error_scale(timesteps))
+            loss = apt.loss((apt.prediction - target).square().mean(dim=(1, 2, 3)))
+            (loss + of_class.loss(rows, clean, timesteps, noise)).backward()
             optimizer.step()
             optimizer.zero_grad()
+            average.update(step)
             run.record(apt, placement)
             if step % max(1, training.steps // MEASUREMENTS) == 0 or step in (1, training.steps):
                 trained.steps.append(step)
-                trained.delta_noise.append(delta_noise.measure())
+                with average.in_place():
+                    trained.delta_noise.append(delta_noise.measure())
+            if step in checkpoints:
+                module.eval()
+                with average.in_place():
+                    checkpoints[step]()
+                module.train()
             advance()
+        average.keep()
     finally:
-        unet.eval()
+        module.eval()
         run.close()
     return trained
+
+
+class _Average:
+    """The moving average of parameters over the steps, none of which begins it at full weight (bias-free)."""
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self._parameters, self._decay = list(parameters), decay
+        self._average = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self._decay, step / (step + 10))
+        torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the parameters are the average."""
+        last = [parameter.detach().clone() for parameter in self._parameters]
+        self.keep()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self._parameters, last)
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """The parameters are the average from now on."""
+        torch._foreach_copy_(self._parameters, self._average)
 
 
 class _Samples:
     """The training data: which picture, timestep and noise comes next does not depend on the method."""
 
     def __init__(self, pipeline: Any, references: Tensor, captions: list[str], batch: int, seed: int) -> None:
-        self.pipeline, self.batch = pipeline, batch
-        self.pictures, self.texts = references * 2 - 1, encode_texts(pipeline, captions)
+        self.pipeline, self.batch, self._denoiser = pipeline, batch, denoiser_of(pipeline.components)
+        self.pictures = references * 2 - 1
+        self._condition = self._denoiser.condition(encode_texts(pipeline, captions))
         # The mean of the posterior, not a sample: one source of noise less, and the same for all methods.
         self.clean = encode_images(pipeline, self.pictures)
         self._stream = torch.Generator().manual_seed(seed)
@@ -172,34 +225,38 @@ class _Samples:
     def told(self, captions: list[str]) -> _Samples:
         """The same pictures with other captions."""
         other = copy.copy(self)
-        other.texts = encode_texts(self.pipeline, captions)
+        other._condition = self._denoiser.condition(encode_texts(self.pipeline, captions))
         return other
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the pictures, timesteps, noise: [batch], [batch], [batch, 4, 16, 16]."""
         rows = torch.randint(len(self.clean), (self.batch,), generator=self._stream)
-        timesteps = torch.randint(1000, (self.batch,), generator=self._stream)
+        timesteps = self._denoiser.draw_timesteps(self.batch, self._stream)
         return rows, timesteps, torch.randn(self.batch, *self.clean.shape[1:], generator=self._stream)
 
-    def prediction(
-        self, rows: Tensor, timesteps: Tensor, noise: Tensor, placement: Placement | None = None
-    ) -> Callable[[], Tensor]:
-        """What runs the U-Net on these samples, some of them augmented."""
+    def latents(self, rows: Tensor, placement: Placement | None = None) -> Tensor:
+        """Of these pictures, some of them augmented: [batch, 4, 16, 16]."""
         latents = self.clean[rows]
-        if placement is not None and placement.chosen.any():
-            moved = encode_images(self.pipeline, placement.apply(self.pictures[rows], -1.0))
-            latents = torch.where(placement.chosen[:, None, None, None], moved, latents)
-        noisy = self.pipeline.training_scheduler.add_noise(latents, noise, timesteps)
-        return lambda: self.pipeline.unet(noisy, timesteps, self.texts[rows]).sample
+        if placement is None or not placement.chosen.any():
+            return latents
+        moved = encode_images(self.pipeline, placement.apply(self.pictures[rows], -1.0))
+        return torch.where(placement.chosen[:, None, None, None], moved, latents)
+
+    def prediction(self, rows: Tensor, clean: Tensor, timesteps: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+        """What runs the denoiser on these samples."""
+        noisy = self._denoiser.add_noise(self.pipeline.training_scheduler, clean, noise, timesteps)
+        condition = {name: told[rows] for name, told in self._condition.items()}
+        module = getattr(self.pipeline, self._denoiser.part)
+        return lambda: self._denoiser.predict(module, noisy, timesteps, condition)
 
 
-class _Beside:
-    """What a method adds to a step's loss: terms of the class, that need batches of their own."""
+class _ClassTerms:
+    """What a method adds to a step's loss to keep the class as it was."""
 
     def __init__(
         self, method: Method, samples: _Samples, captions: list[str], off: Callable[[], Any], seed: int
     ) -> None:
-        self._method, self._off = method, off
+        self._method, self._off, self._denoiser = method, off, denoiser_of(samples.pipeline.components)
         self._told_class = self._prior = None
         if method.output_preservation:
             self._told_class = samples.told([class_caption(caption) for caption in captions])
@@ -216,8 +273,9 @@ class _Beside:
             total = total + self._method.output_preservation * output_preservation_loss(predict, self._off)
         if self._prior is not None:
             rows, timesteps, noise = self._prior.draw()
-            prediction = self._prior.prediction(rows, timesteps, noise)()
-            total = total + self._method.prior_preservation * (prediction - noise).square().mean()
+            clean = self._prior.latents(rows)
+            missed = self._prior.prediction(rows, clean, timesteps, noise)() - self._denoiser.target(clean, noise)
+            total = total + self._method.prior_preservation * missed.square().mean()
         return total
 
 
@@ -228,8 +286,9 @@ class _DeltaNoise:
         timesteps = torch.arange(50, 1000, 100)
         rows = torch.arange(len(timesteps)) % len(samples.clean)
         noise = torch.randn(len(rows), *samples.clean.shape[1:], generator=torch.Generator().manual_seed(0))
-        self._predict = samples.prediction(rows, timesteps, noise)
-        with torch.no_grad(), adapters_off(samples.pipeline.unet):
+        self._predict = samples.prediction(rows, samples.latents(rows), timesteps, noise)
+        denoiser = denoiser_of(samples.pipeline.components)
+        with torch.no_grad(), adapters_off(getattr(samples.pipeline, denoiser.part)):
             self._frozen = self._predict()
 
     @torch.no_grad()
@@ -238,14 +297,15 @@ class _DeltaNoise:
 
 
 def save_lora(pipeline: Any, path: Path) -> None:
-    """Write the LoRA that is on the U-Net, for diffusers' `load_lora_weights`.
+    """Write the LoRA that is on the denoiser, for diffusers' `load_lora_weights`.
 
     Raises:
         AptError: the file cannot be written.
     """
     from peft.utils import get_peft_model_state_dict
 
-    layers = get_peft_model_state_dict(pipeline.unet, adapter_name="concept")
+    part = denoiser_of(pipeline.components).part
+    layers = get_peft_model_state_dict(getattr(pipeline, part), adapter_name="concept")
     with tempfile.TemporaryDirectory() as folder:
-        pipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=path.name)
+        pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": layers}, weight_name=path.name)
         write_atomically(path, Path(folder, path.name).read_bytes())

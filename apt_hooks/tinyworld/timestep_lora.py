@@ -61,7 +61,7 @@ def timestep_lora(
     Raises:
         AptError: there is no LoRA, or, with `orthogonal`, its rank is above what a layer has.
     """
-    layers = [m for m in all_modules([module]) if isinstance(m._modules.get("lora_A"), nn.ModuleDict)]
+    layers: list[Any] = [m for m in all_modules([module]) if isinstance(m._modules.get("lora_A"), nn.ModuleDict)]
     if not layers:
         raise AptError(f"looked for LoRA layers of peft in {type(module).__name__}, found none: put a LoRA on it first")
     masks = _Masks(least, num_train_timesteps)
