@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -26,7 +27,9 @@ import torch
 from rich.progress import track
 
 from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.results.pictures import draw_curves
 from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
+from apt_hooks.tinyworld.demo import NAMES
 from apt_hooks.tinyworld.denoisers import DENOISERS
 from apt_hooks.tinyworld.evaluate import METRICS
 from apt_hooks.tinyworld.experiment import UNTRAINED, Setting, run_method
@@ -34,6 +37,7 @@ from apt_hooks.tinyworld.model import PIPELINES
 from apt_hooks.tinyworld.personalize import METHODS, Training, method_config
 
 REFERENCE = "dreambooth"
+CLOSE = 0.05
 COLUMNS = {**dict.fromkeys(METRICS, ".3f"), "frechet": ".2f", "delta_noise": ".4f"}
 
 Settings = dict[str, Any]
@@ -122,7 +126,10 @@ def run(args: argparse.Namespace) -> None:
             for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
                 if error := future.exception():
                     failed.append("concept {}, seed {}: {!r}".format(*futures[future], error))
-    print("\n".join(tables(find(read_rows(log), asked), args.methods, by_concept=len(args.concepts) > 1)))
+    found = find(read_rows(log), asked)
+    print("\n".join(tables(found, args.methods, by_concept=len(args.concepts) > 1)))
+    if args.checkpoints:
+        _draw_curves(args.out / "curves.png", {name: found[name] for name in args.methods})
     if failed:
         raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
 
@@ -176,7 +183,7 @@ def find(rows: list[dict[str, Any]], asked: Mapping[str, Mapping[tuple[int, int]
 
 
 def tables(found: Mapping[str, Scores], methods: list[str], by_concept: bool) -> list[str]:
-    """Markdown: the scores of each method, and their differences to DreamBooth's.
+    """Markdown: the scores of each method, their differences to DreamBooth's, and how sure these are.
 
     The runs of one concept are not independent, so standard errors are those of the concepts' means; of one concept
     alone, of its runs.
@@ -185,7 +192,63 @@ def tables(found: Mapping[str, Scores], methods: list[str], by_concept: bool) ->
     paired = {name: _differences(found[name], found[REFERENCE]) for name in methods if name != REFERENCE}
     lines = [f"Mean ± standard error over {over}:", "", *_table({name: found[name] for name in methods}, by_concept)]
     lines += ["", f"Difference to {REFERENCE}, paired by concept and seed, of frechet in percent; errors as above:", ""]
-    return lines + _table(paired, by_concept, sign="+")
+    lines += _table(paired, by_concept, sign="+")
+    lines += ["", f"Pairs in which a method is better than {REFERENCE}; identity: at most {CLOSE} lower:", ""]
+    lines += _wins(paired)
+    lines += [
+        "",
+        "Pairs that it would take to see half of that difference (at two standard errors of single pairs):",
+        "",
+    ]
+    return lines + _needed(paired)
+
+
+ASKED = {
+    "frechet": lambda difference: difference < 0,
+    "recall": lambda difference: difference > 0,
+    "text": lambda difference: difference > 0,
+    "identity": lambda difference: difference >= -CLOSE,
+}
+"""What is asked of APT in every pair."""
+
+
+def _wins(paired: Mapping[str, Scores]) -> list[str]:
+    lines = ["| method | pairs | " + " | ".join((*ASKED, "all of these")) + " |", "|---" * (len(ASKED) + 3) + "|"]
+    for name, scores in paired.items():
+        better = [[asked(row[column]) for column, asked in ASKED.items()] for row in scores.values()]
+        counts = [sum(each) for each in zip(*better, strict=True)] or [0] * len(ASKED)
+        cells = [*counts, sum(all(row) for row in better)]
+        lines.append(f"| {name} | {len(scores)} | " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def _needed(paired: Mapping[str, Scores]) -> list[str]:
+    lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, scores in paired.items():
+        lines.append(
+            f"| {name} | " + " | ".join(_pairs_needed([r[c] for r in scores.values()]) for c in COLUMNS) + " |"
+        )
+    return lines
+
+
+def _pairs_needed(differences: list[float]) -> str:
+    """So many that two standard errors, `2 sd / sqrt(n)`, are half of the mean."""
+    if len(differences) < 2 or not (mean := statistics.fmean(differences)):
+        return "-"
+    return str(max(2, math.ceil((4 * statistics.stdev(differences) / mean) ** 2)))
+
+
+def _draw_curves(path: Path, found: Mapping[str, Scores]) -> None:
+    """Text and identity of each checkpoint: against the step, and against each other."""
+    curves = {}
+    for name, scores in found.items():
+        rows = [{**row["curve"], str(row["steps"]): row} for row in scores.values() if row.get("curve")]
+        if rows:
+            steps = sorted(map(int, set.intersection(*map(set, rows))))
+            curves[NAMES[name]] = {
+                step: {key: [row[str(step)][key] for row in rows] for key in ("text", "identity")} for step in steps
+            }
+    draw_curves(path, curves)
 
 
 def _differences(scores: Scores, reference: Scores) -> Scores:

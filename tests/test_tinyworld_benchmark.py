@@ -1,5 +1,6 @@
 import concurrent.futures
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ def row(benchmark, **scores):
 
 
 def cells(lines, name):
-    """The cells of a method in both tables."""
+    """The cells of a method in the tables of scores."""
+    lines = list(itertools.takewhile(lambda line: not line.startswith("Pairs in which"), lines))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     header = rows[0]
     return [dict(zip(header, found, strict=True)) for found in rows if found[0] == name]
@@ -76,6 +78,40 @@ def test_what_has_no_runs_is_a_dash_and_one_value_has_no_error(benchmark):
     lines = benchmark.tables(found, ["dco", "apt"], by_concept=True)
     assert [{c[name] for name in benchmark.COLUMNS} for c in cells(lines, "dco")] == [{"-"}, {"-"}]
     assert cells(lines, "apt")[0]["frechet"] == "40.00" and cells(lines, "apt")[1]["frechet"] == "-"
+
+
+def test_pairs_are_counted_in_which_all_that_is_asked_holds(benchmark):
+    dreambooth = {(4, seed): row(benchmark, frechet=40.0, identity=0.5) for seed in range(4)}
+    apt = {
+        (4, 0): row(benchmark, frechet=30.0, recall=0.6, text=0.6, identity=0.46),
+        (4, 1): row(benchmark, frechet=30.0, recall=0.6, text=0.5, identity=0.6),
+        (4, 2): row(benchmark, frechet=41.0, recall=0.6, text=0.6, identity=0.6),
+        (4, 3): row(benchmark, frechet=30.0, recall=0.4, text=0.6, identity=0.44),
+    }
+    lines = benchmark.tables({"dreambooth": dreambooth, "apt": apt}, ["dreambooth", "apt"], by_concept=False)
+    assert "| apt | 4 | 3 | 3 | 3 | 3 | 1 |" in lines
+
+
+def test_the_pairs_that_half_a_difference_takes(benchmark):
+    # Differences of -10, -20 and -30 percent: a mean of -20, a deviation of 10, and 2 * 10 / sqrt(4) = 20 / 2.
+    dreambooth = {(4, seed): row(benchmark, frechet=40.0) for seed in range(3)}
+    apt = {(4, seed): row(benchmark, frechet=frechet) for seed, frechet in enumerate((36.0, 32.0, 28.0))}
+    lines = benchmark.tables({"dreambooth": dreambooth, "apt": apt}, ["dreambooth", "apt"], by_concept=False)
+    assert lines[-1].startswith("| apt | 4 | - |")
+
+
+def test_curves_are_drawn_of_the_steps_that_all_runs_have(benchmark, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(benchmark, "draw_curves", lambda path, curves: drawn.update(curves))
+    scores = {"text": 0.9, "identity": 0.1}
+    runs = {
+        (4, 0): {**row(benchmark, text=0.8, identity=0.3), "steps": 9, "curve": {"3": scores, "6": scores}},
+        (4, 1): {**row(benchmark, text=0.6, identity=0.5), "steps": 9, "curve": {"3": scores}},
+    }
+    benchmark._draw_curves(tmp_path / "curves.png", {"apt": runs, "base": {(4, 0): {**row(benchmark), "curve": {}}}})
+    assert drawn == {
+        "APT": {3: {"text": [0.9, 0.9], "identity": [0.1, 0.1]}, 9: {"text": [0.8, 0.6], "identity": [0.3, 0.5]}}
+    }
 
 
 # What is run.
@@ -166,12 +202,15 @@ def test_another_model_or_training_is_another_setting(bench, option):
 def test_a_line_that_was_cut_off_is_made_again(bench, capsys):
     bench()
     whole = bench.log.read_text()
-    bench.log.write_text(whole[:-30])
+    capsys.readouterr()
     bench("--table-only")
-    assert cells(capsys.readouterr().out.splitlines(), "apt")[-2]["runs"] == "0"
+    bench("--table-only")
+    assert cells(capsys.readouterr().out.splitlines(), "apt")[0]["runs"] == "0"
     assert bench.log.read_text() == whole[:-30]
-    assert bench() == [(4, 0, "apt")] and bench() == []
-    assert cells(capsys.readouterr().out.splitlines(), "apt")[-2]["runs"] == "1"
+    assert bench() == [(4, 0, "apt")]
+    capsys.readouterr()
+    assert bench() == []
+    assert cells(capsys.readouterr().out.splitlines(), "apt")[0]["runs"] == "1"
 
 
 def test_a_failure_is_told_at_the_end_and_loses_nothing_else(bench, capsys):
