@@ -183,3 +183,16 @@ def test_a_t_lora_is_drawn_with_as_it_was_trained_and_no_file_says_it_is_a_plain
     assert {path.name for path in tmp_path.iterdir()} == files
     assert (examination.hooks > 0) == (name == "t-lora")
     assert not any(m._forward_hooks for m in denoiser(pipeline).modules())
+
+
+def test_what_is_done_beside_is_told_by_name_and_nothing_where_keys_are_all():
+    told = {name: method.beside for name, method in METHODS.items() if method.beside}
+    assert told == {
+        "prior": {"prior_preservation": 1.0},
+        "dop": {"output_preservation": 1.0},
+        "t-lora": {"masks_rank": True},
+        "t-lora+ortho": {"masks_rank": True, "orthogonal": True},
+        "apt+prior": {"prior_preservation": 1.0},
+        "apt+dop": {"output_preservation": 1.0},
+        "apt+t-lora": {"masks_rank": True},
+    }
