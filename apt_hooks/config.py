@@ -48,6 +48,8 @@ _NOT_APT = {
     "frozen_every": 1,
 }
 
+_OF_OBJECTIVE = {"dco_beta": "dco", "lambda_offset": "l2-sp"}
+
 _OF_ITS_TERMS = (
     *("augment_max_probability", "zoom_out", "rotation_degrees", "augment_space", "augment_border"),
     *("regularizer", "representation_source", "blocks", "attention_impl"),
@@ -88,8 +90,9 @@ class AptConfig:
     """
 
     enabled: bool = _flag(True)
-    objective: Literal["apt", "dco", "dreambooth"] = _choice("apt", "apt", "dco", "dreambooth")
+    objective: Literal["apt", "dco", "l2-sp", "dreambooth"] = _choice("apt", "apt", "dco", "l2-sp", "dreambooth")
     dco_beta: float = _key(1000.0, "a number above 0", lambda v: _is_number(v) and v > 0)
+    lambda_offset: float = _at_least_zero(0.001)
     monitor_only: bool = _flag(False)
     reference: Literal["base", "start"] = _choice("base", "base", "start")
     num_bins: int = _key(10, "a whole number from 1 to 1000", lambda v: _is_count(v, 1) and v <= 1000)
@@ -224,7 +227,7 @@ class AptConfig:
     @property
     def ignored(self) -> dict[str, Any]:
         """The keys given beside a preset (`from_mapping`) that the objective takes no notice of, as they were given."""
-        unused = set() if self.objective == "dco" else {"dco_beta"}
+        unused = {key for key, objective in _OF_OBJECTIVE.items() if self.objective != objective}
         if self.objective != "apt":
             unused |= {*_NOT_APT, *_OF_ITS_TERMS}
         return {key: value for key, value in self._given.items() if key in unused and _NOT_APT.get(key) != value}

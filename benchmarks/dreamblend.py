@@ -47,7 +47,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--concepts", type=numbers, default=[4, 5, 6, 7])
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
-    parser.add_argument("--method", default="dreambooth", help=", ".join(METHODS))
+    parser.add_argument("--method", default="dreambooth", help="one that differs in keys of [apt] alone")
     parser.add_argument("--checkpoints", type=numbers, default=[5, 10, 20, 40, 80, 150, 300, 600])
     parser.add_argument("--early", type=int, default=10)
     parser.add_argument("--late", type=numbers, default=[150, 300, 600])
@@ -63,8 +63,9 @@ def _arguments() -> argparse.Namespace:
         for item in getattr(args, option):
             if item not in known:
                 raise AptError(f"--{option} takes {', '.join(map(str, known))}, separated by commas; found {item!r}")
-    if args.early not in args.checkpoints or args.method not in METHODS:
-        raise AptError(f"--early is one of --checkpoints, --method of {', '.join(METHODS)}")
+    by_keys = [name for name, method in METHODS.items() if not method.beside]
+    if args.early not in args.checkpoints or args.method not in by_keys:
+        raise AptError(f"--early is one of --checkpoints, --method of {', '.join(by_keys)}")
     return args
 
 

@@ -105,8 +105,13 @@ def run(args: argparse.Namespace) -> None:
     configs = {name: dataclasses.asdict(method_config(name, overrides, denoiser)) for name in METHODS}
     configs = json.loads(json.dumps({**{name: {} for name in UNTRAINED}, **configs}))
     places = [(concept, seed) for concept in args.concepts for seed in args.seeds]
+    # What a method does beside, where it does anything: rows of those that do not are found as they are.
+    beside = {name: {"beside": does} for name, method in METHODS.items() if (does := method.beside)}
     asked = {
-        name: {(c, s): {"concept": c, "seed": s, "method": name, **shared, "apt": configs[name]} for c, s in places}
+        name: {
+            (c, s): {"concept": c, "seed": s, "method": name, **shared, "apt": configs[name], **beside.get(name, {})}
+            for c, s in places
+        }
         for name in (*args.methods, REFERENCE)
     }
     failed = []

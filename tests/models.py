@@ -209,16 +209,16 @@ class KohyaLoRA(nn.Module):
 
     def __init__(self, layer: nn.Linear, rank: int, dropout: float) -> None:
         super().__init__()
-        self.down = nn.Linear(layer.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, layer.out_features, bias=False)
-        nn.init.normal_(self.up.weight, std=0.3)  # trained already, so that the tuned model differs from the base
-        self.dropout, self.multiplier = dropout, 1.0
+        self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
+        self.lora_up = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.normal_(self.lora_up.weight, std=0.3)  # trained already, so that the tuned model differs from the base
+        self.dropout, self.multiplier, self.scale = dropout, 1.0, 1.0
         self.org_forward = layer.forward
         layer.forward = self.forward
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.dropout(self.down(x), self.dropout, self.training)
-        return self.org_forward(x) + self.multiplier * self.up(low)
+        low = F.dropout(self.lora_down(x), self.dropout, self.training)
+        return self.org_forward(x) + self.multiplier * self.scale * self.lora_up(low)
 
 
 class LoRANetwork(nn.Module):

@@ -10,6 +10,7 @@ WRONG_VALUES = {
     "enabled": ["yes", 1, None],
     "objective": ["APT", "dpo", "", 1, True, ["dco"], None],
     "dco_beta": [0, 0.0, -1, "1000", True, math.nan, math.inf, None],
+    "lambda_offset": [-0.1, "1", True, math.nan, math.inf, None],
     "monitor_only": ["no", 0, None],
     "reference": ["lora", "", None],
     "num_bins": [0, -1, 2.0, "10", True, None],
@@ -44,6 +45,7 @@ LIMITS = {
     "lambda_dist": [0],
     "lambda_attn": [0],
     "lambda_joint": [0],
+    "lambda_offset": [0],
     "frozen_every": [1],
     "blocks": [(0,), "auto"],
 }
@@ -147,7 +149,7 @@ def test_overrides_without_a_preset_are_those_of_the_defaults():
     assert AptConfig(lambda_dist=0, blocks=[1]).overrides() == {"lambda_dist": 0.0, "blocks": (1,)}
 
 
-@pytest.mark.parametrize("objective", ["apt", "dco", "dreambooth"])
+@pytest.mark.parametrize("objective", ["apt", "dco", "l2-sp", "dreambooth"])
 def test_every_objective_is_accepted_and_the_one_given_counts_as_override(objective):
     assert AptConfig.from_mapping({"objective": objective}).objective == objective
     assert AptConfig(objective=objective).overrides() == ({} if objective == "apt" else {"objective": objective})
@@ -162,7 +164,7 @@ GIVEN["frozen_every"] = 5
 OWN_TERMS = tuple(GIVEN)
 
 
-@pytest.mark.parametrize("objective", ["dco", "dreambooth"])
+@pytest.mark.parametrize("objective", ["dco", "l2-sp", "dreambooth"])
 @pytest.mark.parametrize(
     "values",
     [{}, GIVEN, {"preset": "sdxl"}, {"preset": "sd15", **GIVEN}],
@@ -177,16 +179,17 @@ def test_with_another_objective_apts_own_terms_are_off_whatever_was_given(object
     assert config.overrides() == {"objective": objective}
 
 
-@pytest.mark.parametrize("objective", ["dco", "dreambooth"])
+@pytest.mark.parametrize("objective", ["dco", "l2-sp", "dreambooth"])
 def test_keys_of_the_users_own_that_the_objective_drops_are_told_and_no_others(objective):
     own = {"num_bins": 5, "lambda_attn": 0.5, "zoom_out": [1.0, 2.0], "augmentation": False, "frozen_every": 1}
     dropped = {"lambda_attn": 0.5, "zoom_out": [1.0, 2.0]}
     assert AptConfig.from_mapping({"preset": "sdxl", "objective": objective, **own}).ignored == dropped
     assert AptConfig.from_mapping({"preset": "sdxl", "objective": objective}).ignored == {}
     assert AptConfig.from_mapping({"preset": "sdxl", **own}).ignored == {}
-    assert AptConfig.from_mapping({"dco_beta": 5, "objective": objective}).ignored == (
-        {} if objective == "dco" else {"dco_beta": 5}
-    )
+    of_one = {"dco_beta": ("dco", 5), "lambda_offset": ("l2-sp", 0.5)}
+    for key, (owner, value) in of_one.items():
+        ignored = AptConfig.from_mapping({key: value, "objective": objective}).ignored
+        assert ignored == ({} if objective == owner else {key: value})
 
 
 def test_with_apt_as_the_objective_its_own_terms_are_what_was_given():
@@ -200,7 +203,7 @@ def test_a_wrong_value_of_a_term_that_is_off_is_refused_all_the_same(key):
         AptConfig(objective="dco", **{key: "much"})
 
 
-@pytest.mark.parametrize("objective", ["dco", "dreambooth"])
+@pytest.mark.parametrize("objective", ["dco", "l2-sp", "dreambooth"])
 def test_a_preset_beside_another_objective_keeps_its_other_values(objective):
     preset, config = AptConfig.preset("sd21"), AptConfig.from_mapping({"preset": "sd21", "objective": objective})
     assert (config.preset_name, config.indicator_scale, config.blocks) == ("sd21", 100.0, (2, 3))

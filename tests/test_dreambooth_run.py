@@ -651,6 +651,36 @@ def test_dco_trains_with_the_gradient_of_its_loss(train: Train) -> None:
     assert found.lines[0]["l_attn"] is None and found.lines[-1]["augmented"] == 0.0
 
 
+@pytest.mark.parametrize("prior", [(), ("--with_prior_preservation",)], ids=["alone", "prior"])
+def test_l2_sp_adds_its_penalty_to_the_scripts_own_loss(train: Train, prior: tuple[str, ...]) -> None:
+    def penalized(source: str) -> str:
+        pairs = "[(m.lora_A['default'].weight, m.lora_B['default'].weight) for m in unet.modules() "
+        pairs += "if hasattr(m, 'lora_A')]"
+        backward = "                accelerator.backward(loss)"
+        penalty = f"                loss = loss + 0.7 * sum((b @ a).square().sum() for a, b in {pairs})\n"
+        return source.replace(backward, penalty + backward)
+
+    arguments = (*prior, "--max_train_steps", "6", "--learning_rate", "1e-2")
+    wanted = train("one_encoder", *arguments, patched=False, edit=penalized).lora
+    found = train("one_encoder", *arguments, config='objective = "l2-sp"\nlambda_offset = 0.7')
+    plain = train("one_encoder", *arguments, patched=False).lora
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found.lora[key], tensor, rtol=1e-3, atol=2e-5)
+    assert max(float((plain[k] - wanted[k]).abs().max()) for k in wanted) > 1e-3
+    assert found.lines[0]["l_offset"] == 0.0 < found.lines[-1]["l_offset"] and found.lines[-1]["l_attn"] is None
+
+
+def test_l2_sp_holds_trained_text_encoders_too(train: Train) -> None:
+    arguments = ("--train_text_encoder", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2")
+    found = train("one_encoder", *arguments, config='objective = "l2-sp"\nlambda_offset = 100').lora
+    plain = train("one_encoder", *arguments, patched=False).lora
+    sizes = []
+    for lora in (found, plain):
+        ups = [tensor for key, tensor in lora.items() if key.startswith("text_encoder.") and "lora_B" in key]
+        sizes.append(sum(float(up.square().sum()) for up in ups))
+    assert 0 < sizes[0] < 0.5 * sizes[1]
+
+
 def test_a_script_that_a_user_edited_trains_alike(train: Train) -> None:
     names = {
         "model_pred": "guess",

@@ -73,7 +73,7 @@ def test_a_lora_layer_that_the_switch_misses_is_named() -> None:
     objective = AptObjective(
         CONFIG, unet, lambda: all_but_one(network), trained=((f"lora.{n}", p) for n, p in network.named_parameters())
     )
-    with pytest.raises(AptError, match=NOT_THE_BASE + r"2 in all \(lora\.loras\.3\.down\.weight, lora\.loras\.3\.up"):
+    with pytest.raises(AptError, match=NOT_THE_BASE + r"2 in all \(lora\.loras\.3\.lora_down\.weight, lora\.loras\.3"):
         run_step(objective, unet)
 
 
@@ -152,7 +152,7 @@ class Training:
     def __init__(self, lr: float) -> None:
         self.unet, self.network = make_tuned("up_blocks")
         for lora in self.network.loras:
-            nn.init.zeros_(lora.up.weight)
+            nn.init.zeros_(lora.lora_up.weight)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=lr)
 
     def steps(self, number: int, **kwargs: Any) -> list[float]:

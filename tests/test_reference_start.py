@@ -169,7 +169,7 @@ def test_the_lora_of_the_start_has_no_dropout_and_is_in_training_mode_again_afte
 def test_python_s_random_numbers_are_those_of_a_run_without_the_pass() -> None:
     """DyLoRA draws its rank from them, in evaluation too."""
     unet, network = make_tuned("up_blocks")
-    network.loras[0].down.register_forward_hook(lambda *_: random.random() and None)
+    network.loras[0].lora_down.register_forward_hook(lambda *_: random.random() and None)
     state = random.getstate()
     with objective_of(unet, network).passes().frozen(), torch.no_grad():
         unet(*make_batch(unet)[:3])
@@ -244,9 +244,9 @@ def test_what_was_computed_of_trained_weights_before_the_pass_is_an_error() -> N
     with pytest.raises(AptError, match=NOT_THE_START + r"2 in all \(bias, weight\)"):
         objective.step(lambda: unet(x, timesteps, encoded), target, timesteps)
     objective.step(lambda: unet(x, timesteps, encoder(context)), target, timesteps)
-    kept = network.loras[0].up.weight.data
-    network.loras[0].up.register_forward_hook(lambda module, args, y: args[0] @ kept.T)
-    with pytest.raises(AptError, match=NOT_THE_START + r"1 in all \(loras\.0\.up\.weight\)"):
+    kept = network.loras[0].lora_up.weight.data
+    network.loras[0].lora_up.register_forward_hook(lambda module, args, y: args[0] @ kept.T)
+    with pytest.raises(AptError, match=NOT_THE_START + r"1 in all \(loras\.0\.lora_up\.weight\)"):
         step(objective_of(unet, network), unet)
 
 
@@ -260,7 +260,7 @@ def test_a_tuned_pass_without_the_lora_is_an_error_all_the_same() -> None:
         for _ in range(3):
             objective.step(lambda: unet(x, timesteps, context), target, timesteps)
             with torch.no_grad():
-                network.loras[0].up.weight.add_(1.0)
+                network.loras[0].lora_up.weight.add_(1.0)
 
 
 # -- saved and resumed -------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_a_run_that_goes_on_from_a_lora_says_so_once(caplog: pytest.LogCaptureFi
     unet, network = make_tuned("up_blocks")
     if lora == "zero":
         for module in network.loras:
-            nn.init.zeros_(module.up.weight)
+            nn.init.zeros_(module.lora_up.weight)
     objective = objective_of(unet, network, reference="start" if lora.startswith("start") else "base")
     x, timesteps, context, target = make_batch(unet)
     for _ in range(3):

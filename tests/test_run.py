@@ -29,6 +29,7 @@ KEYS = [
     "l_sigma",
     "l_attn",
     "l_joint",
+    "l_offset",
     "delta_noise",
 ]
 GAMMAS = [0.5, 0.25] + [0.0] * 8

@@ -779,6 +779,51 @@ def test_the_regularizer_is_added_once_and_for_the_samples_that_count(train: Tra
         assert seen.regularizer_weight == pytest.approx(1.0, abs=1e-6)
 
 
+L2_SP = {"objective": "l2-sp", "lambda_offset": 0.02}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_l2_sp_holds_the_whole_network_for_the_samples_that_count(train: Train, kind: str) -> None:
+    options = {"kind": kind, "network_train_unet_only": False, "gradient_checkpointing": True, "train_batch_size": 3}
+    run = train(L2_SP, spy=Spy, subsets=(OWN, {**REG, "captions": ["a dog"]}), **options)
+    for seen, line in zip(run.trainer.seen, run.log, strict=True):
+        assert line["l_offset"] > 0 and line["loss_weight"] == 1.0 and line["delta_noise"] > 0
+        assert seen.regularizer == pytest.approx(0.02 * line["l_offset"] * 2 / 3, rel=1e-5)
+        assert seen.regularizer_weight == pytest.approx(1.0, abs=1e-6)
+    # A run of one step less ends with the network that the last line is of.
+    weights = train(L2_SP, subsets=(OWN, {**REG, "captions": ["a dog"]}), **options, max_train_steps=2, name="two")
+    held = weights.saved()["weights"]
+    offsets = [held[name.replace("_down", "_up")] @ held[name] for name in held if "lora_down" in name]
+    assert any(name.startswith("loras.te0") for name in held)
+    wanted = sum(float(offset.double().square().sum()) for offset in offsets)
+    assert run.log[-1]["l_offset"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_l2_sp_under_accumulation_is_the_penalty_of_the_step(train: Train) -> None:
+    options = {"subsets": (OWN,), "max_train_steps": 2}
+    whole = train(L2_SP, train_batch_size=1, **options)
+    parts = train(L2_SP, spy=Spy, train_batch_size=1, gradient_accumulation_steps=2, **options, name="parts")
+    first = whole.log[0]["l_offset"]
+    assert parts.log[0]["l_offset"] == pytest.approx(first, rel=1e-6)
+    # Each of two batches adds half of the gradient.
+    assert [seen.regularizer_weight for seen in parts.trainer.seen] == pytest.approx([0.5] * 4)
+
+
+def test_l2_sp_refuses_what_is_no_pair(make: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = importlib.import_module("networks.lora").Network
+    init = network.__init__
+
+    def with_more(self: Any, *args: Any) -> None:
+        init(self, *args)
+        self.dora_scale = torch.nn.Parameter(torch.zeros(3))
+
+    monkeypatch.setattr(network, "__init__", with_more)
+    run = make(L2_SP)
+    with pytest.raises(SystemExit, match=r'"l2-sp" is for plain LoRAs: .* 1 of \d+ trained .*\(dora_scale\)') as error:
+        run.trainer.train(run.args)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_reentrant_checkpointing_gives_the_same_lora(train: Train, kind: str) -> None:
     apt = {"augmentation": False, "lambda_dist": 30.0, "lambda_attn": 1000.0}
@@ -887,7 +932,7 @@ def test_a_line_a_step_is_logged_and_tracked(train: Train, capsys: pytest.Captur
     run = train({"preset": "sd15", "num_bins": 4}, gradient_accumulation_steps=2)
     assert [line["step"] for line in run.log] == [1, 2, 3]
     assert all(list(line) == ["step", "gamma", "gap", *VALUES] and len(line["gamma"]) == 4 for line in run.log)
-    on = set(VALUES) - {"l_joint"}  # which is in place of the other regularizers
+    on = set(VALUES) - {"l_joint", "l_offset"}  # which are in place of the other regularizers
     assert all(math.isfinite(line[name]) for line in run.log for name in on)
     names = {f"apt/{name}" for name in on} | {f"apt/gamma/{i}" for i in range(4)}
     assert set(run.tracked[-1]) == names | {"at", "loss/current", "loss/average"}
@@ -1010,7 +1055,7 @@ class Zeroed(Spy):
     def on_step_start(self, *args: Any, is_train: bool) -> None:
         if not self.seen:
             for lora in args[2].loras.values():
-                torch.nn.init.zeros_(lora.up.weight)
+                torch.nn.init.zeros_(lora.lora_up.weight)
         super().on_step_start(*args, is_train=is_train)
 
 

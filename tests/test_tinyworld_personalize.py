@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -7,15 +8,26 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+from apt_hooks.tinyworld import preservation
 from apt_hooks.tinyworld.attention import attention_of_words
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.denoisers import DENOISERS
-from apt_hooks.tinyworld.model import PIPELINES, load_pipeline
-from apt_hooks.tinyworld.personalize import METHODS, Training, lora, method_config, reference_pictures, save_lora, train
+from apt_hooks.tinyworld.methods import METHODS
+from apt_hooks.tinyworld.model import PIPELINES, load_pipeline, sample
+from apt_hooks.tinyworld.personalize import Training, lora, method_config, reference_pictures, save_lora, train
 
 CONCEPT = CONCEPTS[4]
 TRAINING = Training(steps=3, batch=1)
 PICTURES = reference_pictures(CONCEPT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_class_pictures():
+    """And rough ones: no test here looks at how good they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preservation, "CLASS_PICTURES", 6)
+        patch.setattr(preservation, "sample", functools.partial(sample, steps=2))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +37,11 @@ def pipeline():
 
 def trained_weights(pipeline, method, seed=0, log_path=None):
     """All methods without augmentation, with which the samples would be others as soon as gammas are."""
-    with lora(pipeline, TRAINING.rank, seed):
-        config = method_config(method, {"augmentation": False})
-        trained = train(pipeline, PICTURES, CONCEPT.captions(), config, TRAINING, seed=seed, log_path=log_path)
+    with lora(pipeline, TRAINING.rank, seed), METHODS[method].adapter(pipeline.unet, seed):
+        config, made = method_config(method, {"augmentation": False}), METHODS[method]
+        trained = train(
+            pipeline, PICTURES, CONCEPT.captions(), config, TRAINING, seed=seed, log_path=log_path, method=made
+        )
         weights = {n: p.detach().clone() for n, p in pipeline.unet.named_parameters() if "lora_" in n}
     return weights, trained
 
@@ -65,10 +79,16 @@ def logged(path):
 
 def test_methods_are_what_their_names_say():
     configs = {name: method_config(name) for name in METHODS}
-    assert [c.objective for c in configs.values()] == ["dreambooth", "dco", "apt", "apt", "apt"]
-    assert [bool(c.lambda_dist) for c in configs.values()] == [False, False, False, True, True]
-    assert [bool(c.lambda_attn) for c in configs.values()] == [False, False, False, False, True]
-    assert all(configs[name].loss_weighting and configs[name].augmentation for name in ("ata", "ata+rs", "apt"))
+    plain = ("dreambooth", "prior", "dop", "t-lora", "t-lora+ortho")
+    for name, config in configs.items():
+        own = name if name in ("dco", "l2-sp") else "dreambooth" if name in plain else "apt"
+        assert config.objective == own
+        stabilized = name == "ata+rs" or name.startswith("apt")
+        assert (bool(config.lambda_dist), bool(config.lambda_attn)) == (stabilized, name.startswith("apt"))
+        assert config.loss_weighting == config.augmentation == (own == "apt")
+        method = METHODS[name]
+        assert (method.prior_preservation, method.output_preservation) == ("prior" in name, "dop" in name)
+        assert (method.masks_rank, method.orthogonal) == ("t-lora" in name, "ortho" in name)
 
 
 def test_all_methods_see_the_same_samples_timesteps_and_noise(runs):
@@ -79,7 +99,7 @@ def test_all_methods_see_the_same_samples_timesteps_and_noise(runs):
     assert len({log[-1]["loss_tuned"] for _, _, log in runs.values()}) > 1
 
 
-@pytest.mark.parametrize("method", ["dreambooth", "apt"])
+@pytest.mark.parametrize("method", ["dreambooth", "apt", "apt+prior", "dop", "t-lora+ortho"])
 def test_a_training_repeats_itself_and_leaves_nothing_behind(pipeline, untouched, runs, method):
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     random_state = torch.random.get_rng_state()

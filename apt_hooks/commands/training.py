@@ -141,7 +141,11 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each method.")] = None,
     model: Annotated[str, typer.Option(help="The tiny world's model: unet, or transformer (flow matching).")] = "unet",
     methods: Annotated[
-        str, typer.Option(help="Columns of the comparison: ideal, base, dreambooth, dco, ata, ata+rs, apt.")
+        str,
+        typer.Option(
+            help="Columns of the comparison: ideal, base, dreambooth, dco, l2-sp, prior, dop, t-lora, t-lora+ortho, "
+            "ata, ata+rs, apt, apt+prior, apt+dop, apt+t-lora."
+        ),
     ] = "ideal,base,dreambooth,apt",
     out: Annotated[Path, typer.Option(help="Folder for pictures, numbers and LoRAs.")] = Path("apt-demo"),
 ) -> None:

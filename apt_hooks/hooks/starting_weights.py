@@ -66,6 +66,10 @@ class StartingWeights:
             self._copies[i] = copy.to(parameter.device, parameter.dtype)  # itself, unless the model was moved
         return self._copies
 
+    def by_parameter(self) -> dict[Tensor, Tensor]:
+        """The weight that each parameter had."""
+        return dict(zip(self._parameters, self.weights, strict=True))
+
     @contextlib.contextmanager
     def exchanged(self) -> Iterator[None]:
         """Inside, the parameters have the weights that they had at the start."""

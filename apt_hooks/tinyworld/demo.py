@@ -27,11 +27,7 @@ _FILLERS = {"a", "of", "in", "on", "at", "the", "with"}
 NAMES = {
     "ideal": "drawn by code",
     "base": "base model",
-    "dreambooth": "DreamBooth",
-    "dco": "DCO",
-    "ata": "APT, weights only",
-    "ata+rs": "APT, no alignment",
-    "apt": "APT",
+    **{name: method.title for name, method in METHODS.items()},
 }
 BETTER = {
     "frechet": "lower",

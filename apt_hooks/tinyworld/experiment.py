@@ -20,6 +20,7 @@ from .attention import attention_of_words
 from .concepts import CONCEPTS, IDENTIFIER
 from .evaluate import Examination, Judgement
 from .judge_networks import load_judges
+from .methods import METHODS
 from .model import PIPELINES, denoiser_of, load_pipeline
 from .personalize import Trained, Training, lora, method_config, one_thread, reference_pictures, save_lora, train
 
@@ -114,8 +115,9 @@ def run_method(
         return Result(examination.ideal(), None, None)
     if name == "base":
         return examine(None, None)
-    config = method_config(name, overrides, denoiser_of(pipeline.components))
-    with lora(pipeline, training.rank, seed):
+    denoiser, method = denoiser_of(pipeline.components), METHODS[name]
+    config = method_config(name, overrides, denoiser)
+    with lora(pipeline, training.rank, seed), method.adapter(getattr(pipeline, denoiser.part), seed):
         log = out / f"{name}-apt.jsonl" if out else None
         captions = examination.concept.captions()
         trained = train(
@@ -127,9 +129,10 @@ def run_method(
             seed=seed,
             log_path=log,
             advance=advance,
+            method=method,
             checkpoints={step: functools.partial(judge, step) for step in checkpoints},
         )
-        if out:
+        if out and not method.masks_rank:  # no LoRA file says that ranks are masked
             save_lora(pipeline, out / f"{name}.safetensors")
         return examine(IDENTIFIER, trained)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import random
@@ -23,18 +24,10 @@ from ..training.objective import AptObjective
 from ..training.run import AptRun
 from .concepts import Concept
 from .denoisers import UNET, Denoiser
+from .methods import METHODS, Method
 from .model import denoiser_of, encode_images, encode_texts
+from .preservation import class_caption, class_pictures, output_preservation_loss
 from .render import render
-
-METHODS: dict[str, dict[str, Any]] = {
-    "dreambooth": {"objective": "dreambooth"},
-    "dco": {"objective": "dco"},
-    "ata": {"lambda_dist": 0.0, "lambda_attn": 0.0},
-    "ata+rs": {"lambda_attn": 0.0},
-    "apt": {},
-}
-"""The keys of `[apt]` in which each method differs from `preset.toml`: from plain training to all of APT."""
-
 
 MEASUREMENTS = 15
 """How often delta noise is measured during a training."""
@@ -69,7 +62,7 @@ def method_config(
 ) -> AptConfig:
     """The preset of the tiny world's model, the overrides, and over both what makes the method."""
     preset = read_toml(Path(__file__).with_name(denoiser.preset))["apt"]
-    return AptConfig.from_mapping({**preset, **overrides, **METHODS[name]})
+    return AptConfig.from_mapping({**preset, **overrides, **METHODS[name].keys})
 
 
 def reference_pictures(concept: Concept, seed: int = 0) -> Tensor:
@@ -122,9 +115,10 @@ def train(
     seed: int,
     log_path: Path | None = None,
     advance: Callable[[], None] = lambda: None,
+    method: Method = METHODS["apt"],
     checkpoints: Mapping[int, Callable[[], None]] = MappingProxyType({}),
 ) -> Trained:
-    """Train the LoRA that is on the pipeline's denoiser, as the paper does, without class images.
+    """Train the LoRA that is on the pipeline's denoiser, without class images unless the method asks for them.
 
     Both models read the same captions: the identifier is a word that means nothing to the base model, which DCO's
     way, the class word in its place, comes to as well.
@@ -133,10 +127,11 @@ def train(
         pipeline: one of the tiny world's, with a LoRA on its denoiser (`lora`).
         references: [pictures, 3, 64, 64], from 0 to 1.
         captions: one a picture.
-        config: the method.
+        config: the keys of the method (`method_config`).
         seed: of everything that is drawn; the same for two methods, the same samples, timesteps and noise.
         log_path: apt-hooks' log of every step.
         advance: called after each step.
+        method: what is done beside; to be called inside of its `adapter`.
         checkpoints: by the step, what is called with the LoRA that the training would end with there.
     """
     denoiser = denoiser_of(pipeline.components)
@@ -148,8 +143,9 @@ def train(
     average = _Average(parameters, training.average)
     samples = _Samples(pipeline, references, captions, training.batch, seed)
     delta_noise = _DeltaNoise(samples)
-    bin_of = denoiser.bin_of(config.num_bins)
-    objective = AptObjective(config, module, functools.partial(adapters_off, module), bin_of=bin_of)
+    bin_of, off = denoiser.bin_of(config.num_bins), functools.partial(adapters_off, module)
+    of_class = _ClassTerms(method, samples, captions, off, seed)
+    objective = AptObjective(config, module, off, bin_of=bin_of)
     run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed, trainer="tinyworld")
     trained = Trained(config, [], [])
     module.train()
@@ -163,7 +159,8 @@ def train(
             passes = objective.passes(covered=covered)
             passes.run(samples.prediction(rows, clean, timesteps, noise))
             apt = passes.step(target, timesteps, error_scale=denoiser.error_scale(timesteps))
-            apt.loss((apt.prediction - target).square().mean(dim=(1, 2, 3))).backward()
+            loss = apt.loss((apt.prediction - target).square().mean(dim=(1, 2, 3)))
+            (loss + of_class.loss(rows, clean, timesteps, noise)).backward()
             optimizer.step()
             optimizer.zero_grad()
             average.update(step)
@@ -225,6 +222,12 @@ class _Samples:
         self.clean = encode_images(pipeline, self.pictures)
         self._stream = torch.Generator().manual_seed(seed)
 
+    def told(self, captions: list[str]) -> _Samples:
+        """The same pictures with other captions."""
+        other = copy.copy(self)
+        other._condition = self._denoiser.condition(encode_texts(self.pipeline, captions))
+        return other
+
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the pictures, timesteps, noise: [batch], [batch], [batch, 4, 16, 16]."""
         rows = torch.randint(len(self.clean), (self.batch,), generator=self._stream)
@@ -245,6 +248,35 @@ class _Samples:
         condition = {name: told[rows] for name, told in self._condition.items()}
         module = getattr(self.pipeline, self._denoiser.part)
         return lambda: self._denoiser.predict(module, noisy, timesteps, condition)
+
+
+class _ClassTerms:
+    """What a method adds to a step's loss to keep the class as it was."""
+
+    def __init__(
+        self, method: Method, samples: _Samples, captions: list[str], off: Callable[[], Any], seed: int
+    ) -> None:
+        self._method, self._off, self._denoiser = method, off, denoiser_of(samples.pipeline.components)
+        self._told_class = self._prior = None
+        if method.output_preservation:
+            self._told_class = samples.told([class_caption(caption) for caption in captions])
+        if method.prior_preservation:
+            # A stream of its own, so that the concept's samples are those of the other methods.
+            pictures, prompts = class_pictures(samples.pipeline, captions, off, seed)
+            self._prior = _Samples(samples.pipeline, pictures, prompts, samples.batch, ~seed & 0xFFFFFFFF)
+
+    def loss(self, *batch: Any) -> Tensor | float:
+        """Of the step with this batch of the concept, as `_Samples.prediction` takes it."""
+        total: Tensor | float = 0.0
+        if self._told_class is not None:
+            predict = self._told_class.prediction(*batch)
+            total = total + self._method.output_preservation * output_preservation_loss(predict, self._off)
+        if self._prior is not None:
+            rows, timesteps, noise = self._prior.draw()
+            clean = self._prior.latents(rows)
+            missed = self._prior.prediction(rows, clean, timesteps, noise)() - self._denoiser.target(clean, noise)
+            total = total + self._method.prior_preservation * missed.square().mean()
+        return total
 
 
 class _DeltaNoise:

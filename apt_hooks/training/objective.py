@@ -14,10 +14,12 @@ from ..errors import AptError
 from ..hooks.capture import FeatureCapture
 from ..hooks.frozen import AdaptersOff
 from ..hooks.layout import Layout
+from ..hooks.lora_pairs import lora_pairs
 from ..method.augmentation import Placement, ZoomOutRotate, covered_at
 from ..method.deferred import Deferred
 from ..method.indicator import OverfittingIndicator
 from ..method.losses import SampleLosses, dco_weight
+from ..method.weight_offset import LowRank, difference, weight_offset
 from .passes import Passes, rows_of
 from .reference import Reference
 from .step import AptStep, scale_gradient
@@ -35,7 +37,8 @@ class AptObjective:
         adapters_off: makes a context in which the adapters take no part (`frozen_base`).
         num_train_timesteps: T of the noise schedule.
         also_frozen: further modules whose adapters `adapters_off` switches, e.g. trained text encoders; with
-            `reference = "start"` also the LoRA itself where it is no part of them, for the sake of its dropout.
+            `reference = "start"` also the LoRA itself where it is no part of them, for the sake of its dropout, and
+            with `objective = "l2-sp"`, whose pairs are looked for in it.
         bin_of: as in `OverfittingIndicator`, for timesteps that are no whole numbers, such as sigmas.
         layout: where to hook a denoiser of no known architecture, in place of the keys `blocks` and
             `representation_source`.
@@ -75,6 +78,7 @@ class AptObjective:
         )
         self.augmentation = ZoomOutRotate(config.zoom_out, config.rotation_degrees)
         self._augmented: tuple[Placement, torch.Size] | None = None  # by `augment`, for `step`
+        self._pairs: list[LowRank] | None = None
         self.steps = 0
         """Batches so far; every `frozen_every`-th has a frozen pass."""
         self.capture: FeatureCapture | None = None
@@ -249,9 +253,12 @@ class AptObjective:
         # The terms are means over the samples that count; the trainer's loss is a mean over the whole batch.
         share = (self.config.frozen_every if passes.due else 0) * count / batch
         regularizer = torch.zeros((), device=target.device)
+        terms = passes.terms
+        if self.config.objective == "l2-sp" and count:
+            terms = {**terms, "l_offset": self._weight_offset()}
         if not self.config.monitor_only:
-            regularizer = self._regularizer(passes.terms, share, regularizer)
-        values.update({name: term.detach() for name, term in passes.terms.items()})
+            regularizer = self._regularizer(terms, share, regularizer)
+        values.update({name: term.detach() for name, term in terms.items()})
         prediction = tuned if covered is None else scale_gradient(tuned, covered)
         return AptStep(prediction, weight, regularizer, gammas, gaps, count, values)
 
@@ -269,7 +276,18 @@ class AptObjective:
         """The terms by their lambdas, as they are added to a mean over the whole batch."""
         dist, attn, joint = self.config.lambda_dist, self.config.lambda_attn, self.config.lambda_joint
         lambdas = {"l_mu": dist, "l_sigma": dist, "l_attn": attn, "l_joint": joint}
-        return sum((lambdas[name] * share * term for name, term in terms.items()), nothing)
+        lambdas["l_offset"] = self.config.lambda_offset
+        return sum((lambdas[name] * share * term.to(nothing.device) for name, term in terms.items()), nothing)
+
+    def _weight_offset(self) -> Tensor:
+        """How far the LoRA has gone from the reference (`weight_offset`)."""
+        if self._pairs is None:
+            self._pairs = lora_pairs(self.reference.modules, self.reference.named_trained())
+        if self.reference.start is None:
+            return weight_offset(self._pairs)
+        first = self.reference.start.by_parameter()
+        began = (LowRank(first.get(down, down), first.get(up, up), scale) for down, up, scale in self._pairs)
+        return weight_offset([difference(now, then) for now, then in zip(self._pairs, began, strict=True)])
 
     def verify(self) -> None:
         """Check that the last backward pass carried the regularizers' gradient (`FeatureCapture.verify`), and what the

@@ -61,11 +61,14 @@ class Reference:
             AptError: nothing is known to be trained, or the state was of another LoRA.
         """
         if self.kind == "start" and (self.start is None or self.saved_start is not None):
-            trained = self.trained
-            if trained is None:
-                named = (item for module in self.modules for item in module.named_parameters())
-                trained = [(name, p) for name, p in named if p.requires_grad]
-            self.start, self.saved_start = StartingWeights(trained, self.saved_start), None
+            self.start, self.saved_start = StartingWeights(self.named_trained(), self.saved_start), None
+
+    def named_trained(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of all that is trained: what was told, or whatever of the modules requires a gradient."""
+        if self.trained is not None:
+            return self.trained
+        named = (item for module in self.modules for item in module.named_parameters())
+        return [(name, p) for name, p in named if p.requires_grad]
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:

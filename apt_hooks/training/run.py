@@ -77,7 +77,7 @@ class AptRun:
         config, capture = self.objective.config, self.objective.capture
         overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.overrides().items())
         ignored = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.ignored.items())
-        regularizers = "no regularizers"
+        regularizers = "weights' offset (L2-SP)" if config.objective == "l2-sp" else "no regularizers"
         if capture is not None:
             blocks = f"{capture.layout.noun} {', '.join(map(str, capture.layout.blocks))}"
             regularizers = (

@@ -29,6 +29,7 @@ VALUES = (
     "l_sigma",
     "l_attn",
     "l_joint",
+    "l_offset",
     "delta_noise",
 )
 

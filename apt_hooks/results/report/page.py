@@ -28,6 +28,7 @@ _TERMS = {
     "l_sigma": ("l_sigma", "Distance of the hidden states' deviations from the base model's."),
     "l_attn": ("l_attn", "Distance of the attention maps from the base model's."),
     "l_joint": ("l_joint", "Distance of the cross-attentions' outputs from the base model's."),
+    "l_offset": ("l_offset", "Squared distance of the weights from the base model's (L2-SP)."),
 }
 
 

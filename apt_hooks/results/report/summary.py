@@ -137,6 +137,8 @@ def _of_apt(run: RunLog, found: Summary) -> list[str]:
         return ["APT only watched (monitor_only): it changed nothing."]
     if config.get("objective") == "dreambooth":
         return ["Plain training (objective dreambooth): APT measured and changed nothing."]
+    if config.get("objective") == "l2-sp":
+        return ["Plain training with a penalty on the weights' offset (objective l2-sp)."]
     weight, augmented, parts = found.values["loss_weight"], found.augmented, []
     if weight == 1 and not augmented > 0:
         return ["Neither was the loss turned down there, nor were any images augmented."]
