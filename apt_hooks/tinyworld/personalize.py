@@ -41,9 +41,9 @@ class Training:
     to be is then no part of it, which makes runs repeatable.
     """
 
-    steps: int = 500
+    steps: int = 800
     batch: int = 2
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     rank: int = 8
     average: float = 0.98
 
@@ -96,7 +96,7 @@ def lora(pipeline: Any, rank: int, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """How many threads share a sum shows in its last bit, and in 500 steps that becomes another LoRA."""
+    """How many threads share a sum shows in its last bit, and in 800 steps that becomes another LoRA."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
