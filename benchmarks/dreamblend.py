@@ -3,28 +3,34 @@
     python benchmarks/dreamblend.py --out DIR [--concepts 4,5,6,7] [--seeds 0,1,2] [--late 150,300,600] ...
 
 For each concept and seed a LoRA is trained, its checkpoints are kept in DIR, and each of them is judged alone and, as
-the late one, blended with the early one; the attention shift of each (`apt-hooks maps --collapse`) is measured. As soon
-as something is measured, a line of JSON is appended to DIR/runs.jsonl, and it is not measured again. Then the means are
-printed, and drawn in the plane of text and identity score.
+the late one, together with the early one in three ways: blended, and by two that cost nothing: interpolated weights,
+and the early one for the first denoising steps, then the late one. The attention shift of each (`apt-hooks maps
+--collapse`) is measured. As soon as something is measured, a line of JSON is appended to DIR/runs.jsonl, and it is not
+measured again. Then the means are printed, and drawn in the plane of text and identity score.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import statistics
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from tinyworld import append_line, numbers, read_rows
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.integrations.sampling.collapse import attention_collapse
+from apt_hooks.integrations.sampling.denoising_steps import denoising_steps
 from apt_hooks.integrations.sampling.dreamblend import DreamBlend
+from apt_hooks.integrations.sampling.loras import Loras
 from apt_hooks.results.pictures import draw_plane
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.evaluate import Examination
@@ -35,6 +41,8 @@ from apt_hooks.tinyworld.personalize import METHODS, Training, lora, method_conf
 OPTIONS = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE, "output_type": "pt"}
 
 Row = dict[str, Any]
+Point = tuple[int | None, int, str]
+"""The early checkpoint's step, or None, the late one's, and how they are brought together."""
 
 
 def main() -> None:
@@ -52,6 +60,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--early", type=int, default=10)
     parser.add_argument("--late", type=numbers, default=[150, 300, 600])
     parser.add_argument("--guidance-lr", type=float, default=1.0)
+    parser.add_argument("--interpolate", type=shares, default=[0.5], help="shares of the late one's weights")
+    parser.add_argument("--switch-at", type=numbers, default=[3], help="denoising steps, of 10, before the late one")
     parser.add_argument("--scenes", type=int, default=24, help="prompts, a picture each")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--table-only", action="store_true", help="measure nothing")
@@ -67,6 +77,10 @@ def _arguments() -> argparse.Namespace:
     if args.early not in args.checkpoints or args.method not in by_keys:
         raise AptError(f"--early is one of --checkpoints, --method of {', '.join(by_keys)}")
     return args
+
+
+def shares(text: str) -> list[float]:
+    return list(dict.fromkeys(float(number) for number in text.split(",")))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -94,12 +108,17 @@ def settings(args: argparse.Namespace, concept: int, seed: int) -> list[Row]:
     """What is to be measured of one training: each checkpoint alone, and the blends."""
     shared = {"concept": concept, "seed": seed, "method": args.method, "scenes": args.scenes}
     alone = [{**shared, "early": None, "late": step} for step in args.checkpoints]
-    blends = [
-        {**shared, "early": args.early, "late": step, "guidance_lr": args.guidance_lr}
-        for step in args.late
-        if step != args.early
-    ]
-    return alone + blends
+    both = [{**shared, "early": args.early, "late": step} for step in args.late if step != args.early]
+    ways: list[Row] = [{"guidance_lr": args.guidance_lr}]
+    ways += [{"interpolate": share} for share in args.interpolate] + [{"switch_at": step} for step in args.switch_at]
+    return alone + [{**pair, **way} for pair in both for way in ways]
+
+
+def way_of(row: Row) -> str:
+    """How the two checkpoints of a row are brought together."""
+    if "interpolate" in row:
+        return f"weights, {row['interpolate']:g} of the late"
+    return f"late from step {row['switch_at']}" if "switch_at" in row else "blend"
 
 
 def measure(args: argparse.Namespace, concept: int, seed: int) -> None:
@@ -120,18 +139,31 @@ def measure(args: argparse.Namespace, concept: int, seed: int) -> None:
     prompts, seeds = examination.prompts(), [1000 * seed + i for i in range(args.scenes)]
     generators = [torch.Generator() for _ in seeds]
 
-    def call() -> None:
+    def draw() -> torch.Tensor:
         for generator, own in zip(generators, seeds, strict=True):
             generator.manual_seed(own)
-        pipeline(prompts, generator=generators, **OPTIONS)
+        images: torch.Tensor = pipeline(prompts, generator=generators, **OPTIONS).images
+        return images
 
     alone = {str(w["late"]): files[w["late"]] for w in missing if w["early"] is None}
-    shifts = attention_collapse(pipeline, alone, call) if alone else {}
+    shifts = attention_collapse(pipeline, alone, draw) if alone else {}
     for wanted in missing:
         early, late = wanted["early"] or wanted["late"], wanted["late"]
-        with DreamBlend(pipeline, files[early], files[late], guidance_lr=args.guidance_lr) as blend:
-            recording = blend.early(prompts, seeds, **OPTIONS)
-            pictures = recording.images if wanted["early"] is None else blend.blend(recording).images
+        if "interpolate" in wanted:
+            with tempfile.TemporaryDirectory() as folder:
+                mixed = interpolated(files[early], files[late], wanted["interpolate"], Path(folder))
+                with Loras(pipeline, {"mixed": mixed}) as loras, loras.active("mixed"):
+                    pictures = draw()
+        elif "switch_at" in wanted:
+            with Loras(pipeline, {"early": files[early], "late": files[late]}) as loras:
+                first = range(wanted["switch_at"])
+                around = lambda step, _batch: loras.active("early" if step in first else "late")  # noqa: E731, B023
+                with denoising_steps(pipeline, around=around):
+                    pictures = draw()
+        else:
+            with DreamBlend(pipeline, files[early], files[late], guidance_lr=args.guidance_lr) as blend:
+                recording = blend.early(prompts, seeds, **OPTIONS)
+                pictures = recording.images if wanted["early"] is None else blend.blend(recording).images
         row = {**wanted, **examination.score(pictures.clamp(0, 1)).scores, "commit": commit()}
         if wanted["early"] is None:
             row["attention_shift"] = shifts[str(late)]
@@ -145,25 +177,32 @@ def checkpoints(args: argparse.Namespace, pipeline: Any, concept: int, seed: int
     if all(path.exists() for path in files.values()):
         return files
     folder.mkdir(exist_ok=True)
-    training, step = Training(steps=max(args.checkpoints)), 0
-
-    def advance() -> None:
-        nonlocal step
-        step += 1
-        if step in files:
-            save_lora(pipeline, files[step])
-
+    training = Training(steps=max(args.checkpoints))
     config, references = method_config(args.method), reference_pictures(CONCEPTS[concept])
+    keep = {step: functools.partial(save_lora, pipeline, path) for step, path in files.items()}
     with lora(pipeline, training.rank, seed):
-        train(pipeline, references, CONCEPTS[concept].captions(), config, training, seed=seed, advance=advance)
+        train(pipeline, references, CONCEPTS[concept].captions(), config, training, seed=seed, checkpoints=keep)
     return files
 
 
-def means(rows: Iterable[Row]) -> dict[tuple[int | None, int], dict[str, list[float]]]:
-    """By (early, late) and score, the concepts' means over their seeds: runs of one concept are not independent."""
-    found: dict[tuple[int | None, int], dict[int, list[Row]]] = {}
+def interpolated(early: Path, late: Path, share: float, folder: Path) -> Path:
+    """A LoRA whose changes of weights are `(1 - share)` times the early one's and `share` times the late one's."""
+    one, other = load_file(early), load_file(late)
+    mixed = {}
+    for key in one:
+        if ".lora_A" in key:
+            mixed[key] = torch.cat([one[key], other[key]])
+        else:
+            mixed[key] = torch.cat([(1 - share) * one[key], share * other[key]], dim=1)
+    save_file(mixed, folder / "mixed.safetensors")
+    return folder / "mixed.safetensors"
+
+
+def means(rows: Iterable[Row]) -> dict[Point, dict[str, list[float]]]:
+    """By point and score, the concepts' means over their seeds: runs of one concept are not independent."""
+    found: dict[Point, dict[int, list[Row]]] = {}
     for row in rows:
-        found.setdefault((row["early"], row["late"]), {}).setdefault(row["concept"], []).append(row)
+        found.setdefault((row["early"], row["late"], way_of(row)), {}).setdefault(row["concept"], []).append(row)
     scores = ("text", "identity", "frechet", "attention_shift")
     return {
         point: {
@@ -171,7 +210,7 @@ def means(rows: Iterable[Row]) -> dict[tuple[int | None, int], dict[str, list[fl
             for name in scores
             if all(name in row for own in concepts.values() for row in own)
         }
-        for point, concepts in sorted(found.items(), key=lambda item: (item[0][0] is not None, item[0][1]))
+        for point, concepts in sorted(found.items(), key=lambda item: (item[0][0] is not None, item[0][2], item[0][1]))
     }
 
 
@@ -181,18 +220,21 @@ def cell(values: list[float], style: str) -> str:
     return text if len(values) < 2 else f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:{style}}"
 
 
-def print_table(points: Mapping[tuple[int | None, int], Mapping[str, list[float]]]) -> None:
+def print_table(points: Mapping[Point, Mapping[str, list[float]]]) -> None:
     columns = {"text": ".3f", "identity": ".3f", "frechet": ".0f", "attention_shift": ".3f"}
     print("| checkpoint | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
-    for (early, late), scores in points.items():
+    for (early, late, way), scores in points.items():
         cells = [cell(scores[name], style) if name in scores else "" for name, style in columns.items()]
-        print(f"| {late if early is None else f'{early} + {late}'} | " + " | ".join(cells) + " |")
+        print(f"| {late if early is None else f'{early} + {late}, {way}'} | " + " | ".join(cells) + " |")
 
 
-def draw(path: Path, points: Mapping[tuple[int | None, int], Mapping[str, list[float]]]) -> None:
+def draw(path: Path, points: Mapping[Point, Mapping[str, list[float]]]) -> None:
     at = {point: (statistics.fmean(s["identity"]), statistics.fmean(s["text"])) for point, s in points.items()}
-    singles = {str(late): xy for (early, late), xy in at.items() if early is None}
-    blends = {(str(early), str(late)): xy for (early, late), xy in at.items() if early is not None}
+    singles = {str(late): xy for (early, late, _), xy in at.items() if early is None}
+    blends: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
+    for (early, late, way), xy in at.items():
+        if early is not None:
+            blends.setdefault(way, {})[str(early), str(late)] = xy
     draw_plane(path, singles, blends, ("subject: identity score", "prompt: text score"))
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 for package in ("diffusers", "peft", "rich", "safetensors"):
     pytest.importorskip(package)
@@ -238,3 +239,20 @@ def test_wrong_options_are_told_in_one_line_before_anything_runs(bench, options,
     with pytest.raises(SystemExit, match=said) as ended:
         bench(*options)
     assert str(ended.value.code).count("\n") == 0 and not bench.log.exists()
+
+
+def test_interpolated_loras_change_each_weight_by_their_shares(monkeypatch, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.syspath_prepend(PATH.parent)
+    blending = importlib.import_module("dreamblend")
+    changes = []
+    for step in (10, 600):
+        lora = {
+            f"unet.to_q.lora_{side}.weight": torch.randn(3, 5).mT if side == "B" else torch.randn(3, 7) for side in "AB"
+        }
+        save_file({name: tensor.contiguous() for name, tensor in lora.items()}, tmp_path / f"{step}.safetensors")
+        changes.append(lora["unet.to_q.lora_B.weight"] @ lora["unet.to_q.lora_A.weight"])
+    mixed = load_file(blending.interpolated(tmp_path / "10.safetensors", tmp_path / "600.safetensors", 0.25, tmp_path))
+    found = mixed["unet.to_q.lora_B.weight"] @ mixed["unet.to_q.lora_A.weight"]
+    torch.testing.assert_close(found, 0.75 * changes[0] + 0.25 * changes[1])

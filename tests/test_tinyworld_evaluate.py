@@ -1,3 +1,4 @@
+import dataclasses
 import random
 from types import SimpleNamespace
 
@@ -9,11 +10,12 @@ pytest.importorskip("safetensors")
 
 from apt_hooks.tinyworld.concepts import CONCEPTS, IDENTIFIER
 from apt_hooks.tinyworld.datasets import held_out_scenes
-from apt_hooks.tinyworld.evaluate import METRICS, Examination, agreement
+from apt_hooks.tinyworld.evaluate import METRICS, Examination, agreement, as_decoded
+from apt_hooks.tinyworld.experiment import Setting
 from apt_hooks.tinyworld.judge_networks import AttributeClassifier, IdentityEncoder, Judges, load_judges
 from apt_hooks.tinyworld.personalize import reference_pictures
 from apt_hooks.tinyworld.render import render
-from apt_hooks.tinyworld.world import BACKGROUNDS, COLORS
+from apt_hooks.tinyworld.world import BACKGROUNDS, COLORS, Subject
 
 CONCEPT = CONCEPTS[6]
 
@@ -84,6 +86,20 @@ def test_the_seed_decides_the_prompts_and_nothing_else_does(judges):
     assert examination(judges, seed=4, references=exam.references).scenes != exam.scenes
     assert examination(judges, seed=3, references=exam.references, scenes=12).scenes[:8] == exam.scenes
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_what_was_asked_drawn_by_code_is_what_the_classifier_reads_and_the_subject():
+    for package in ("diffusers", "peft"):
+        pytest.importorskip(package)
+    concept = CONCEPTS[3]
+    exam = Setting(3, scenes=12, repeats=2).examination(base=torch.randn(24, 48))
+    ideal, again = exam.ideal(), exam.ideal()
+    assert torch.equal(ideal.pictures, again.pictures) and len(ideal.pictures) == 24
+    assert ideal.scores["text"] > 0.97 and ideal.scores["black_frames"] == 0
+    plain = [dataclasses.replace(scene, subject=Subject(concept.subject.kind, "red")) for scene in exam.scenes]
+    rng = random.Random(0)
+    others = exam.score(as_decoded(exam.pipeline, torch.stack([render(scene, rng) for scene in plain])))
+    assert ideal.scores["identity"] > others.scores["identity"] + 0.3
 
 
 # Scores.

@@ -134,14 +134,14 @@ def draw_attention(
 def draw_plane(
     path: Path,
     singles: Mapping[str, tuple[float, float]],
-    blends: Mapping[tuple[str, str], tuple[float, float]],
+    together: Mapping[str, Mapping[tuple[str, str], tuple[float, float]]],
     axes: tuple[str, str] = ("subject score", "text score"),
 ) -> None:
-    """DreamBlend's plane of both scores: a line of single checkpoints, and each blend at an arrow from its late one.
+    """DreamBlend's plane of both scores: a line of single checkpoints, and each pair at an arrow from its late one.
 
     Args:
         singles: (subject, text) by name, from early to late.
-        blends: the same by the names of the early and the late checkpoint.
+        together: the same by how two checkpoints were brought together, and by the names of the early and the late one.
     """
     from matplotlib.figure import Figure
 
@@ -150,12 +150,14 @@ def draw_plane(
     ax.plot(*zip(*singles.values(), strict=True), "o-", color="#9aa5b1", label="single checkpoints")
     for name, xy in singles.items():
         ax.annotate(name, xy, textcoords="offset points", xytext=(6, -12), fontsize=9, color="#555555")
-    for (early, late), xy in blends.items():
-        ax.annotate("", xy, singles[late], arrowprops={"arrowstyle": "->", "color": "#d95f02", "alpha": 0.5})
-        ax.plot(*xy, "D", color="#d95f02", zorder=3)
-        ax.annotate(f"{early} + {late}", xy, textcoords="offset points", xytext=(6, 6), fontsize=9, color="#d95f02")
-    if blends:
-        ax.plot([], [], "D", color="#d95f02", label="blends: early + late")
+    for i, (way, pairs) in enumerate(together.items()):
+        color, marker = f"C{1 + i % 9}", "Ds^vPX"[i % 6]
+        for (early, late), xy in pairs.items():
+            ax.annotate("", xy, singles[late], arrowprops={"arrowstyle": "->", "color": color, "alpha": 0.5})
+            ax.plot(*xy, marker, color=color, zorder=3)
+            ax.annotate(f"{early} + {late}", xy, textcoords="offset points", xytext=(6, 6), fontsize=9, color=color)
+        if pairs:
+            ax.plot([], [], marker, color=color, label=f"{way}: early + late")
     ax.set(xlabel=axes[0], ylabel=axes[1])
     ax.legend(loc="best")
     for side in ("top", "right"):

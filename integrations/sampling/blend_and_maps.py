@@ -125,7 +125,7 @@ def run_sweep(
     at = {(row["early"], row["late"]): (row["subject"], row["text"]) for row in rows}
     singles = {late: xy for (early, late), xy in at.items() if early is None}
     blends = {pair: xy for pair, xy in at.items() if pair[0] is not None}
-    pictures.draw_plane(out / "sweep.png", singles, blends, ("subject: CLIP-I", "prompt: CLIP-T"))
+    pictures.draw_plane(out / "sweep.png", singles, {"blends": blends}, ("subject: CLIP-I", "prompt: CLIP-T"))
     for row in rows:
         name = row["late"] if row["early"] is None else f"{row['early']} + {row['late']}"
         say(f"{name:24} text {row['text']:.4f}  subject {row['subject']:.4f}")
