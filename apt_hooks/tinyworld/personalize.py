@@ -43,7 +43,7 @@ class Training:
 
     steps: int = 600
     batch: int = 2
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     rank: int = 8
     average: float = 0.98
 
