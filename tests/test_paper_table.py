@@ -202,7 +202,7 @@ def test_where_it_is_stopped_all_that_runs_ends(tmp_path):
             processes.Processes({"": "a processor"}).work(tasks)
     finally:
         signal.signal(signal.SIGTERM, before)
-    for _ in range(500):  # an orphan is gone when init has seen its end
+    for _ in range(6000):  # an orphan is gone when init has seen its end
         state = Path(f"/proc/{pid.read_text()}/stat")
         if not state.exists() or state.read_text().split()[2] == "Z":
             return
