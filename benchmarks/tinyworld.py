@@ -267,12 +267,12 @@ def _table(methods: Mapping[str, Scores], by_concept: bool, sign: str = "") -> l
         for (concept, seed), row in scores.items():
             groups.setdefault(concept if by_concept else seed, []).append(row)
         means = {column: [statistics.fmean(row[column] for row in g) for g in groups.values()] for column in COLUMNS}
-        cells = [_cell(means[column], style, sign) for column, style in COLUMNS.items()]
+        cells = [cell(means[column], style, sign) for column, style in COLUMNS.items()]
         lines.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _cell(values: list[float], style: str, sign: str) -> str:
+def cell(values: list[float], style: str, sign: str) -> str:
     if len(values) < 2:
         return format(values[0], sign + style) if values else "-"
     error = statistics.stdev(values) / len(values) ** 0.5
