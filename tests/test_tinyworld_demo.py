@@ -1,5 +1,6 @@
 import functools
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -105,6 +106,17 @@ def test_processes_side_by_side_make_what_one_makes(tmp_path):
         assert torch.equal(alone.judgement.pictures, result.judgement.pictures) == (name == "ideal")
         assert alone.metrics().keys() == result.metrics().keys()
     assert (tmp_path / "dreambooth.safetensors").exists()
+
+
+def test_what_stops_the_demo_ends_its_processes_at_once(tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    setting = Setting(5, training=Training(steps=100_000), scenes=4, repeats=1)
+    examination = setting.examination(base=torch.zeros(4, 48))
+    with pytest.raises(KeyboardInterrupt):
+        list(run_methods(("dreambooth", "apt"), examination, setting, out=tmp_path, workers=2, advance=stop))
+    assert not multiprocessing.active_children()
 
 
 def test_the_transformer_has_a_demo_too(tmp_path):

@@ -8,6 +8,7 @@ import functools
 import multiprocessing
 import os
 import queue
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -164,7 +165,7 @@ def run_methods(
         return
     # Not forked: a process cannot use the threads that its parent's torch has started.
     context = multiprocessing.get_context("spawn")
-    steps = context.Queue()
+    steps, before = context.Queue(), multiprocessing.active_children()
     with concurrent.futures.ProcessPoolExecutor(
         workers, context, initializer=_begin, initargs=(setting, examination.base, steps)
     ) as pool:
@@ -178,8 +179,12 @@ def run_methods(
                     advance()
                 for future in done:
                     yield waiting.pop(future), future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            # The pool would wait for what is being trained.
+            for process in multiprocessing.active_children():
+                if process not in before:
+                    process.terminate()
+            raise
 
 
 def _drained(steps: Any) -> Iterator[None]:
@@ -195,6 +200,7 @@ _worker: tuple[Examination, Setting, Any]
 
 def _begin(setting: Setting, base: Tensor, steps: Any) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
     torch.set_num_threads(1)
     _worker = setting.examination(base), setting, steps
 
