@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
+import hashlib
 import json
 import statistics
 import tempfile
@@ -106,12 +108,18 @@ def run(args: argparse.Namespace) -> None:
 
 def settings(args: argparse.Namespace, concept: int, seed: int) -> list[Row]:
     """What is to be measured of one training: each checkpoint alone, and the blends."""
-    shared = {"concept": concept, "seed": seed, "method": args.method, "scenes": args.scenes}
+    shared = {"concept": concept, "seed": seed, "method": args.method, "scenes": args.scenes, "training": made_by(args)}
     alone = [{**shared, "early": None, "late": step} for step in args.checkpoints]
     both = [{**shared, "early": args.early, "late": step} for step in args.late if step != args.early]
     ways: list[Row] = [{"guidance_lr": args.guidance_lr}]
     ways += [{"interpolate": share} for share in args.interpolate] + [{"switch_at": step} for step in args.switch_at]
     return alone + [{**pair, **way} for pair in both for way in ways]
+
+
+def made_by(args: argparse.Namespace) -> str:
+    """What the LoRAs depend on beside concept, seed and method, short: their files and rows are of no other setting."""
+    about = [dataclasses.asdict(Training(steps=max(args.checkpoints))), dataclasses.asdict(method_config(args.method))]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def way_of(row: Row) -> str:
@@ -172,7 +180,7 @@ def measure(args: argparse.Namespace, concept: int, seed: int) -> None:
 
 def checkpoints(args: argparse.Namespace, pipeline: Any, concept: int, seed: int) -> dict[int, Path]:
     """The LoRAs of one training, made where one is missing."""
-    folder = args.out / f"{args.method}-{concept}-{seed}"
+    folder = args.out / f"{args.method}-{concept}-{seed}-{made_by(args)}"
     files = {step: folder / f"{step}.safetensors" for step in args.checkpoints}
     if all(path.exists() for path in files.values()):
         return files

@@ -1,10 +1,12 @@
-"""The ablation on the tiny world: base, DreamBooth, DCO, adaptive training, + stabilization, + alignment (APT).
+"""Methods compared on the tiny world: DreamBooth, its rivals, APT and its parts (`apt_hooks.tinyworld.methods`).
 
     python benchmarks/tinyworld.py --out DIR [--concepts 4,5,...] [--seeds 0,1,2] [--methods ...] [--set KEY=VALUE ...]
 
 Every method has the same steps, learning rate, samples, timesteps and noise. As soon as a run is done, a line of JSON
 is appended to DIR/runs.jsonl: its settings, its scores and the machine. A run that is there with the same settings, on
-any machine, is not made again. Then the tables of what was asked for: each method, and its difference to DreamBooth.
+any machine, is not made again. Then the tables of what was asked for: each method, its difference to DreamBooth, in how
+many pairs all that is asked of APT holds, and how many pairs half of a difference would take. With `--checkpoints` the
+scores over the steps are drawn into DIR/curves.png.
 """
 
 from __future__ import annotations
@@ -74,7 +76,10 @@ def _arguments() -> argparse.Namespace:
         for item in getattr(args, option):
             if item not in known:
                 raise AptError(f"--{option} takes {', '.join(map(str, known))}, separated by commas; found {item!r}")
-    for option in ("steps", "scenes", "repeats", "workers"):
+    for step in args.checkpoints:
+        if not 1 <= step < args.steps:
+            raise AptError(f"--checkpoints must be from 1 to below --steps, here {args.steps}; found {step}")
+    for option in ("steps", "rank", "scenes", "repeats", "workers"):
         if getattr(args, option) < 1:
             raise AptError(f"--{option} must be at least 1; found {getattr(args, option)}")
     return args

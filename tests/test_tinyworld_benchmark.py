@@ -232,6 +232,8 @@ def test_a_failure_is_told_at_the_end_and_loses_nothing_else(bench, capsys):
         (("--set", "lambda_atn=2"), 'no such key; did you mean "lambda_attn"'),
         (("--set", "lambda_attn=-2"), "lambda_attn must be a number, 0 or larger .*; found -2"),
         (("--set", "lambda_attn"), "--set takes KEY=VALUE, the value in JSON; found 'lambda_attn'"),
+        (("--checkpoints", "100,600"), "--checkpoints must be from 1 to below --steps, here 600; found 600"),
+        (("--rank", "0"), "--rank must be at least 1; found 0"),
         (("--steps", "0"), "--steps must be at least 1; found 0"),
     ],
 )

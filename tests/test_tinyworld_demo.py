@@ -14,7 +14,7 @@ from apt_hooks.tinyworld import evaluate
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.demo import run_demo, shown_rows
 from apt_hooks.tinyworld.evaluate import METRICS
-from apt_hooks.tinyworld.experiment import Setting, run_method, run_methods
+from apt_hooks.tinyworld.experiment import Setting, run_methods
 from apt_hooks.tinyworld.model import sample
 from apt_hooks.tinyworld.personalize import Training
 from apt_hooks.tinyworld.world import BACKGROUNDS
@@ -92,20 +92,27 @@ def test_the_base_model_alone_needs_no_training(tmp_path):
 
 
 def test_processes_side_by_side_make_what_one_makes(tmp_path):
-    concept, training = CONCEPTS[5], Training(steps=2)
-    setting = Setting(5, training=training, scenes=4, repeats=1)
-    examination, steps = setting.examination(), []
-    together = dict(
-        run_methods(
-            ("ideal", "dreambooth"), examination, setting, out=tmp_path, workers=2, advance=lambda: steps.append(1)
-        )
-    )
-    assert examination.concept == concept and steps == [1, 1]
-    for name, result in together.items():
-        alone = run_method(name, setting.examination(examination.base), training, seed=0)
-        assert torch.equal(alone.judgement.pictures, result.judgement.pictures) == (name == "ideal")
-        assert alone.metrics().keys() == result.metrics().keys()
-    assert (tmp_path / "dreambooth.safetensors").exists()
+    setting, steps = Setting(5, training=Training(steps=2), scenes=4, repeats=1), []
+    examination = setting.examination(base=torch.randn(4, 48))
+    names, folders = ("ideal", "dreambooth"), [tmp_path / "two", tmp_path / "one"]
+    made = []
+    for workers, folder in zip((2, 1), folders, strict=True):
+        folder.mkdir()
+        ran = run_methods(names, examination, setting, out=folder, workers=workers, advance=lambda: steps.append(1))
+        made.append(dict(ran))
+    two, one = made
+    assert steps == [1] * 4 and two.keys() == one.keys() == set(names)
+    assert torch.equal(two["ideal"].judgement.pictures, one["ideal"].judgement.pictures)
+    assert two["dreambooth"].trained.delta_noise == one["dreambooth"].trained.delta_noise
+    assert len({(folder / "dreambooth.safetensors").read_bytes() for folder in folders}) == 1
+
+
+def test_what_fails_in_a_process_is_told_and_ends_the_others(tmp_path):
+    setting = Setting(5, training=Training(steps=100_000), scenes=4, repeats=1)
+    examination = setting.examination(base=torch.zeros(4, 48))
+    with pytest.raises(KeyError, match="no-such-method"):
+        list(run_methods(("apt", "no-such-method"), examination, setting, out=tmp_path, workers=2))
+    assert not multiprocessing.active_children()
 
 
 def test_what_stops_the_demo_ends_its_processes_at_once(tmp_path):

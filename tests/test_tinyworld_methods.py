@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+import typing
 
 import pytest
 import torch
@@ -196,3 +198,11 @@ def test_what_is_done_beside_is_told_by_name_and_nothing_where_keys_are_all():
         "apt+dop": {"output_preservation": 1.0},
         "apt+t-lora": {"masks_rank": True},
     }
+
+
+def test_the_help_names_every_method():
+    from apt_hooks.commands.training import demo
+    from apt_hooks.tinyworld.experiment import UNTRAINED
+
+    (option,) = typing.get_type_hints(demo, include_extras=True)["methods"].__metadata__
+    assert re.findall(r"[\w+-]+", option.help.split(":")[1]) == [*UNTRAINED, *METHODS]

@@ -147,6 +147,9 @@ def demo(
             "ata, ata+rs, apt, apt+prior, apt+dop, apt+t-lora."
         ),
     ] = "ideal,base,dreambooth,apt",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Trainings side by side, a process each; one a core if not given.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures, numbers and LoRAs.")] = Path("apt-demo"),
 ) -> None:
     """Personalize a tiny pretrained model with and without APT, and show the difference in pictures and numbers."""
@@ -155,7 +158,16 @@ def demo(
 
     training = Training() if steps is None else Training(steps=steps)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    run_demo(out, concept=concept, seed=seed, methods=names, training=training, model=model, say=typer.echo)
+    run_demo(
+        out,
+        concept=concept,
+        seed=seed,
+        methods=names,
+        training=training,
+        model=model,
+        workers=workers,
+        say=typer.echo,
+    )
 
 
 @app.command(epilog="Example: `apt-hooks calibrate out/lora-apt.jsonl`")

@@ -161,7 +161,7 @@ def _draw(out: Path, examination: Examination, results: Mapping[str, Result]) ->
     if trained:
         curves = {NAMES[name]: (run.steps, run.delta_noise) for name, run in trained.items()}
         pictures.draw_delta_noise(out / _DELTA_NOISE, curves)
-        most = [name for name in METHODS if name in trained][-1]  # of APT: METHODS goes from none of it to all
+        most = next(name for name in ("apt", *reversed(METHODS)) if name in trained)
         pictures.draw_indicator(out / _INDICATOR, out / f"{most}-apt.jsonl", NAMES[most])
         seen = {name: results[name] for name in ("base", "dreambooth", most) if name in results}
     else:

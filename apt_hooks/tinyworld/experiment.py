@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.process
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import AptError
 from .attention import attention_of_words
 from .concepts import CONCEPTS, IDENTIFIER
 from .evaluate import Examination, Judgement
@@ -48,6 +53,7 @@ class Setting:
     scenes: int = 24
     repeats: int = 3
 
+    @one_thread()
     def examination(self, base: Tensor | None = None) -> Examination:
         """With a pipeline of its own; `base` is another one's, whose making takes as long as a method's pictures."""
         concept = CONCEPTS[self.concept]
@@ -154,37 +160,60 @@ def run_methods(
         examination: of the setting.
         workers: processes; None takes one a core, and one runs them here.
         advance: called after each step of any training.
+
+    Raises:
+        AptError: a process was ended from outside, as for want of memory.
     """
-    workers = min(workers or os.cpu_count() or 1, len(names))
+    workers = min(workers or _cores(), len(names))
     if workers == 1:
         for name in names:
-            yield (
-                name,
-                run_method(name, examination, setting.training, seed=setting.seed, out=out, advance=advance),
-            )
+            found = run_method(name, examination, setting.training, seed=setting.seed, out=out, advance=advance)
+            yield name, found
         return
     # Not forked: a process cannot use the threads that its parent's torch has started.
     context = multiprocessing.get_context("spawn")
     steps, before = context.Queue(), multiprocessing.active_children()
     with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_begin, initargs=(setting, examination.base, steps)
+        workers, context, initializer=_begin, initargs=(setting, examination.base.numpy(), steps)
     ) as pool:
-        # The longest first.
-        order = sorted(names, key=lambda name: name in UNTRAINED)
-        waiting = {pool.submit(_run_in_worker, name, out): name for name in order}
+        order = sorted(names, key=lambda name: name in UNTRAINED)  # trainings first, which take longest
+        with _left_alone_by_ctrl_c():
+            waiting = {pool.submit(_run_in_worker, name, out): name for name in order}
         try:
             while waiting:
                 done, _ = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
                 for _ in _drained(steps):
                     advance()
                 for future in done:
-                    yield waiting.pop(future), future.result()
-        except BaseException:
+                    yield waiting.pop(future), pickle.loads(future.result())
+        except BaseException as error:
             # The pool would wait for what is being trained.
             for process in multiprocessing.active_children():
                 if process not in before:
                     process.terminate()
+            if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                raise AptError(
+                    "a training was ended from outside, perhaps for want of memory; `--workers 1` takes least"
+                ) from error
             raise
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _left_alone_by_ctrl_c() -> Iterator[None]:
+    """Processes that are started inside ignore it, and with it the traceback each would print: this one ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where signals cannot be set
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _drained(steps: Any) -> Iterator[None]:
@@ -198,13 +227,15 @@ def _drained(steps: Any) -> Iterator[None]:
 _worker: tuple[Examination, Setting, Any]
 
 
-def _begin(setting: Setting, base: Tensor, steps: Any) -> None:
+def _begin(setting: Setting, base: Any, steps: Any) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
     torch.set_num_threads(1)
-    _worker = setting.examination(base), setting, steps
+    steps.cancel_join_thread()  # steps that nobody counts any more do not keep the process
+    _worker = setting.examination(torch.from_numpy(base)), setting, steps
 
 
-def _run_in_worker(name: str, out: Path) -> Result:
+def _run_in_worker(name: str, out: Path) -> bytes:
+    """The result, pickled here: the pool would put its tensors into shared memory, of which containers have little."""
     examination, setting, steps = _worker
-    return run_method(name, examination, setting.training, seed=setting.seed, out=out, advance=lambda: steps.put(None))
+    found = run_method(name, examination, setting.training, seed=setting.seed, out=out, advance=lambda: steps.put(None))
+    return pickle.dumps(found)

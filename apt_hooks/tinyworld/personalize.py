@@ -183,7 +183,7 @@ def train(
 
 
 class _Average:
-    """The moving average of parameters over the steps, none of which begins it at full weight (bias-free)."""
+    """The moving average of parameters over the steps; of few steps, that of these alone, not of where they began."""
 
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
         self._parameters, self._decay = list(parameters), decay
@@ -262,7 +262,7 @@ class _ClassTerms:
             self._told_class = samples.told([class_caption(caption) for caption in captions])
         if method.prior_preservation:
             # A stream of its own, so that the concept's samples are those of the other methods.
-            pictures, prompts = class_pictures(samples.pipeline, captions, off, seed)
+            pictures, prompts = class_pictures(samples.pipeline, captions, off, ~seed & 0xFFFFFFFF)
             self._prior = _Samples(samples.pipeline, pictures, prompts, samples.batch, ~seed & 0xFFFFFFFF)
 
     def loss(self, *batch: Any) -> Tensor | float:
