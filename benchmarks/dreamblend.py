@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from tinyworld import append_line, numbers, read_rows
+from tinyworld import append_line, cell, numbers, read_rows
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.integrations.sampling.collapse import attention_collapse
@@ -35,12 +35,14 @@ from apt_hooks.integrations.sampling.dreamblend import DreamBlend
 from apt_hooks.integrations.sampling.loras import Loras
 from apt_hooks.results.pictures import draw_plane
 from apt_hooks.tinyworld.concepts import CONCEPTS
+from apt_hooks.tinyworld.denoisers import UNET
 from apt_hooks.tinyworld.evaluate import Examination
 from apt_hooks.tinyworld.judge_networks import load_judges
-from apt_hooks.tinyworld.model import GUIDANCE, SAMPLING_STEPS, load_pipeline
-from apt_hooks.tinyworld.personalize import METHODS, Training, lora, method_config, reference_pictures, save_lora, train
+from apt_hooks.tinyworld.methods import METHODS
+from apt_hooks.tinyworld.model import load_pipeline
+from apt_hooks.tinyworld.personalize import Training, lora, method_config, reference_pictures, save_lora, train
 
-OPTIONS = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE, "output_type": "pt"}
+OPTIONS = {"num_inference_steps": UNET.sampling_steps, "guidance_scale": UNET.guidance, "output_type": "pt"}
 
 Row = dict[str, Any]
 Point = tuple[int | None, int, str]
@@ -220,12 +222,6 @@ def means(rows: Iterable[Row]) -> dict[Point, dict[str, list[float]]]:
         }
         for point, concepts in sorted(found.items(), key=lambda item: (item[0][0] is not None, item[0][2], item[0][1]))
     }
-
-
-def cell(values: list[float], style: str) -> str:
-    """Mean, and the standard error over concepts."""
-    text = format(statistics.fmean(values), style)
-    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:{style}}"
 
 
 def print_table(points: Mapping[Point, Mapping[str, list[float]]]) -> None:

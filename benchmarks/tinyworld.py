@@ -35,8 +35,9 @@ from apt_hooks.tinyworld.demo import NAMES
 from apt_hooks.tinyworld.denoisers import DENOISERS
 from apt_hooks.tinyworld.evaluate import METRICS
 from apt_hooks.tinyworld.experiment import UNTRAINED, Setting, run_method
+from apt_hooks.tinyworld.methods import METHODS
 from apt_hooks.tinyworld.model import PIPELINES
-from apt_hooks.tinyworld.personalize import METHODS, Training, method_config
+from apt_hooks.tinyworld.personalize import Training, method_config
 
 REFERENCE = "dreambooth"
 CLOSE = 0.05
@@ -148,14 +149,14 @@ def run_group(log: Path, group: list[Settings], training: Training, overrides: d
     machine = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     machine |= {"device": device_name(torch.device("cpu")), "commit": commit()}
     asked = {key: first[key] for key in ("concept", "seed", "model", "scenes", "repeats")}
-    examination = Setting(training=training, **asked).examination()
+    setting = Setting(training=training, **asked)
+    examination = setting.examination()
     for settings in group:
         start = time.monotonic()
         result = run_method(
             settings["method"],
             examination,
-            training,
-            seed=first["seed"],
+            setting,
             overrides=overrides,
             checkpoints=first["checkpoints"],
         )
@@ -277,7 +278,8 @@ def _table(methods: Mapping[str, Scores], by_concept: bool, sign: str = "") -> l
     return lines
 
 
-def cell(values: list[float], style: str, sign: str) -> str:
+def cell(values: list[float], style: str, sign: str = "") -> str:
+    """Mean ± standard error; of one value itself, of none a dash."""
     if len(values) < 2:
         return format(values[0], sign + style) if values else "-"
     error = statistics.stdev(values) / len(values) ** 0.5

@@ -1,10 +1,10 @@
 import csv
 import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_path import benchmarks_importable
 from torch.nn import functional as F
 
 pytest.importorskip("diffusers")
@@ -15,17 +15,13 @@ from diffusers import UNet2DConditionModel
 
 from apt_hooks import AptError
 
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
-sys.path.insert(0, BENCHMARKS)
-try:
+with benchmarks_importable():
     import step
     import step_counting
     import step_least
     import step_memory
     import step_methods
     import step_models
-finally:
-    sys.path.remove(BENCHMARKS)
 
 torch.set_num_threads(1)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import toml
+from benchmark_path import benchmarks_importable
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -16,14 +17,10 @@ pytest.importorskip("rich")
 
 from apt_hooks import AptError
 
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
-sys.path.insert(0, BENCHMARKS)
-try:
+with benchmarks_importable():
     import paper_table
     import paper_table_scores
     import processes
-finally:
-    sys.path.remove(BENCHMARKS)
 
 STANDIN = str(Path(__file__).with_name("paper_table_standin.py"))
 SCRIPT = Path(__file__).with_name("dreambooth_scripts") / "one_encoder.py"

@@ -3,15 +3,15 @@ import importlib.util
 import itertools
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_path import BENCHMARKS, benchmarks_importable
 
 for package in ("diffusers", "peft", "rich", "safetensors"):
     pytest.importorskip(package)
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "tinyworld.py"
+PATH = BENCHMARKS / "tinyworld.py"
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +243,11 @@ def test_wrong_options_are_told_in_one_line_before_anything_runs(bench, options,
     assert str(ended.value.code).count("\n") == 0 and not bench.log.exists()
 
 
-def test_interpolated_loras_change_each_weight_by_their_shares(monkeypatch, tmp_path):
+def test_interpolated_loras_change_each_weight_by_their_shares(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    monkeypatch.syspath_prepend(PATH.parent)
-    blending = importlib.import_module("dreamblend")
+    with benchmarks_importable():
+        blending = importlib.import_module("dreamblend")
     changes = []
     for step in (10, 600):
         lora = {

@@ -182,8 +182,9 @@ class Examination:
 )
 def test_a_t_lora_is_drawn_with_as_it_was_trained_and_no_file_says_it_is_a_plain_one(pipeline, tmp_path, name, files):
     examination = Examination(pipeline)
+    setting = experiment.Setting(CONCEPTS.index(CONCEPT), training=Training(steps=1))
     with pytest.raises(Stop):
-        experiment.run_method(name, examination, Training(steps=1), seed=0, out=tmp_path)
+        experiment.run_method(name, examination, setting, out=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == files
     assert (examination.hooks > 0) == (name == "t-lora")
     assert not any(m._forward_hooks for m in denoiser(pipeline).modules())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..hooks.attention_maps import token_maps
 from ..hooks.capture import FeatureCapture
-from .model import denoiser_of, encode_images, encode_texts
+from .model import denoiser_and_module, encode_images, encode_texts
 
 
 @torch.no_grad()
@@ -18,8 +18,7 @@ def attention_of_words(pipeline: Any, prompt: str, picture: Tensor) -> Tensor:
 
     Mean over heads and layers, lower resolutions scaled up.
     """
-    denoiser = denoiser_of(pipeline.components)
-    module = getattr(pipeline, denoiser.part)
+    denoiser, module = denoiser_and_module(pipeline)
     latents = encode_images(pipeline, picture[None] * 2 - 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     moment = torch.tensor([500])

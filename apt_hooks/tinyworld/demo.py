@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AptError, why_not_imported
 from ..files import make_folder, write_atomically
 from .concepts import CONCEPTS, IDENTIFIER
-from .personalize import METHODS, Training, reference_pictures
+from .methods import METHODS
+from .personalize import Training
 
 if TYPE_CHECKING:
     from .evaluate import Examination
@@ -87,8 +88,8 @@ def run_demo(
     from .experiment import Setting, run_methods
 
     setting = Setting(concept, seed, model, training, scenes, repeats)
-    references, captions = reference_pictures(CONCEPTS[concept]), CONCEPTS[concept].captions()
-    say(f'concept {concept}: {len(references)} pictures of "{captions[0]}"; {training.steps} steps a method')
+    captions = CONCEPTS[concept].captions()
+    say(f'concept {concept}: {len(captions)} pictures of "{captions[0]}"; {training.steps} steps a method')
     found: dict[str, Result] = {}
     trainings = sum(name in METHODS for name in methods)
     with Progress() as progress:

@@ -27,7 +27,7 @@ from .concepts import CONCEPTS, IDENTIFIER
 from .evaluate import Examination, Judgement
 from .judge_networks import load_judges
 from .methods import METHODS
-from .model import PIPELINES, denoiser_of, load_pipeline
+from .model import PIPELINES, denoiser_and_module, load_pipeline
 from .personalize import Trained, Training, lora, method_config, one_thread, reference_pictures, save_lora, train
 
 UNTRAINED = ("ideal", "base")
@@ -94,9 +94,8 @@ class Result:
 def run_method(
     name: str,
     examination: Examination,
-    training: Training,
+    setting: Setting,
     *,
-    seed: int,
     out: Path | None = None,
     overrides: Mapping[str, Any] = MappingProxyType({}),
     advance: Callable[[], None] = lambda: None,
@@ -104,9 +103,9 @@ def run_method(
 ) -> Result:
     """Train by one method, let it draw the prompts, and judge that; the pipeline is then the base model again.
 
-    Also at the steps of `checkpoints`.
+    Also at the steps of `checkpoints`. `examination` is of the setting.
     """
-    pipeline = examination.pipeline
+    pipeline, training, seed = examination.pipeline, setting.training, setting.seed
     judged: dict[int, Judgement] = {}
 
     def examine(identifier: str | None, trained: Trained | None) -> Result:
@@ -122,9 +121,10 @@ def run_method(
         return Result(examination.ideal(), None, None)
     if name == "base":
         return examine(None, None)
-    denoiser, method = denoiser_of(pipeline.components), METHODS[name]
+    method = METHODS[name]
+    denoiser, module = denoiser_and_module(pipeline)
     config = method_config(name, overrides, denoiser)
-    with lora(pipeline, training.rank, seed), method.adapter(getattr(pipeline, denoiser.part), seed):
+    with lora(pipeline, training.rank, seed), method.adapter(module, seed):
         log = out / f"{name}-apt.jsonl" if out else None
         captions = examination.concept.captions()
         trained = train(
@@ -167,8 +167,7 @@ def run_methods(
     workers = min(workers or _cores(), len(names))
     if workers == 1:
         for name in names:
-            found = run_method(name, examination, setting.training, seed=setting.seed, out=out, advance=advance)
-            yield name, found
+            yield name, run_method(name, examination, setting, out=out, advance=advance)
         return
     # Not forked: a process cannot use the threads that its parent's torch has started.
     context = multiprocessing.get_context("spawn")
@@ -237,5 +236,4 @@ def _begin(setting: Setting, base: Any, steps: Any) -> None:
 def _run_in_worker(name: str, out: Path) -> bytes:
     """The result, pickled here: the pool would put its tensors into shared memory, of which containers have little."""
     examination, setting, steps = _worker
-    found = run_method(name, examination, setting.training, seed=setting.seed, out=out, advance=lambda: steps.put(None))
-    return pickle.dumps(found)
+    return pickle.dumps(run_method(name, examination, setting, out=out, advance=lambda: steps.put(None)))

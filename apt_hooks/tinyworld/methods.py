@@ -37,9 +37,8 @@ class Method:
     @property
     def beside(self) -> dict[str, Any]:
         """What it does beside APT, by the names of the attributes."""
-        plain = Method(self.title, self.keys)
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value != getattr(plain, name)}
+        beside = [field for field in dataclasses.fields(self) if field.name not in ("title", "keys")]
+        return {field.name: value for field in beside if (value := getattr(self, field.name)) != field.default}
 
     def adapter(self, denoiser: nn.Module, seed: int) -> AbstractContextManager[None]:
         """Inside, the LoRA on the denoiser is the method's; to train and to draw in."""

@@ -22,7 +22,6 @@ WEIGHTS = Path(__file__).with_name("weights")
 PIPELINES = {"unet": WEIGHTS / "pipeline", "transformer": WEIGHTS / "transformer"}
 """Where the pretrained models are, by the denoiser's name."""
 TOKENS = 20
-GUIDANCE, SAMPLING_STEPS = UNET.guidance, UNET.sampling_steps
 
 
 def new_tokenizer() -> Any:
@@ -120,6 +119,12 @@ def denoiser_of(names: Iterable[str]) -> Denoiser:
         if name in found:
             return denoiser
     raise AptError(f"looked for one of the parts {', '.join(DENOISERS)}, found {', '.join(found) or 'none'}")
+
+
+def denoiser_and_module(pipeline: Any) -> tuple[Denoiser, Any]:
+    """The kind of denoiser that a pipeline has, and the module itself."""
+    denoiser = denoiser_of(pipeline.components)
+    return denoiser, getattr(pipeline, denoiser.part)
 
 
 def save_pipeline(parts: dict[str, Any], folder: Path) -> None:

@@ -25,7 +25,7 @@ from ..training.run import AptRun
 from .concepts import Concept
 from .denoisers import UNET, Denoiser
 from .methods import METHODS, Method
-from .model import denoiser_of, encode_images, encode_texts
+from .model import denoiser_and_module, denoiser_of, encode_images, encode_texts
 from .preservation import class_caption, class_pictures, output_preservation_loss
 from .render import render
 
@@ -83,8 +83,7 @@ def lora(pipeline: Any, rank: int, seed: int) -> Iterator[None]:
     """
     from peft import LoraConfig
 
-    denoiser = denoiser_of(pipeline.components)
-    module = getattr(pipeline, denoiser.part)
+    denoiser, module = denoiser_and_module(pipeline)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(denoiser.lora_targets)), "concept")
@@ -134,8 +133,7 @@ def train(
         method: what is done beside; to be called inside of its `adapter`.
         checkpoints: by the step, what is called with the LoRA that the training would end with there.
     """
-    denoiser = denoiser_of(pipeline.components)
-    module = getattr(pipeline, denoiser.part)
+    denoiser, module = denoiser_and_module(pipeline)
     parameters = [parameter for name, parameter in module.named_parameters() if "lora_" in name]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -215,7 +213,8 @@ class _Samples:
     """The training data: which picture, timestep and noise comes next does not depend on the method."""
 
     def __init__(self, pipeline: Any, references: Tensor, captions: list[str], batch: int, seed: int) -> None:
-        self.pipeline, self.batch, self._denoiser = pipeline, batch, denoiser_of(pipeline.components)
+        self.pipeline, self.batch = pipeline, batch
+        self._denoiser, self._module = denoiser_and_module(pipeline)
         self.pictures = references * 2 - 1
         self._condition = self._denoiser.condition(encode_texts(pipeline, captions))
         # The mean of the posterior, not a sample: one source of noise less, and the same for all methods.
@@ -246,8 +245,7 @@ class _Samples:
         """What runs the denoiser on these samples."""
         noisy = self._denoiser.add_noise(self.pipeline.training_scheduler, clean, noise, timesteps)
         condition = {name: told[rows] for name, told in self._condition.items()}
-        module = getattr(self.pipeline, self._denoiser.part)
-        return lambda: self._denoiser.predict(module, noisy, timesteps, condition)
+        return lambda: self._denoiser.predict(self._module, noisy, timesteps, condition)
 
 
 class _ClassTerms:
@@ -287,8 +285,7 @@ class _DeltaNoise:
         rows = torch.arange(len(timesteps)) % len(samples.clean)
         noise = torch.randn(len(rows), *samples.clean.shape[1:], generator=torch.Generator().manual_seed(0))
         self._predict = samples.prediction(rows, samples.latents(rows), timesteps, noise)
-        denoiser = denoiser_of(samples.pipeline.components)
-        with torch.no_grad(), adapters_off(getattr(samples.pipeline, denoiser.part)):
+        with torch.no_grad(), adapters_off(denoiser_and_module(samples.pipeline)[1]):
             self._frozen = self._predict()
 
     @torch.no_grad()
@@ -304,8 +301,8 @@ def save_lora(pipeline: Any, path: Path) -> None:
     """
     from peft.utils import get_peft_model_state_dict
 
-    part = denoiser_of(pipeline.components).part
-    layers = get_peft_model_state_dict(getattr(pipeline, part), adapter_name="concept")
+    denoiser, module = denoiser_and_module(pipeline)
+    layers = get_peft_model_state_dict(module, adapter_name="concept")
     with tempfile.TemporaryDirectory() as folder:
-        pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": layers}, weight_name=path.name)
+        pipeline.save_lora_weights(folder, **{f"{denoiser.part}_lora_layers": layers}, weight_name=path.name)
         write_atomically(path, Path(folder, path.name).read_bytes())

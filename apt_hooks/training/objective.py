@@ -275,8 +275,8 @@ class AptObjective:
     def _regularizer(self, terms: dict[str, Tensor], share: float, nothing: Tensor) -> Tensor:
         """The terms by their lambdas, as they are added to a mean over the whole batch."""
         dist, attn, joint = self.config.lambda_dist, self.config.lambda_attn, self.config.lambda_joint
-        lambdas = {"l_mu": dist, "l_sigma": dist, "l_attn": attn, "l_joint": joint}
-        lambdas["l_offset"] = self.config.lambda_offset
+        offset = self.config.lambda_offset
+        lambdas = {"l_mu": dist, "l_sigma": dist, "l_attn": attn, "l_joint": joint, "l_offset": offset}
         return sum((lambdas[name] * share * term.to(nothing.device) for name, term in terms.items()), nothing)
 
     def _weight_offset(self) -> Tensor:
