@@ -1381,8 +1381,8 @@ MISSING = {
     "no prepare": ("accelerator.prepare(", "my_prepare(", "models, assigned from `accelerator.prepare(...)`", "none"),
     "another's prepare": ("accelerator.prepare(", "other.prepare(", "assigned from `accelerator.prepare(...)`",
                           "found `other.prepare(unet, text_encoder, optimizer, train_dataloader)` in line "),
-    "no noising": (".add_noise(", ".scale_noise(", "the noising, a call of .add_noise(...) in the training loop",
-                   "found none (flow-matching models are not supported)"),
+    "no noising": (".add_noise(", ".scale_noise(", "the noising, a call of .add_noise(...) or one "
+                   "`(1 - sigmas) * latents + sigmas * noise`", "found none"),
     "another U-Net": ("model_pred = unet(", "model_pred = other(", "the call of the U-Net", "of a prepared model",
                       "found none"),
     "U-Net is given no noise": ("                    noisy_model_input,\n", "                    noise,\n",

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures import preset_of
+from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement
-from apt_hooks.method.units import epsilon_error_scale
+from apt_hooks.method.indicator import sigma_bins
+from apt_hooks.method.units import FLOW, epsilon_error_scale, flow_error_scale, flow_target
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.passes import Passes
 from apt_hooks.training.run import AptRun
@@ -42,7 +44,14 @@ _NO_FROZEN_PASS = "the base model's pass did not run before the U-Net's call; pa
 
 
 def start(
-    args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_scheduler: Any, masked: str | None = None
+    args: argparse.Namespace,
+    accelerator: Any,
+    unet: nn.Module,
+    noise_scheduler: Any,
+    *,
+    masked: str | None = None,
+    unmoved: str | None = None,
+    black: BlackLatents | None = None,
 ) -> DreamBoothRun | None:
     """The run for `--apt_config` or `--apt_preset`; None where the configuration has `enabled = false`.
 
@@ -50,7 +59,11 @@ def start(
     one line where the configuration or the script's arguments rule APT out.
 
     Args:
+        unet: the denoiser.
+        noise_scheduler: what adds the noise; None: it is mixed in, as in flow matching.
         masked: the line by which the script's loss takes in something else of the batch, such as a mask.
+        unmoved: why the images cannot be augmented.
+        black: what has seen the latents being cached.
     """
     with errors_in_one_line():
         config = _config(args)
@@ -60,7 +73,9 @@ def start(
         _check(args, config, accelerator, unet)
         if masked is not None:
             _check_mask(masked, config)
-        return DreamBoothRun(config, args, accelerator, unet, noise_scheduler)
+        if unmoved is not None and config.augmentation and not config.monitor_only:
+            raise AptError(f"this script's images cannot be augmented: {unmoved}; set [apt] augmentation = false")
+        return DreamBoothRun(config, args, accelerator, unet, noise_scheduler, black)
 
 
 def class_words(args: argparse.Namespace, names: dict[str, Any], refused: str | None = None) -> ClassWords | None:
@@ -94,7 +109,13 @@ class DreamBoothRun:
     """
 
     def __init__(
-        self, config: AptConfig, args: argparse.Namespace, accelerator: Any, unet: nn.Module, noise_scheduler: Any
+        self,
+        config: AptConfig,
+        args: argparse.Namespace,
+        accelerator: Any,
+        unet: nn.Module,
+        noise_scheduler: Any,
+        black: BlackLatents | None = None,
     ) -> None:
         own = accelerator.unwrap_model(unet)
         # accelerate has no public list of the models and optimizers that it prepared.
@@ -107,11 +128,15 @@ class DreamBoothRun:
         self._prior = bool(getattr(args, "with_prior_preservation", False))
         self._accelerator = accelerator
         self._schedule = noise_scheduler
+        flow, schedule = noise_scheduler is None, getattr(noise_scheduler, "config", None)
+        bins: dict[str, Any] = {"bin_of": sigma_bins(config.num_bins)}
+        if not flow:
+            bins = {"num_train_timesteps": schedule.num_train_timesteps}
         objective = AptObjective(
             config,
             own,
             lambda: adapters_off(own, *self._text_encoders),
-            num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+            **bins,
             also_frozen=self._text_encoders,
             trained=[(f"number {i} of the optimizer's, {tuple(p.shape)}", p) for i, p in enumerate(parameters)],
         )
@@ -123,16 +148,18 @@ class DreamBoothRun:
             seed=torch.initial_seed(),
             rank=accelerator.process_index,
             trainer=f"diffusers {importlib.metadata.version('diffusers')}",
-            target=noise_scheduler.config.prediction_type,
+            target=FLOW if flow else schedule.prediction_type,
         )
         self.augments = objective.augments
         self.encodes_text = bool(self._text_encoders)
         self._words: ClassWords | None = None
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._call: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
         self._timesteps: Tensor | None = None
         self._drawn: tuple[Any, ...] = ()
         self._placement: Placement | None = None
         self._covered: Tensor | None = None
+        self._black, self._encoded = black, False
+        self._compared: str | None = None
         self._passes: Passes | None = None
         self._version = 0
         self._step: AptStep | None = None
@@ -170,6 +197,44 @@ class DreamBoothRun:
             timesteps, drawn = self._timesteps.to(timesteps.device), self._drawn
         return (timesteps, *drawn) if drawn else timesteps
 
+    def moves(self, sigmas: Tensor, latents: Tensor) -> bool:
+        """Where noise is mixed in, whether any sample is augmented, so that `moved` is to be called.
+
+        Args:
+            sigmas: the noise's share, one a sample, of any number of dimensions.
+            latents: [batch, ...], clean.
+        """
+        with errors_in_one_line():
+            self._encoded = False
+            self._placement = self._run.objective.draw_augmentation(
+                _one_each(_per_sample(sigmas), latents), self._instances(latents), self._run.generator()
+            )
+            self._covered = self._run.objective.covered(self._placement, latents.shape[-2:])
+            return bool(self._placement.chosen.any())
+
+    def moved(self, images: Tensor, *, latents: bool = False) -> Tensor:
+        """`images` ([batch, channels, height, width], or of one frame each, in [-1, 1]), some zoomed out and rotated.
+
+        Args:
+            latents: these are latents; they are moved where no images were, as they come from a cache.
+        """
+        with errors_in_one_line():
+            if latents and self._encoded:
+                return images
+            fill: float | Tensor = -1.0
+            if latents:
+                if self._black is None or self._black.latent is None:
+                    raise AptError(
+                        "the latents come from a cache, and what makes it was not found when the script was patched, "
+                        "so it is not known what black looks like in them; set [apt] augmentation = false"
+                    )
+                fill = self._black.latent.to(images)
+            self._encoded = True
+            placement = self._placement
+            if placement is None:
+                raise AptError(_NO_FROZEN_PASS)
+            return placement.apply(images, fill, "bcfhw" if images.ndim == 5 else "bchw")
+
     def frozen_due(self) -> bool:
         """Whether this step has a `frozen_pass`, and `begin_tuned_pass` after it."""
         self._give_up()
@@ -192,7 +257,7 @@ class DreamBoothRun:
                 if self._words is not None:
                     unet = self._run.objective.reference.modules[0]
                     stack.enter_context(self._words.read_by(unet, self._instances))
-                    stack.callback(unet.register_forward_pre_hook(self._keep_call, with_kwargs=True).remove)
+                    stack.callback(unet.register_forward_hook(self._keep_call, with_kwargs=True).remove)
                 yield
             if len(called) < len(self._text_encoders):
                 raise AptError(
@@ -207,7 +272,7 @@ class DreamBoothRun:
             if self._passes is None:
                 raise AptError(_NO_FROZEN_PASS)
             self._passes.instances = self._instances(frozen_prediction)
-            self._compare_start(frozen_prediction)
+            self._compare_start()
             self._passes.begin_tuned(frozen_prediction)
 
     def end_tuned_pass(self, prediction: Tensor) -> Tensor:
@@ -221,8 +286,19 @@ class DreamBoothRun:
             self._version = prediction._version
             return prediction
 
-    def assess(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
-        """The prediction, its gradient scaled by each sample's weight, whatever loss is taken of it."""
+    def assess(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        timesteps: Tensor,
+        clean: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction, its gradient scaled by each sample's weight, whatever loss is taken of it.
+
+        Args:
+            timesteps: where noise is mixed in its share, and `clean` and `noise` what was mixed.
+        """
         with errors_in_one_line():
             passes, self._passes = self._passes, None
             if passes is None or prediction is not passes.tuned_prediction or prediction._version != self._version:
@@ -235,17 +311,20 @@ class DreamBoothRun:
                     f"the U-Net predicts {tuple(prediction.shape)} for a target of {tuple(target.shape)}; models that "
                     "predict their variance are not supported"
                 )
-            if self.augments and self._placement is None:
+            if self.augments and self._placement is None and self._schedule is not None:
                 raise AptError(
                     "the images were not encoded in this step (cached latents?), so they could not be augmented; "
                     "encode them in every step, or set [apt] augmentation = false"
                 )
-            timesteps = _one_each(timesteps, prediction)
+            flow = clean is not None and noise is not None
+            timesteps = _one_each(_per_sample(timesteps) if flow else timesteps, prediction)
             self._step = passes.step(
                 target,
                 timesteps,
                 ends_step=self._accelerator.sync_gradients,
-                error_scale=self._error_scale(timesteps),
+                error_scale=self._flow_error_scale(timesteps, target, clean, noise)
+                if clean is not None and noise is not None
+                else self._error_scale(timesteps),
             )
             return self._step.weigh(self._step.prediction)
 
@@ -292,22 +371,34 @@ class DreamBoothRun:
         if not self._run.step and number.isdecimal():
             self._run.step = int(number)
 
-    def _keep_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _keep_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], predicted: Any) -> None:
         if self._run.objective.reference.awaits_comparison(self._run.objective.steps):
-            self._call = args, kwargs
+            self._call = args, kwargs, _prediction(predicted)
 
-    def _compare_start(self, frozen_prediction: Tensor) -> None:
-        """Where the base model read other words, the U-Net with the LoRA is asked about these, once."""
+    def _compare_start(self) -> None:
+        """Where the base model read other words, the denoiser with the LoRA is asked about these, once."""
         call, self._call = self._call, None
         if call is not None:
-            reference, (args, kwargs) = self._run.objective.reference, call
-            reference.compare_alike(lambda: reference.modules[0](*args, **kwargs)[0], frozen_prediction)
+            reference, (args, kwargs, frozen) = self._run.objective.reference, call
+            reference.compare_alike(lambda: _prediction(reference.modules[0](*args, **kwargs)), frozen)
 
     def _give_up(self) -> None:
         """Forget a step that the script broke off between the passes, as one does that ran out of memory."""
         if self._passes is not None:
             self._passes.give_up()
         self._passes = self._step = None
+
+    def _flow_error_scale(self, sigmas: Tensor, target: Tensor, clean: Tensor, noise: Tensor) -> Tensor | None:
+        if self._run.indicator_units != "epsilon":
+            return None
+        if self._compared is None:  # once: it has to wait for the device
+            self._compared = flow_target(target, clean, noise)
+        if self._compared is None:
+            raise AptError(
+                "the script's loss compares neither velocity, image nor noise, so what an error of it comes to in "
+                'epsilon is not known; set [apt] indicator_space = "target" to measure it as it is'
+            )
+        return flow_error_scale(self._compared, sigmas)
 
     def _error_scale(self, timesteps: Tensor) -> Tensor | None:
         predicted = self._schedule.config.prediction_type
@@ -332,6 +423,28 @@ class DreamBoothRun:
         return torch.arange(batch) < batch // 2
 
 
+class BlackLatents:
+    """What a script's VAE encodes black to, where its latents are cached, and the VAE is forgotten.
+
+    Attributes:
+        latent: [channels], before any scaling of the script's; None before any image was encoded.
+    """
+
+    def __init__(self) -> None:
+        self.latent: Tensor | None = None
+
+    def keep(self, vae: nn.Module, images: Tensor) -> None:
+        """Encode black of the images' size; the mean away from the border. Moves no random stream."""
+        if self.latent is not None:
+            return
+        with frozen_base([vae], contextlib.nullcontext):
+            encoded = vae.encode(torch.full_like(images[:1], -1.0))  # type: ignore[operator]
+        latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        height, width = latent.shape[-2:]
+        inner = latent[0, ..., height // 4 : height - height // 4, width // 4 : width - width // 4]
+        self.latent = inner.flatten(1).float().mean(dim=1).detach()
+
+
 def _config(args: argparse.Namespace) -> AptConfig:
     file, preset = (getattr(args, name, None) for name in ("apt_config", "apt_preset"))
     if file is not None and preset is not None:
@@ -348,6 +461,17 @@ def _batches(loaders: Sequence[Any]) -> float:
         return max(map(len, loaders), default=math.inf)
     except TypeError:  # a dataset without a length
         return math.inf
+
+
+def _per_sample(sigmas: Tensor) -> Tensor:
+    """[batch] of shares of the noise that have the latents' dimensions."""
+    return sigmas.detach().reshape(len(sigmas), -1)[:, 0].float()
+
+
+def _prediction(predicted: Any) -> Tensor:
+    """What a denoiser gives, which may be a list of samples."""
+    first = predicted[0]
+    return first if isinstance(first, Tensor) else torch.stack(list(first))
 
 
 def _one_each(timesteps: Tensor, samples: Tensor) -> Tensor:

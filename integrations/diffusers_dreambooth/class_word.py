@@ -158,7 +158,8 @@ class ClassWords:
         self._ran = False
 
         def swap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            counts = counted(args[0]) if args else None
+            samples = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)), None)
+            counts = None if samples is None else counted(samples)
             known: list[Tensor] = []
             new = _mapped((args, kwargs), lambda given: self._swapped(given, known))
             if not self._ran:

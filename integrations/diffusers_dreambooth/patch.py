@@ -13,14 +13,14 @@ from apt_hooks.files import remove_leftovers, write_atomically
 from .. import patching
 from ..patching import Places, Statements
 from ..trainers import Change
-from .script_anchors import Anchors, find
+from .script_anchors import RUN, Anchors, Diffusion, Flow, find
 
 NAME = "diffusers"
 OPTIONS = frozenset({"output", "in_place", "force"})
 TESTED: tuple[str, ...] = ("0.32.0", "0.35.0", "0.40.0")
 """What the tested scripts ask diffusers for at least: those of the tags v0.32.1, v0.35.2 and v0.40.0."""
 
-RUN = "apt_hooks_run"
+BLACK = "apt_hooks_black"
 WORDS = "apt_hooks_words"
 
 
@@ -159,25 +159,19 @@ def _places(found: Anchors, statements: Statements) -> Places:
     repeated = [f"{frozen.prefix}{name} = {name}" for name in frozen.live]
     for name in frozen.perhaps:
         repeated += [f'if "{name}" in locals():', f"    {frozen.prefix}{name} = {name}"]
-    repeated += text + _source([frozen.call])
+    repeated += text + _source(frozen.call)
     step = f", step={found.step}" if found.step else ""
     tracked = f"    {found.accelerator}.log({RUN}.tracker_values(){step})"
-    drawn = ", ".join([found.timesteps, *found.drawn_with])
+    augmenting, compared = _augmenting(found, statements)
     return [
         before(
             found.parse,
             f'{found.parser}.add_argument("--apt_config", default=None, help="TOML file with an [apt] section")',
             f'{found.parser}.add_argument("--apt_preset", default=None, help="preset of apt-hooks, such as sdxl")',
         ),
-        *_of_words(found, statements),
+        *_before_training(found, statements),
         after(found.prepare, *_start(found)),
-        before(
-            found.encode,
-            f"if {RUN} is not None and {RUN}.augments:  # the timesteps first: the augmentation depends on them",
-            *_indented(_source(found.draw_copy)),
-            f"    {found.images} = {RUN}.augment({found.images}, {drawn})",
-        ),
-        after(found.draw, guard, f"    {drawn} = {RUN}.timesteps({drawn})"),
+        *augmenting,
         before(
             found.call,
             f"if {RUN} is not None and {RUN}.frozen_due():",
@@ -185,11 +179,11 @@ def _places(found: Anchors, statements: Statements) -> Places:
             *_indented(_indented(repeated)),
             f"    {RUN}.begin_tuned_pass({prediction})",
         ),
-        after(found.call, guard, f"    {found.prediction} = {RUN}.end_tuned_pass({found.prediction})"),
+        after(found.predicted, guard, f"    {found.prediction} = {RUN}.end_tuned_pass({found.prediction})"),
         before(
             found.compare,
             f"{guard}  # scales the gradient of each sample",
-            f"    {found.prediction} = {RUN}.assess({found.prediction}, {found.target}, {found.timesteps})",
+            f"    {found.prediction} = {RUN}.assess({found.prediction}, {found.target}, {compared})",
         ),
         before(found.backward, guard, f"    {found.loss} = {RUN}.regularized({found.loss})"),
         *([after(found.log, guard, tracked)] if found.log is not None else []),
@@ -198,30 +192,71 @@ def _places(found: Anchors, statements: Statements) -> Places:
     ]
 
 
-def _start(found: Anchors) -> list[str]:
-    masked = f", masked={found.factor!r}" if found.factor else ""
-    starting = [
-        f"{RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}, "
-        f"{found.schedule}{masked})"
+def _augmenting(found: Anchors, statements: Statements) -> tuple[Places, str]:
+    """The lines that augment, and what tells the comparison the timesteps."""
+    before, after, noising = statements.before, statements.after, found.noising
+    if isinstance(noising, Diffusion):
+        drawn = ", ".join([found.timesteps, *noising.drawn_with])
+        early = before(
+            noising.encode,
+            f"if {RUN} is not None and {RUN}.augments:  # the timesteps first: the augmentation depends on them",
+            *_indented(_source(noising.draw_copy)),
+            f"    {noising.images} = {RUN}.augment({noising.images}, {drawn})",
+        )
+        again = after(noising.draw, f"if {RUN} is not None:", f"    {drawn} = {RUN}.timesteps({drawn})")
+        return [early, again], found.timesteps
+    mixed = f"{found.timesteps}, {noising.mixing.clean}, {noising.mixing.noise}"
+    lines = [
+        f"if {RUN} is not None and {RUN}.augments and {RUN}.moves({found.timesteps}, {noising.mixing.clean}):",
+        *_indented(_source(noising.again.statements)),
     ]
+    black = [
+        before(statement, f"if {BLACK} is not None:", f"    {BLACK}.keep({vae}, {images})")
+        for statement, vae, images in noising.caches
+    ]
+    return [*black, *([before(noising.mix, *lines)] if noising.again.statements else [])], mixed
+
+
+def _start(found: Anchors) -> list[str]:
+    noising = found.noising
+    if isinstance(noising, Diffusion):
+        given = f", {noising.schedule}"
+    else:
+        refused = f", unmoved={noising.again.refused!a}" if noising.again.refused else ""
+        given = f", None{refused}" + (f", black={BLACK}" if noising.caches else "")
+    masked = f", masked={found.factor!r}" if found.factor else ""
+    starting = [f"{RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}{given}{masked})"]
+    made_before = found.words is not None or _has_caches(found)
     if found.words is None:
         starting.append(_making_words(found))
     starting += [f"if {WORDS} is not None:", f"    {RUN}.read_class_word({WORDS})"]
-    return [f"{RUN} = None", *_where_asked(found, starting, imported=found.words is not None)]
+    return [f"{RUN} = None", *_where_asked(found, starting, imported=made_before)]
 
 
-def _of_words(found: Anchors, statements: Statements) -> Places:
-    """Where text is encoded before the training: once more, with the class word for the identifier."""
-    if found.words is None:
-        return []
-    making = statements.before(
-        found.words, f"{WORDS} = None", *_where_asked(found, [_making_words(found)], imported=False)
-    )
+def _has_caches(found: Anchors) -> bool:
+    return isinstance(found.noising, Flow) and bool(found.noising.caches)
+
+
+def _before_training(found: Anchors, statements: Statements) -> Places:
+    """Where text is encoded before the training: once more, with the class word for the identifier; and where images
+    are, what keeps the latents of black."""
+    places: Places = []
+    if isinstance(found.noising, Flow) and found.noising.before_caches is not None:
+        making = [f"{BLACK} = apt_hooks_adapter.BlackLatents()"]
+        places.append(
+            statements.before(
+                found.noising.before_caches, f"{BLACK} = None", *_where_asked(found, making, imported=False)
+            )
+        )
+    if found.words is not None:
+        making = [_making_words(found)]
+        places.append(statements.before(found.words, f"{WORDS} = None", *_where_asked(found, making, imported=False)))
     again = [
         statements.after(statement, f"if {WORDS} is not None:", f"    {WORDS}.keep(lambda: {ast.unparse(part)})")
         for statement, part in found.encodings
+        if found.words is not None
     ]
-    return [making, *again]
+    return [*places, *again]
 
 
 def _making_words(found: Anchors) -> str:

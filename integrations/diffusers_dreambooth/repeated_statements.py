@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from apt_hooks.errors import AptError
@@ -23,6 +23,7 @@ from .syntax_tree import (
     made_from,
     missing,
     needs,
+    overwritten,
     part_of,
     read,
     surely_assigned,
@@ -54,14 +55,14 @@ class FrozenCopy:
 
     Attributes:
         text, always: those that encode the text, and whether they are needed even if no text encoder is trained.
-        call: the call of the U-Net.
+        call: the call of the U-Net, and what makes of its prediction what the loss is taken of.
         prefix: put before every name that they assign, so that the tuned pass finds its own values.
         live, perhaps: names of which the copies begin with the tuned pass's value; those that may have none.
     """
 
     text: tuple[ast.stmt, ...]
     always: bool
-    call: ast.stmt
+    call: tuple[ast.stmt, ...]
     prefix: str
     live: tuple[str, ...]
     perhaps: tuple[str, ...]
@@ -135,8 +136,12 @@ def _drawn_with(step: StepBlock, chosen: set[int], timesteps: str) -> tuple[str,
     return tuple(sorted(random & needs(later)))
 
 
-def frozen_copy(step: StepBlock, text_encoders: set[str], noising: set[int]) -> FrozenCopy:
-    """The call of the U-Net once more, and the statements before it that it needs and that run a text encoder."""
+def frozen_copy(step: StepBlock, text_encoders: set[str], noising: set[int], made: Sequence[int] = ()) -> FrozenCopy:
+    """The call of the U-Net once more, and the statements before it that it needs and that run a text encoder.
+
+    Args:
+        made: places of statements behind it that go on with its prediction, and are repeated as well.
+    """
     suite, at_call = step.suite, step.at_call
     copied = _copied(step, text_encoders)
     before = [suite[i] for i in sorted(copied - {at_call})]
@@ -146,11 +151,12 @@ def frozen_copy(step: StepBlock, text_encoders: set[str], noising: set[int]) -> 
     always = bool(changed(suite[at_call]) & assigned(*before))
     if not always:
         renamer.forget()
-    (call,) = renamer.statements([suite[at_call]])
+    call = renamer.statements([suite[at_call], *(suite[i] for i in made)])
     _check_frozen(step, copied, text_encoders, noising)
+    _check_made(step, made)
     sure = surely_assigned(suite[:at_call])
     live, perhaps = sorted(renamer.live & sure), sorted(renamer.live - sure)
-    return FrozenCopy(tuple(text), always, call, renamer.prefix, tuple(live), tuple(perhaps))
+    return FrozenCopy(tuple(text), always, tuple(call), renamer.prefix, tuple(live), tuple(perhaps))
 
 
 def _copied(step: StepBlock, text_encoders: set[str]) -> set[int]:
@@ -182,8 +188,8 @@ def _check_frozen(step: StepBlock, copied: set[int], text_encoders: set[str], no
             raise missing(step.script, "text encoders that encode for the U-Net's call", f"`{first_line(suite[i])}`")
     for i in sorted(copied):
         own = assigned(*(suite[j] for j in copied if j < i))
-        later = suite[i : step.at_call]
-        moved = (needs([suite[i]]) - own) & (assigned(*later) | changed(*later))
+        later = suite[i + 1 : step.at_call]
+        moved = needs([suite[i]]) & (assigned(*later) | changed(*later)) - own | overwritten([suite[i]]) - own
         if moved:
             raise missing(step.script, wanted, f"`{first_line(suite[i])}`, whose `{min(moved)}` changes")
         foreign = (changed(suite[i]) & needs([suite[i]])) - own
@@ -198,6 +204,30 @@ def _check_frozen(step: StepBlock, copied: set[int], text_encoders: set[str], no
             second += [s for s in rest if name in read(s) and assigned(s) | changed(s)]
             if second:
                 raise missing(step.script, wanted, f"`{first_line(second[0])}`, a second name for what is changed")
+
+
+def makers_of(name: str, suite: Suite, first: int, end: int) -> list[int]:
+    """Places of the statements from `first` up to `end` that make a name, or change it, found backwards."""
+    found, names = [], {name}
+    for i in reversed(range(first, end)):
+        if names & (assigned(suite[i]) | changed(suite[i])):
+            found.append(i)
+            names = names | read(suite[i])
+    return found[::-1]
+
+
+def _check_made(step: StepBlock, made: Sequence[int]) -> None:
+    """What goes on with the base model's prediction runs before the tuned pass: it may need nothing made after that."""
+    suite, at_call = step.suite, step.at_call
+    behind = [suite[i] for i in range(at_call + 1, max(made, default=at_call)) if i not in made]
+    own = assigned(suite[at_call])
+    for i in made:
+        wanted = f"a loss of what `{first_line(suite[at_call])}` gives alone"
+        late = needs([suite[i]]) & assigned(*(s for s in behind)) - own
+        foreign = changed(suite[i]) - own
+        if late or foreign:
+            raise missing(step.script, wanted, f"`{first_line(suite[i])}`, with `{min(late or foreign)}`")
+        own = own | assigned(suite[i])
 
 
 # -- the copies --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Where the parts of a DreamBooth-LoRA script are, found by what they do rather than by name or line.
 
 Users copy these scripts and edit them, so nothing is looked up by the name of a local variable. The one thing taken as
-given is the order of a training step: images are encoded, noise is added, the U-Net predicts, a loss is taken of
-prediction and target, and the accelerator runs it backward.
+given is the order of a training step: images are encoded, noise is added (by a schedule's `add_noise`, or mixed in, as
+flow matching does), the denoiser predicts, a loss is taken of prediction and target, and the accelerator runs it
+backward.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 
 from apt_hooks.errors import AptError
 
-from .repeated_statements import FrozenCopy, StepBlock, draws, early_draw, frozen_copy
+from .flow_matching import Again, Mixing, again, find_mixing
+from .repeated_statements import FrozenCopy, StepBlock, draws, early_draw, frozen_copy, makers_of
 from .syntax_tree import Tree, assigned, called, first_line, listed, missing, owner, read, without_casts
 
+RUN = "apt_hooks_run"
+"""The name of the run in the script."""
 PRIOR = "with_prior_preservation"
 _PARSING = ("parse_args", "parse_known_args")
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)
@@ -27,17 +31,54 @@ Encoding = tuple[ast.stmt, ast.expr]
 
 
 @dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """Noise that a schedule adds.
+
+    Attributes:
+        schedule: its name.
+        encode: the statement to augment `images` before, a name or a subscript, which the VAE then encodes.
+        draw, draw_copy: the statement that draws the timesteps, and what draws them before `encode`.
+        drawn_with: names of what else is drawn with them, and used.
+    """
+
+    schedule: str
+    encode: ast.stmt
+    images: str
+    draw: ast.stmt
+    draw_copy: tuple[ast.stmt, ...]
+    drawn_with: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """Noise that is mixed in.
+
+    Attributes:
+        mix: the statement with `mixing`.
+        again: what makes the clean latents of images that are moved.
+        caches: before the loop, each statement that encodes images, with VAE and images (source).
+        before_caches: the statement that holds the first of these.
+    """
+
+    mix: ast.stmt
+    mixing: Mixing
+    again: Again
+    caches: list[tuple[ast.stmt, str, str]]
+    before_caches: ast.stmt | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Anchors:
     """The anchors: statements to insert lines at, and the names that those lines use.
 
     Attributes:
         parser, parse: name of the argument parser, and the statement that parses with it.
-        arguments, accelerator, unet, schedule: names (or expressions) in the training function.
-        prepare: after it, the accelerator has wrapped the U-Net, and the schedule is made.
-        encode: the statement to augment `images` before, a name or a subscript, which the VAE then encodes.
-        draw, draw_copy, timesteps: the statement that draws the timesteps, what draws them before `encode`, their name.
-        drawn_with: names of what else is drawn with them, and used.
-        call, prediction: the statement that calls the U-Net, and the name of what it returns.
+        arguments, accelerator, unet: names (or expressions) in the training function.
+        prepare: after it, the accelerator has wrapped the denoiser, and the schedule is made.
+        noising: how noise is added.
+        timesteps: the timesteps' name, or the noise level (source).
+        call, prediction: the statement that calls the denoiser, and the name of what its loss is taken of.
+        predicted: the statement after which that is complete.
         frozen: the same asked of the base model.
         words: the statement before which the text encoders are loaded and have encoded nothing; None: all of it is
             encoded in the step.
@@ -56,16 +97,12 @@ class Anchors:
     arguments: str
     accelerator: str
     unet: str
-    schedule: str
     prepare: ast.stmt
-    encode: ast.stmt
-    images: str
-    draw: ast.stmt
-    draw_copy: tuple[ast.stmt, ...]
+    noising: Diffusion | Flow
     timesteps: str
-    drawn_with: tuple[str, ...]
     call: ast.stmt
     prediction: str
+    predicted: ast.stmt
     frozen: FrozenCopy
     words: ast.stmt | None
     encodings: list[Encoding]
@@ -110,15 +147,17 @@ class _Finder:
         self.accelerator = owner(self.backward)
         self.loops = [node for node in self.tree.ancestors(self.backward) if isinstance(node, (ast.For, ast.While))]
         self.function = self.tree.function(self.backward)
+        self.mixing: Mixing | None = None
         self.noising = self._noising()
         self.prepare, self.prepared = self._prepare()
         self.calls, self.prediction = self._unet_calls()
         self.unet = called(self.calls[0])
-        self.encoding = self._encoding()
-        # The block of statements that a step is, from the images to the U-Net.
-        self.suite = self.tree.common_suite([self.encoding, *self.noising, *self.calls])
+        self.encodings = self._encodings()
+        self.encoding = self.encodings[0]
+        # The block of statements that a step is, from the images to the denoiser.
+        self.suite = self.tree.common_suite([*self.encodings, *self.noising, *self.calls])
         self.at_encode = self.tree.index(self.suite, self.encoding)
-        self.at_call = self.tree.index(self.suite, self.calls[-1])
+        self.at_call = self.at_predicted = self.tree.index(self.suite, self.calls[-1])
         if any(self.tree.index(self.suite, call) != self.at_call for call in self.calls):
             raise self._missing("one call of the U-Net a step, or one in each branch of an `if`", listed(self.calls))
 
@@ -126,41 +165,43 @@ class _Finder:
         for call in ("save_state", "load_state"):
             if not self.tree.calls(self.function, call):
                 raise self._missing(f"the checkpoints, a call of {self.accelerator}.{call}(...)", "none")
-        self._check_prior()
-        images, timesteps = self._images(), self._timesteps()
-        step = StepBlock(self.name, self.suite, self.at_encode, self.at_call)
-        at_draw, draw_copy, drawn_with = early_draw(step, timesteps, images)
-        noise = {name for call in self.noising for name in read(*call.args[1:2])}
+        noise = {name for call in self.noising if isinstance(call, ast.Call) for name in read(*call.args[1:2])}
+        if self.mixing is not None:
+            noise = {self.mixing.noise}
+            self.prediction = self._loss_taken_of()
         target, at_compare = self._comparison(noise)
+        made: list[int] = []
+        if self.mixing is not None:
+            made = makers_of(self.prediction, self.suite, self.at_call + 1, at_compare)
+            self.at_predicted = max([self.at_call, *made])
+        self._check_prior()
+        step = StepBlock(self.name, self.suite, self.at_encode, self.at_call)
+        noising, timesteps, images = self._noising_of(step)
         log, log_step = self._log()
         save, folder = self._save()
         parser, parse = self._parser()
         names = self._encoding_names()
         encoded = self._text_encodings(names)
-        frozen, wordless = self._frozen(step, names)
+        frozen, wordless = self._frozen(step, names, made)
         return Anchors(
             parser=parser,
             parse=parse,
             arguments=self._arguments(),
             accelerator=self.accelerator,
             unet=self.unet,
-            schedule=owner(self.noising[0]),
             prepare=self.prepare,
-            encode=self._augment_at(images),
-            images=images,
-            draw=self.suite[at_draw],
-            draw_copy=draw_copy,
+            noising=noising,
             timesteps=timesteps,
-            drawn_with=drawn_with,
             call=self.suite[self.at_call],
             prediction=self.prediction,
+            predicted=self.suite[self.at_predicted],
             frozen=frozen,
             words=self.tree.beside(encoded[0][0], self.loops[-1]) if encoded else None,
             encodings=encoded,
             wordless=wordless,
             target=target,
             compare=self.suite[at_compare],
-            factor=self._factor(at_compare, {images.split("[")[0], timesteps, target, *noise}),
+            factor=self._factor(at_compare, {images, target, *read(ast.parse(timesteps)), *noise}),
             loss=ast.unparse(self.backward.args[0]),
             backward=self.tree.statement(self.backward),
             log=log,
@@ -169,6 +210,21 @@ class _Finder:
             save=save,
             folder=folder,
         )
+
+    def _noising_of(self, step: StepBlock) -> tuple[Diffusion | Flow, str, str]:
+        """How noise is added, the timesteps (source), and the images' name."""
+        images = self._images()
+        if self.mixing is not None:
+            repeated = again(step, self.tree, self.mixing, self.encodings, f"{RUN}.moved")
+            mix = self.suite[self.tree.index(self.suite, self.mixing.expression)]
+            caches = self._caches()
+            first = self.tree.beside(caches[0][0], self.loops[-1]) if caches else None
+            return Flow(mix, self.mixing, repeated, caches, first), self.mixing.level, images.split("[")[0]
+        timesteps = self._timesteps()
+        at_draw, draw_copy, drawn_with = early_draw(step, timesteps, images)
+        schedule, encode = owner(self.noising[0]), self._augment_at(images)  # type: ignore[arg-type]
+        diffusion = Diffusion(schedule, encode, images, self.suite[at_draw], draw_copy, drawn_with)
+        return diffusion, timesteps, images.split("[")[0]
 
     # -- one anchor each ---------------------------------------------------------------------------------------------
 
@@ -236,7 +292,7 @@ class _Finder:
         statements = [s for s in statements if isinstance(s, ast.Assign) and self._before_the_loop(s)]
         if not statements:
             raise self._missing(f"the models, assigned from `{self.accelerator}.prepare(...)`", listed(calls))
-        schedule = owner(self.noising[0])
+        schedule = owner(self.noising[0]) if isinstance(self.noising[0], ast.Call) else ""
         making = [n for n in ast.walk(self.function) if isinstance(n, ast.Assign) and schedule in assigned(n)]
         making = [n for n in making if self.tree.function(n) is self.function]
         if any(not self._before_the_loop(n) for n in making):
@@ -244,21 +300,28 @@ class _Finder:
         last = max([*statements, *making], key=lambda statement: statement.lineno)
         for call in self.tree.calls(self.function, "load_state"):
             if call.lineno < last.lineno:
-                raise self._missing(f"the models and `{schedule}` made before a checkpoint is loaded", listed([call]))
+                wanted = f"the models{f' and `{schedule}`' if schedule else ''} made before a checkpoint is loaded"
+                raise self._missing(wanted, listed([call]))
         return self.tree.beside(last, self.loops[-1]), assigned(*statements)
 
     def _before_the_loop(self, statement: ast.stmt) -> bool:
         own = self.tree.function(statement) is self.function
         return own and statement.lineno < self.loops[-1].lineno
 
-    def _noising(self) -> list[ast.Call]:
+    def _noising(self) -> list[ast.Call] | list[ast.BinOp]:
+        """Where noise is added: the schedule's calls, or one sum by which it is mixed in."""
         found = [c for c in self.tree.calls(self.loops[0], "add_noise") if c.lineno < self.backward.lineno]
-        if not found:
+        if found:
+            return found
+        mixed = [m for m in find_mixing(self.tree, self.loops[0]) if m.expression.lineno < self.backward.lineno]
+        if len(mixed) != 1:
             raise self._missing(
-                "the noising, a call of .add_noise(...) in the training loop",
-                "none (flow-matching models are not supported)",
+                "the noising, a call of .add_noise(...) or one `(1 - sigmas) * latents + sigmas * noise`, the noise "
+                "drawn in the training loop",
+                ", ".join(f"`{ast.unparse(m.expression)}`" for m in mixed) or "none",
             )
-        return found
+        self.mixing = mixed[0]
+        return [self.mixing.expression]
 
     def _unet_calls(self) -> tuple[list[ast.Call], str]:
         wanted = "the call of the U-Net, `x = model(noisy, timesteps, ...)[0]` or `.sample`, of a prepared model"
@@ -285,6 +348,27 @@ class _Finder:
             raise self._missing("one name for the U-Net's prediction", ", ".join(sorted(names)))
         return of_noisy, names.pop()
 
+    def _loss_taken_of(self) -> str:
+        """What is made of the prediction, such as what is unpacked of it, and compared."""
+        made = dict.fromkeys([self.prediction])
+        for statement in self.suite[self.at_call + 1 :]:
+            if made.keys() & read(statement):
+                made.update(dict.fromkeys(sorted(assigned(statement))))
+        return next((name for name in made if self._compared_to(name)), self.prediction)
+
+    def _compared_to(self, prediction: str) -> set[str]:
+        """The names that it is compared to, by a loss or a difference."""
+        rest = self.suite[self.at_call + 1 :]
+        losses = [n for s in rest for n in ast.walk(s) if isinstance(n, ast.Call) and "loss" in ast.unparse(n.func)]
+        operations = [n for s in rest for n in ast.walk(s) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub)]
+        pairs = [[*call.args, *(k.value for k in call.keywords)][:2] for call in losses]
+        others: set[str] = set()
+        for pair in pairs + [[operation.left, operation.right] for operation in operations]:
+            names = {side.id for side in map(without_casts, pair) if isinstance(side, ast.Name)}
+            if prediction in names:
+                others |= names - {prediction}
+        return others
+
     def _comparison(self, noise: set[str]) -> tuple[str, int]:
         """The name of the target, and the place of the first statement that takes it or the prediction in, once it is
         made.
@@ -294,17 +378,10 @@ class _Finder:
         """
         suite, prediction = self.suite, self.prediction
         wanted = f"the loss of `{prediction}`, such as `mse_loss({prediction}, target)`"
-        rest = suite[self.at_call + 1 :]
-        losses = [n for s in rest for n in ast.walk(s) if isinstance(n, ast.Call) and "loss" in ast.unparse(n.func)]
-        operations = [n for s in rest for n in ast.walk(s) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub)]
-        pairs = [[*call.args, *(k.value for k in call.keywords)][:2] for call in losses]
-        others: set[str] = set()
-        for pair in pairs + [[operation.left, operation.right] for operation in operations]:
-            names = {side.id for side in map(without_casts, pair) if isinstance(side, ast.Name)}
-            if prediction in names:
-                others |= names - {prediction}
+        others = self._compared_to(prediction)
         if not others:
-            raise self._missing(wanted, listed(losses))
+            losses = [n for s in suite[self.at_call + 1 :] for n in ast.walk(s) if isinstance(n, ast.Call)]
+            raise self._missing(wanted, listed([call for call in losses if "loss" in ast.unparse(call.func)]))
         if len(others) > 1:
             noised = assigned(*(s for s in suite if any(call in ast.walk(s) for call in self.noising)))
             made = [s for s in suite if read(s) & noise or any(_is_velocity(n) for n in ast.walk(s))]
@@ -379,17 +456,20 @@ class _Finder:
             raise self._missing("the timesteps, a variable given to the U-Net", shown)
         return found[0]
 
-    def _encoding(self) -> ast.Call:
+    def _encodings(self) -> list[ast.Call]:
+        """Calls of the VAE in the loop; one, but where noise is mixed in, whose images are moved by other lines."""
         wanted = "encoding of the images, `vae.encode(images).latent_dist` in the training loop"
-        found = [
-            node.value
-            for node in ast.walk(self.loops[0])
-            if isinstance(node, ast.Attribute) and node.attr == "latent_dist" and isinstance(node.value, ast.Call)
-        ]
-        found = [call for call in found if call.lineno < self.backward.lineno]
-        if len(found) != 1:  # another picture, such as a masked one, would have to be moved alike
+        found = [call for call in encoding_calls(self.loops[0]) if call.lineno < self.backward.lineno]
+        if not found or (len(found) > 1 and self.mixing is None):
+            # Another picture, such as a masked one, would have to be moved alike.
             raise self._missing(f"{'one' if found else 'the'} {wanted}", listed(found))
-        return found[0]
+        return found
+
+    def _caches(self) -> list[tuple[ast.stmt, str, str]]:
+        """What encodes images before the training."""
+        calls = [call for call in encoding_calls(self.function) if call.args and call.lineno < self.loops[-1].lineno]
+        own = [call for call in calls if self.tree.function(call) is self.function]
+        return [(self.tree.statement(call), owner(call), ast.unparse(call.args[0])) for call in own]
 
     def _augment_at(self, images: str) -> ast.stmt:
         """The innermost statement that encodes the images, so that cached ones are not counted as augmented; or the
@@ -430,7 +510,7 @@ class _Finder:
             together = isinstance(value, (ast.List, ast.Tuple, ast.Dict, ast.Name))
             if (together or isinstance(node, ast.FunctionDef)) and found & read(node):
                 found |= assigned(node) if together else {node.name}  # type: ignore[attr-defined]
-        return found - {self.unet, owner(self.encoding), owner(self.noising[0])}
+        return found - {self.unet, owner(self.encoding), *map(owner, self.tree.calls(self.loops[0], "add_noise"))}
 
     def _text_encodings(self, names: set[str]) -> list[Encoding]:
         """Calls before the loop of what may encode text: an encoder, a function that has one, or that is given one.
@@ -460,13 +540,19 @@ class _Finder:
         inside = [node for node in ast.walk(self.function) if isinstance(node, ast.stmt) and node is not self.function]
         yield from sorted(filter(self._before_the_loop, inside), key=lambda node: node.lineno)
 
-    def _frozen(self, step: StepBlock, names: set[str]) -> tuple[FrozenCopy, str | None]:
-        """The base model's pass, and why it cannot have other text, if so: then only trained encoders run again."""
+    def _frozen(self, step: StepBlock, names: set[str], made: list[int]) -> tuple[FrozenCopy, str | None]:
+        """The base model's pass, and why it cannot have other text, if so: then only trained encoders run again.
+
+        Args:
+            made: places of the statements that make of the prediction what the loss is taken of.
+        """
         noising = {self.tree.index(self.suite, call) for call in self.noising}
         try:
-            return frozen_copy(step, names, noising), None
+            return frozen_copy(step, names, noising, made), None
         except AptError as error:
-            return frozen_copy(step, self._text_encoders(), noising), str(error).removesuffix(". Nothing was changed")
+            return frozen_copy(step, self._text_encoders(), noising, made), str(error).removesuffix(
+                ". Nothing was changed"
+            )
 
     def _log(self) -> tuple[ast.stmt | None, str | None]:
         found = [call for call in self.tree.calls(self.loops[0], "log") if owner(call) == self.accelerator]
@@ -493,6 +579,18 @@ class _Finder:
 
     def _missing(self, wanted: str, found: str) -> AptError:
         return missing(self.name, wanted, found)
+
+
+def encoding_calls(root: ast.AST) -> list[ast.Call]:
+    """`vae.encode(images)` of `vae.encode(images).latent_dist` and, of an autoencoder without one, `.latent`."""
+    found = [
+        node.value
+        for node in ast.walk(root)
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("latent_dist", "latent")
+        and isinstance(node.value, ast.Call)
+    ]
+    return sorted((call for call in found if called(call) == "encode"), key=lambda call: call.lineno)
 
 
 def _along_the_batch(chunk: ast.Call) -> bool:

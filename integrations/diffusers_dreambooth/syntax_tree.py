@@ -165,6 +165,24 @@ def changed(*nodes: ast.AST) -> set[str]:
     return found
 
 
+def overwritten(statements: Suite) -> set[str]:
+    """The names that a path through the statements reads and then changes, so that it is not the same path again.
+
+    One branch of an `if` may read what another assigns: the same one is taken again.
+    """
+    found: set[str] = set()
+    for i, statement in enumerate(statements):
+        later = statements[i + 1 :]
+        found |= needs([statement]) & (assigned(*later) | changed(*later))
+        made = assigned(statement) | changed(statement)
+        if isinstance(statement, ast.If):
+            own = (read(statement.test) & made) | overwritten(statement.body) | overwritten(statement.orelse)
+        else:
+            own = needs([statement]) & made
+        found |= own - surely_assigned(statements[:i])
+    return found
+
+
 def part_of(node: ast.AST | None) -> ast.AST | None:
     """`x` of `x.a["b"].c`; of anything else itself."""
     while isinstance(node, (ast.Subscript, ast.Attribute)):
