@@ -104,3 +104,22 @@ def collate(examples, with_prior_preservation=False):
     if isinstance(texts[0], torch.Tensor):
         texts = torch.cat(texts)
     return {"pixel_values": torch.stack([c[0] for c in chosen]), "input_ids": texts}
+
+
+def make_transformer():
+    """Pictures of 8x8 latents in patches of two, packed or not as `SD3Transformer2DModel` has them."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=TEXT_WIDTH,
+        pos_embed_max_size=8,
+    )
