@@ -242,13 +242,13 @@ REFUSED = {
         "                noisy_model_input = (1.0",
         "                sigmas = sigmas * model_input.abs().mean().clamp(max=1)\n"
         "                noisy_model_input = (1.0",
-        "the noise level is made of `model_input`",
+        "`sigmas` is made of `model_input`",
     ),
     "changed in place": (
         "                noise = torch.randn_like(model_input)",
         "                scaling_factor += model_input.mean().item()\n"
         "                noise = torch.randn_like(model_input)",
-        "changes `scaling_factor`",
+        "runs once more, and `scaling_factor` changes",
     ),
 }
 

@@ -91,11 +91,11 @@ def group(text: str, fragment: str) -> tuple[str, list[str], str]:
     return found
 
 
-def early_draw(text: str) -> list[str]:
-    """The lines that draw the timesteps before the images are encoded."""
-    _, lines, _ = group(text, "apt_hooks_run.augments:")
-    assert re.fullmatch(r".* = apt_hooks_run\.augment\(.*\)", lines[-1])
-    return lines[1:-1]
+def again(text: str) -> list[str]:
+    """The lines that make the latents once more, of images that are moved."""
+    _, lines, below = group(text, "apt_hooks_run.moves(")
+    assert "add_noise(" in below or "scheduler" in below or "* noise" in below
+    return lines[1:]
 
 
 def frozen(text: str) -> list[str]:
@@ -158,8 +158,8 @@ PLACES = {
         ("words.keep(lambda: compute_text_embeddings(args.class_prompt))", "class_text = ", "text_encoder = tok"),
         ("adapter.start(args, accelerator, unet, noise_scheduler)", "unet, optimizer, train_dataloader = accelerator.p",
          "if accelerator.is_main_process:"),
-        ("pixel_values = apt_hooks_run.augment(pixel_values, timesteps)", "pixel_values = batch[", "if vae is not"),
-        ("timesteps = apt_hooks_run.timesteps(timesteps)", "timesteps = timesteps.long()", "noisy_model_input = "),
+        ("if apt_hooks_run is not None and apt_hooks_run.augments and apt_hooks_run.moves(timesteps, model_input):",
+         "timesteps = timesteps.long()", "noisy_model_input = "),
         ("with apt_hooks_run.frozen_pass():", "class_labels = None", "# Predict the noise"),
         ("model_pred = apt_hooks_run.end_tuned_pass(model_pred)", ")[0]", "if noise_scheduler.config."),
         ("model_pred = apt_hooks_run.assess(model_pred, target, timesteps)", "raise ValueError(",
@@ -179,10 +179,8 @@ PLACES = {
          "if not args.train_text_encoder and not args.captions:"),
         ("adapter.start(args, accelerator, unet, noise_scheduler)", "unet, optimizer, train_dataloader = accelerator.p",
          "global_step = 0"),
-        ("pixel_values = apt_hooks_run.augment(pixel_values, timesteps)", "tokens_two = ",
-         "model_input = vae.encode(pixel_values)"),
-        ("timesteps = apt_hooks_run.timesteps(timesteps)", "timesteps = noise_scheduler.timesteps[indices]",
-         "noisy_model_input = noise_scheduler.add_noise("),
+        ("if apt_hooks_run is not None and apt_hooks_run.augments and apt_hooks_run.moves(timesteps, model_input):",
+         "timesteps = noise_scheduler.timesteps[indices]", "noisy_model_input = noise_scheduler.add_noise("),
         ("with apt_hooks_run.frozen_pass():", "repeats = 1", "# Predict the noise"),
         ("model_pred = apt_hooks_run.end_tuned_pass(model_pred)", ")[0]", "weighting = None"),
         ("model_pred = apt_hooks_run.assess(model_pred, target, timesteps)", "target = noise_scheduler.get_velocity(",
@@ -226,17 +224,21 @@ def test_start_stands_between_both_branches_of_prepare_and_the_loading_of_a_chec
         assert lines[start].startswith("    apt")
 
 
-def test_the_tokens_of_the_early_draw_are_those_of_the_script(tmp_path: Path) -> None:
-    assert early_draw(patched(tmp_path, source("one_encoder"))) == [
-        ast.unparse(ast.parse("bsz, channels, _height, _width = pixel_values.shape")),  # Python 3.10 has parentheses
-        "timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (bsz,), device=pixel_values.device)",
-        "timesteps = timesteps.long()",
+def test_what_makes_the_latents_is_made_again_and_nothing_that_is_drawn(tmp_path: Path) -> None:
+    assert again(patched(tmp_path, source("one_encoder"))) == [
+        "pixel_values = apt_hooks_run.moved(pixel_values)",
+        "if vae is not None:",
+        "model_input = vae.encode(pixel_values).latent_dist.sample()",
+        "model_input = model_input * vae.config.scaling_factor",
+        "else:",
+        "model_input = pixel_values",
+        "model_input = apt_hooks_run.moved(model_input, latents=True)",
     ]
-    draw = early_draw(patched(tmp_path, source("two_encoders")))
-    assert [line.split(" = ")[0] for line in draw] == [
-        "bsz", "if not args.do_edm_style_training:", "timesteps", "timesteps", "else:", "indices", "timesteps",
-    ]  # fmt: skip
-    assert "model_input" not in "".join(draw)
+    assert again(patched(tmp_path, source("two_encoders"))) == [
+        "model_input = vae.encode(apt_hooks_run.moved(pixel_values)).latent_dist.sample()",
+        "model_input = apt_hooks_run.moved(model_input, latents=True)",
+        "model_input = model_input * vae.config.scaling_factor",
+    ]
 
 
 # -- small scripts, and running them with fakes ------------------------------------------------------------------------
@@ -288,7 +290,7 @@ def script(*, encode: str = ENCODE, draw: str = DRAW, call: str = CALL) -> str:
 class Value:
     """Stands for a tensor; its text says how it came about. Methods that end in _ and += change it in place."""
 
-    device = "cpu"
+    device, dtype = "cpu", "float32"
 
     def __init__(self, text: str, shape: tuple[int, ...] = (2, 4, 8, 8)) -> None:
         self.text, self.shape = text, shape
@@ -428,19 +430,21 @@ class StubRun:
 
     def __init__(self, world: World, *, augments: bool, encodes_text: bool) -> None:
         self.augments, self.encodes_text = augments, encodes_text
-        self.world, self.given = world, None
+        self.world, self.encoded = world, False
         self.told: list[tuple[str, str]] = []
         self.started: list[tuple[Any, ...]] = []
+        self.refused: dict[str, Any] = {}
 
-    def augment(self, images: Value, timesteps: Value, *drawn: Any) -> Value:
-        self.given, self.drawn = timesteps, drawn
-        self.told.append(("augment", repr((images, timesteps))))
+    def moves(self, timesteps: Value, latents: Value) -> bool:
+        self.encoded = False
+        self.told.append(("moves", repr((latents, timesteps))))
+        return True
+
+    def moved(self, images: Value, *, latents: bool = False) -> Value:
+        if latents and self.encoded:
+            return images
+        self.encoded = True
         return Value(f"augmented {images}", images.shape)
-
-    def timesteps(self, timesteps: Value, *drawn: Any) -> Any:
-        if self.given is not None:
-            timesteps, drawn = self.given, self.drawn
-        return (timesteps, *drawn) if drawn else timesteps
 
     def frozen_due(self) -> bool:
         return True
@@ -494,7 +498,13 @@ class Workshop:
         """A run of the patched script with APT."""
         world = World(base=base, apt_config="apt.toml", **flags)
         run = StubRun(world, augments=augments, encodes_text=encodes_text)
-        self.monkeypatch.setattr(adapter, "start", lambda *given: run.started.append(given) or run)
+
+        def start(*given: Any, **more: Any) -> StubRun:
+            run.started.append(given)
+            run.refused = more
+            return run
+
+        self.monkeypatch.setattr(adapter, "start", start)
         self.monkeypatch.setattr(adapter, "class_words", lambda *given: None)
         world.train(patched(self.folder, text))
         assert world.options_parsed == ["--apt_config", "--apt_preset"]
@@ -526,28 +536,29 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 
 def test_the_lines_are_called_in_the_order_of_a_training_step(workshop: Workshop) -> None:
     world, run = workshop.train(script(), augments=True)
-    assert [name for name, _ in run.told] == ["augment", "assess", "regularized"] * 2 + ["close", "add_metadata"]
+    assert [name for name, _ in run.told] == ["moves", "assess", "regularized"] * 2 + ["close", "add_metadata"]
     assert run.told[-1] == ("add_metadata", "out")
     assert world.events == ["load_state", "backward", "log", "log", "backward", "log", "log", "save_state",
                             "save_lora_weights"]  # fmt: skip
     assess = [said for name, said in run.told if name == "assess"]
-    assert assess[0].startswith("(pred2, random2, random1")  # draws: timesteps, then noise
+    assert assess[0].startswith("(pred2, random1, random2")  # draws: noise, then timesteps
     assert all("loss(weighed pred" in said for name, said in run.told if name == "regularized")
 
 
-# -- the early draw ----------------------------------------------------------------------------------------------------
+# -- images that are moved ---------------------------------------------------------------------------------------------
 
 DRAWS = {
     "unpacked shape": "bsz, c, h, w = latents.shape\ntimesteps = randint(0, 1000, (bsz,), device=latents.device)",
     "shape[0]": "timesteps = randint(0, 1000, (latents.shape[0],))",
-    "shape[:1]": "timesteps = randint(0, 1000, latents.shape[:1])",
-    "size": "timesteps = randint(0, 1000, (latents.size(0),))",
     "len": "timesteps = randint(0, 1000, (len(latents),))",
     "of the noise": "timesteps = randint(0, 1000, (noise.shape[0],), device=noise.device)",
-    "of what is made of latents": "other = latents * 2\nn = len(other)\ntimesteps = randint(0, 1000, (n,))",
+    "by the latents' height": "bsz, c, h, w = latents.shape\ntimesteps = randint(0, h * w, (bsz,))",
+    "of their kind": "timesteps = rand(2, dtype=latents.dtype)",
     "several statements": "timesteps = randint(0, 1000, (len(latents),))\ntimesteps = timesteps * 1",
     "augmented assignment": "timesteps = randint(0, 1000, (len(latents),))\ntimesteps += 1",
+    "changed in place": f"{DRAW}\ntimesteps[0] = 5\ntimesteps.mul_(5)",
     "own distribution": "u = rand(len(latents))\nu = u * u\ntimesteps = (u * 1000).to(int)",
+    "with something else": "timesteps, w = rand(len(latents)), rand(len(latents))\nprint(w)",
     "by path": "if args.half:\n    timesteps = randint(0, 500, (len(latents),))\n"
     "else:\n    i = rand(len(noise))\n    timesteps = i * 1000",
 }
@@ -555,189 +566,111 @@ DRAWS = {
 
 @pytest.mark.parametrize("half", [True, False], ids=["one path", "the other"])
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
-def test_the_augmentation_is_told_the_timesteps_that_the_step_then_uses(
+def test_the_augmentation_is_told_the_timesteps_that_the_step_uses_and_nothing_is_drawn_twice(
     workshop: Workshop, draw: str, half: bool
 ) -> None:
-    world, run = workshop.train(script(draw=draw), augments=True, half=half)
-    told = [said for name, said in run.told if name == "augment"]
-    assess = [said for name, said in run.told if name == "assess"]
-    assert len(told) == len(assess) == 2
+    text = script(draw=draw)
+    plain = World(half=half).train(text)
+    world, run = workshop.train(text, augments=True, half=half)
+    assert world.draws == plain.draws
     tuned = [given for phase, given in world.calls if phase == "tuned"]
-    for i in range(2):
-        timesteps = told[i].removeprefix(f"(images{i}, ").removesuffix(")")
-        assert "random" in timesteps and assess[i].endswith(f", {timesteps})")
-        # Noise and U-Net have the same ones, and the latents are of the augmented images.
-        assert tuned[i].startswith(f"((noised(latents of augmented images{i}, ") and tuned[i].count(timesteps) >= 2
+    # What the U-Net is given is that of the unpatched script, but for the images.
+    assert [given.replace("augmented ", "") for given in tuned] == [given for _, given in plain.calls]
+    assert all(given.startswith(f"((noised(latents of augmented images{i}, ") for i, given in enumerate(tuned))
+    for (_, moves), (_, assess) in zip(run.told[:6:3], run.told[1:6:3], strict=True):
+        timesteps = moves.partition(", ")[2].removesuffix(")")
+        assert "random" in timesteps and assess.endswith(f", {timesteps})")
+    workshop.check_passes(text, half=half)
 
 
-@pytest.mark.parametrize("half", [True, False], ids=["one path", "the other"])
-@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
-def test_without_augmentation_nothing_is_drawn_twice(workshop: Workshop, draw: str, half: bool) -> None:
-    workshop.check_passes(script(draw=draw), half=half)
-
-
-def test_the_copy_of_the_draw_is_whole_and_asks_the_images(tmp_path: Path) -> None:
-    draws = {name: early_draw(patched(tmp_path, script(draw=draw))) for name, draw in DRAWS.items()}
-    assert draws["unpacked shape"] == [
-        ast.unparse(ast.parse("bsz, c, h, w = images.shape")),
-        "timesteps = randint(0, 1000, (bsz,), device=images.device)",
-    ]
-    assert draws["len"] == ["timesteps = randint(0, 1000, (len(images),))"]
-    assert draws["of the noise"] == ["timesteps = randint(0, 1000, (images.shape[0],), device=images.device)"]
-    assert draws["own distribution"] == [
-        "u = rand(len(images))", "u = u * u", "timesteps = (u * 1000).to(int)",
-    ]  # fmt: skip
-    assert draws["by path"][0] == "if args.half:" and len(draws["by path"]) == 5
-
-
-def test_a_draw_before_the_encoding_needs_no_copy(workshop: Workshop) -> None:
-    text = script(encode="bsz = 2\ntimesteps = randint(0, 1000, (bsz,))\n" + ENCODE, draw="pass")
-    new = patched(workshop.folder, text)
-    assert early_draw(new) == []
-    above, _, below = group(new, "apt_hooks_run.timesteps(")
-    assert above.startswith("timesteps = randint") and below.startswith("images = ")
-    _, run = workshop.train(text, augments=True)
-    assert run.told[0] == ("augment", "(images0, random1)")
-    workshop.check_passes(text)
-
-
-def test_images_encoded_straight_from_the_batch_are_changed_there(workshop: Workshop) -> None:
-    encode = 'latents = vae.encode(batch["pixels"].to(dtype=weights)).latent_dist.sample() * vae.factor'
-    text = script(encode=encode)
-    new = patched(workshop.folder, text)
-    assert early_draw(new) == [DRAW.replace("latents", "batch['pixels']")]
-    _, lines, below = group(new, "apt_hooks_run.augments:")
-    assert lines[-1] == "batch['pixels'] = apt_hooks_run.augment(batch['pixels'], timesteps)"
-    assert below == encode
-
-
-def test_latents_of_the_cache_may_stand_beside_those_of_the_vae(tmp_path: Path) -> None:
-    encode = (
-        'images = batch["pixels"]\nif args.cached:\n    latents = cache[step].latent_dist.sample()\nelse:\n'
+ENCODINGS = {
+    "beside a cache": (
+        'if args.cached:\n    latents = cache[step].sample()\nelse:\n    images = batch["pixels"]\n'
         "    latents = vae.encode(images).latent_dist.sample()"
-    )
-    _, lines, below = group(patched(tmp_path, script(encode=encode)), "apt_hooks_run.augments:")
-    assert below == "latents = vae.encode(images).latent_dist.sample()"  # those of the cache are not augmented
-    assert lines[-1] == "images = apt_hooks_run.augment(images, timesteps)"
-
-
-def test_images_that_another_path_takes_as_they_are_are_augmented_before_the_paths(tmp_path: Path) -> None:
-    encode = (
-        'images = batch["pixels"]\nif vae is not None:\n    latents = vae.encode(images).latent_dist.sample()\n'
-        "else:\n    latents = images"
-    )
-    _, _, below = group(patched(tmp_path, script(encode=encode)), "apt_hooks_run.augments:")
-    assert below == "if vae is not None:"
-
-
-@pytest.mark.parametrize(
-    ("draw", "said"),
-    [
-        (
-            "timesteps = (latents.mean() * 1000).long()",
-            "`timesteps = (latents.mean() * 1000).long()`, which needs `lat",
-        ),
-        ("timesteps = pick(noise, latents)", "which needs `"),
-        (
-            "level = latents.std()\ntimesteps = randint(0, level, (2,))",
-            "`level = latents.std()`, which needs `latents`",
-        ),
-        ("timesteps = rand(2, dtype=latents.dtype)", "which needs `latents`"),
-    ],
-)
-def test_a_draw_that_depends_on_what_the_latents_hold_is_refused(tmp_path: Path, draw: str, said: str) -> None:
-    wanted = "a draw of `timesteps` that takes no more than batch size and device from the latents"
-    refused(tmp_path, script(draw=draw), wanted, said)
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        "timesteps = randint(0, latents.shape[2], (len(latents),))",
-        "bsz, c, h, w = latents.shape\ntimesteps = randint(0, h * w, (bsz,))",
-    ],
-)
-def test_a_draw_that_depends_on_the_latents_height_is_refused(tmp_path: Path, draw: str) -> None:
-    refused(tmp_path, script(draw=draw), "batch size and device")
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        f"{DRAW}\ntimesteps[0] = 5",
-        f"{DRAW}\ntimesteps.mul_(5)",
-        "weights = rand(1000)\nweights[0] = 0\ntimesteps = weights * 1",
-    ],
-    ids=["item", "method", "weights"],
-)
-def test_a_draw_changed_in_place_is_copied_with_the_change(workshop: Workshop, draw: str) -> None:
-    plain = World().train(script(draw=draw))
-    _, run = workshop.train(script(draw=draw), augments=True)
-    told = re.sub(r"\d+", "N", run.told[0][1].removeprefix("(images0, ").removesuffix(")"))
-    used = re.search(r"noised\(latents of images0, random\d+, (.*?)\), ", plain.calls[0][1])
-    assert used and told == re.sub(r"\d+", "N", used.group(1))
-
-
-def test_timesteps_used_before_they_are_complete_are_refused(tmp_path: Path) -> None:
-    text = script(call=f"timesteps = timesteps.long()\n{CALL}")
-    refused(tmp_path, text, "looked for `timesteps` complete before it is used", "found `noisy = scheduler.add_noise(")
-
-
-TOGETHER = {  # and what the U-Net is given of the first draw, whose timesteps are of random1
-    "two results": ("timesteps, w = rand(len(latents)), rand(len(latents))", "random2"),
-    "a helper's second": (
-        "timesteps, w = (lambda u: (u, Value(f'huber of {u}')))(rand(len(latents)))",
-        "huber of random1",
     ),
-    "what the timesteps are made from": ("w = rand(len(latents))\ntimesteps = w * 1000", "random1"),
+    "with": (
+        'with accelerator.autocast():\n    images = batch["pixels"]\n'
+        "    latents = vae.encode(images).latent_dist.sample()"
+    ),
+    "straight from the batch": 'latents = vae.encode(batch["pixels"].to(int)).latent_dist.sample()',
+    "an expression": 'images = batch["pixels"]\nlatents = vae.encode(images * 2).latent_dist.sample()',
+    "the VAE put elsewhere": (
+        'coder = vae\nif args.cached:\n    latents = 1\nelse:\n    coder = coder\n    images = batch["pixels"]\n'
+        "    latents = coder.encode(images).latent_dist.sample()"
+    ),
 }
 
 
-@pytest.mark.parametrize(("draw", "given"), TOGETHER.values(), ids=TOGETHER)
-def test_what_is_drawn_with_the_timesteps_is_that_of_the_same_draw(workshop: Workshop, draw: str, given: str) -> None:
-    text = script(draw=draw, call="pred = unet(noisy, timesteps, weight=w)[0]")
-    workshop.check_passes(text)
-    world, run = workshop.train(text, augments=True)
-    first = dict(reversed(world.calls))
-    assert "random1" in run.told[0][1]
-    assert [first[phase].endswith(f"[('weight', {given})])") for phase in ("frozen", "tuned")] == [True, True], first
+@pytest.mark.parametrize("encode", ENCODINGS.values(), ids=ENCODINGS)
+def test_images_are_moved_where_they_are_encoded(workshop: Workshop, encode: str) -> None:
+    world, run = workshop.train(script(encode=encode + "\nlatents = latents * 3"), augments=True, cached=False)
+    for i, (_, given) in enumerate(world.calls):
+        assert f"augmented (images{i // 2}*2)" in given or f"augmented images{i // 2}" in given
+        assert given.count("augmented") == 1 and given.count("*3") == 1
+    assert run.refused == {}
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        "u = rand(len(latents))\nprint(u)\ntimesteps = u * 1000",
-        "if args.half:\n    timesteps, u = rand(len(latents)), 1\nelse:\n    timesteps = rand(len(latents))",
-    ],
-    ids=["used before it can be replaced", "perhaps without a value"],
-)
-def test_what_is_drawn_with_the_timesteps_and_cannot_be_kept_is_refused(tmp_path: Path, draw: str) -> None:
-    text = script(draw=draw, call="pred = unet(noisy, timesteps, weight=u)[0]")
-    refused(tmp_path, text, "looked for a draw whose only random result is `timesteps`", "found `u`, used later")
+def test_latents_of_a_cache_are_moved_themselves(workshop: Workshop) -> None:
+    text = script(encode=ENCODINGS["beside a cache"] + "\nlatents = latents * 3")
+    text = text.replace("    for epoch", '    cache = [Value("kept0"), Value("kept1")]\n    for epoch')
+    assert text.count("cache = [") == 1
+    world, _ = workshop.train(text.replace("cache[step].sample()", "cache[step] * 1"), augments=True, cached=True)
+    assert [given.startswith(f"((noised((augmented (kept{i // 2}*1)*3)") for i, (_, given) in enumerate(world.calls)]
 
 
-@pytest.mark.parametrize(
-    "encode",
-    [
-        'if args.cached:\n    latents = cache[step].sample()\nelse:\n    images = batch["pixels"]\n'
-        "    latents = vae.encode(images).latent_dist.sample()",
-        'with accelerator.autocast():\n    images = batch["pixels"]\n'
-        "    latents = vae.encode(images).latent_dist.sample()",
-        'images = batch["pixels"]\nlatents = Value("")\nfor i in range(2):\n'
-        "    latents = latents + vae.encode(images[i]).latent_dist.sample()",
-    ],
-    ids=["if", "with", "for"],
-)
-def test_images_made_where_they_are_encoded_are_augmented_there_or_refused(workshop: Workshop, encode: str) -> None:
+def test_images_that_another_path_takes_as_they_are_are_moved_before_the_paths(workshop: Workshop) -> None:
+    encode = (
+        'images = batch["pixels"]\nif args.encoded:\n    latents = vae.encode(images).latent_dist.sample()\n'
+        "else:\n    latents = images * 1"
+    )
     text = script(encode=encode)
-    try:
-        patched(workshop.folder, text)
-    except AptError as error:
-        assert "images" in str(error) and "\n" not in str(error)
-        return
-    world, _ = workshop.train(text, augments=True, cached=False)
-    assert all("augmented images0" in given for _, given in world.calls[:2])
-    assert all("augmented images1" in given for _, given in world.calls[2:])
+    assert again(patched(workshop.folder, text))[0] == "images = apt_hooks_run.moved(images)"
+    for encoded in (True, False):
+        world, _ = workshop.train(text, augments=True, encoded=encoded)
+        assert all(given.count("augmented images") == 1 for _, given in world.calls)
+
+
+def test_timesteps_may_be_drawn_before_the_encoding(workshop: Workshop) -> None:
+    text = script(encode="bsz = 2\ntimesteps = randint(0, 1000, (bsz,))\n" + ENCODE, draw="pass")
+    _, run = workshop.train(text, augments=True)
+    assert run.told[0] == ("moves", "(latents of images0, random1)")
+    workshop.check_passes(text)
+
+
+UNMOVED = {
+    "timesteps of the latents": (
+        {"draw": "timesteps = pick(latents.mean() * 1000)"},
+        "`timesteps` is made of `latents`",
+    ),
+    "summed up": (
+        {"encode": f"total = 0\n{ENCODE}\ntotal = total + latents.mean()\nlatents = latents * total"},
+        "`total = total + latents.mean()` runs once more, and `total` changes",
+    ),
+    "counted": ({"encode": f"n = []\n{ENCODE}\nn.append(latents)"}, "and `n` changes"),
+    "changed since": (
+        {"encode": f"factor = 2\n{ENCODE}\nlatents = latents * factor\nfactor = 3"},
+        "`latents = latents * factor` runs once more, and `factor` changes",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "reason"), UNMOVED.values(), ids=UNMOVED)
+def test_latents_that_cannot_be_made_again_are_left_and_the_run_is_told_why(
+    tmp_path: Path, parts: dict[str, str], reason: str
+) -> None:
+    new = patched(tmp_path, script(**parts))
+    assert "moves(" not in new
+    ((_, lines, _),) = [found for found in groups(new) if any("adapter.start(" in line for line in found[1])]
+    (said,) = re.findall(r"unmoved=(.*)\)$", "\n".join(lines), re.MULTILINE)
+    assert reason in ast.literal_eval(said)
+
+
+def test_images_encoded_one_by_one_are_refused(tmp_path: Path) -> None:
+    encode = (
+        'images = batch["pixels"]\nlatents = Value("")\nfor i in range(2):\n'
+        "    latents = latents + vae.encode(images[i]).latent_dist.sample()"
+    )
+    refused(tmp_path, script(encode=encode), "the encoding of the images in one call", "it in a loop of its own")
 
 
 # -- the frozen pass ---------------------------------------------------------------------------------------------------
@@ -1257,7 +1190,8 @@ def test_the_encoding_that_a_script_declares_is_kept_or_refused(workshop: Worksh
 
 COMMENTED = {
     "unet, text_encoder, text_encoder_two, optimizer, loader = ": None,
-    "latents = vae.encode(": "apt_hooks_run.augments:",
+    "latents = vae.encode(": None,
+    "noisy = scheduler.add_noise(": "apt_hooks_run.moves(",
     "pred = unet(": "apt_hooks_run.frozen_pass()",
     "loss = mse_loss(": "apt_hooks_run.assess(",
     "accelerator.backward(": "apt_hooks_run.regularized(",
@@ -1396,12 +1330,11 @@ MISSING = {
     "output as a whole": (")[0]\n\n", ")\n\n", "`x = model(noisy, timesteps, ...)[0]` or `.sample`", "found `unet("),
     "no encoding": (".latent_dist.sample()", ".latents", "the encoding of the images, `vae.encode(images).latent_dist`",
                     "found none"),
-    "images an expression": ("vae.encode(pixel_values)", "vae.encode(pixel_values * 2)",
-                             "the images, as the variable that the VAE encodes", "`vae.encode(pixel_values * 2)`"),
+    "no images": ("vae.encode(pixel_values)", "vae.encode()", "the images, as what the VAE encodes", "`vae.encode()`"),
     "timesteps inline": ("                    timesteps,\n", "                    timesteps.long(),\n",
                          "the timesteps, a variable given to the U-Net", "found `timesteps.long()`"),
-    "timesteps drawn elsewhere": ("timesteps = t", "drawn = t", "the draw of `timesteps` before the U-Net is called",
-                                  "found none beside the call"),
+    "timesteps drawn elsewhere": ("timesteps = t", "drawn = t", "the draw of `timesteps` before the noise is added",
+                                  "found none beside it"),
     "no loss": ("F.mse_loss(", "F.distance(", "the loss of `model_pred`, such as `mse_loss(model_pred, ", "none"),
     "loss of another": ("F.mse_loss(model_pred.f", "F.mse_loss(my_pred.f", "the loss of `model_pred`",
                         "found `F.mse_loss(my_pred.float(), target.float(), reduction='mean')` in line "),
@@ -1669,8 +1602,7 @@ def test_the_scripts_of_diffusers_are_patched_once_and_restored(tmp_path: Path, 
     once = [
         "add_argument(\"--apt_config\"", "adapter.class_words(args, locals())",
         "adapter.start(args, accelerator, unet, noise_scheduler)", "apt_hooks_run.read_class_word(apt_hooks_words)",
-        "pixel_values = apt_hooks_run.augment(pixel_values, timesteps)",
-        "timesteps = apt_hooks_run.timesteps(timesteps)",
+        "apt_hooks_run.moves(timesteps, model_input)",
         "apt_hooks_run.begin_tuned_pass(frozen_model_pred)", "model_pred = apt_hooks_run.end_tuned_pass(model_pred)",
         "model_pred = apt_hooks_run.assess(model_pred, target, timesteps)", "loss = apt_hooks_run.regularized(loss)",
         "accelerator.log(apt_hooks_run.tracker_values(), step=global_step)", "apt_hooks_run.close()",

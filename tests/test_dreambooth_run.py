@@ -451,10 +451,12 @@ def test_class_images_are_neither_augmented_nor_counted(
 ) -> None:
     batches: list[tuple[Tensor, Tensor]] = []
     instances: list[list[bool]] = []
-    augment, assess = DreamBoothRun.augment, AptObjective._step
+    moved, assess = DreamBoothRun.moved, AptObjective._step
 
-    def spied_augment(self: DreamBoothRun, images: Tensor, timesteps: Tensor) -> Tensor:
-        batches.append((images.clone(), augment(self, images, timesteps)))
+    def spied_moved(self: DreamBoothRun, images: Tensor, *, latents: bool = False) -> Tensor:
+        if latents:
+            return moved(self, images, latents=True)
+        batches.append((images.clone(), moved(self, images)))
         return batches[-1][1]
 
     def spied_assess(self: AptObjective, *args: Any, **options: Any) -> Any:
@@ -463,11 +465,12 @@ def test_class_images_are_neither_augmented_nor_counted(
         assert step.weight[2:].tolist() == [1.0, 1.0] and step.instances == 2
         return step
 
-    monkeypatch.setattr(DreamBoothRun, "augment", spied_augment)
+    monkeypatch.setattr(DreamBoothRun, "moved", spied_moved)
     monkeypatch.setattr(AptObjective, "_step", spied_assess)
     monkeypatch.setattr(OverfittingIndicator, "gamma", lambda self, timesteps: torch.ones(len(timesteps)))
     found = train(name, "--with_prior_preservation", config="augment_max_probability = 1.0")
     assert instances == [[True, True, False, False]] * 4
+    assert len(batches) == 4
     for before, after in batches:
         assert torch.equal(before[2:], after[2:]) and not torch.equal(before[0], after[0])
         assert (after[0] == -1.0).any() and not (before[0] == -1.0).any()
@@ -1153,14 +1156,15 @@ def test_a_trained_text_encoder_that_is_called_out_of_sight_is_refused(train: Tr
     train("one_encoder", "--max_train_steps", "1", config="", edit=hidden)  # not trained: nothing to encode anew
 
 
-def test_images_that_are_not_encoded_in_a_step_cannot_be_augmented_and_that_is_said(train: Train) -> None:
+def test_latents_of_which_nothing_is_known_cannot_be_augmented_and_that_is_said_at_once(train: Train) -> None:
     def cached(source: str) -> str:
         old = "                if vae is not None:\n"
         assert old in source
-        source = source.replace(old, "                if global_step == 0:\n")
+        source = source.replace(old, "                if global_step > 4:\n")
         return source.replace("model_input = pixel_values", "model_input = torch.ones(2, 4, 8, 8)")
 
-    assert "the images were not encoded in this step" in refused(train, "one_encoder", config="", edit=cached)
+    line = refused(train, "one_encoder", config="", edit=cached)
+    assert "the latents come from a cache" in line and line.endswith("set [apt] augmentation = false")
     train("one_encoder", config="augmentation = false", edit=cached)
 
 

@@ -104,7 +104,7 @@ class DreamBoothRun:
     """APT in a script's own loop; its methods are called by the inserted lines, from top to bottom.
 
     Attributes:
-        augments: whether images are augmented, so that the timesteps have to be drawn before they are encoded.
+        augments: whether images are augmented.
         encodes_text: whether the base model has to encode the text anew.
     """
 
@@ -154,8 +154,6 @@ class DreamBoothRun:
         self.encodes_text = bool(self._text_encoders)
         self._words: ClassWords | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
-        self._timesteps: Tensor | None = None
-        self._drawn: tuple[Any, ...] = ()
         self._placement: Placement | None = None
         self._covered: Tensor | None = None
         self._black, self._encoded = black, False
@@ -177,40 +175,22 @@ class DreamBoothRun:
         words.begin(_batches(self._accelerator._dataloaders))
         self._words, self.encodes_text = words, True
 
-    def augment(self, images: Tensor, timesteps: Tensor, *drawn: Any) -> Tensor:
-        """`images` ([batch, channels, height, width] in [-1, 1]), some zoomed out and rotated.
+    def moves(self, timesteps: Tensor, latents: Tensor) -> bool:
+        """Whether any sample is augmented, so that the latents are to be made once more, with `moved`.
 
-        `drawn` is what the script draws together with the timesteps, such as their weights.
-        """
-        with errors_in_one_line():
-            self._drawn = drawn
-            self._timesteps = timesteps.clone()  # which the script may change in place, and then again
-            self._placement = self._run.objective.draw_augmentation(
-                _one_each(timesteps, images), self._instances(images), self._run.generator()
-            )
-            self._covered = self._run.objective.covered(self._placement, images.shape[-2:])
-            return self._placement.apply(images, -1.0)
-
-    def timesteps(self, timesteps: Tensor, *drawn: Any) -> Any:
-        """Those that `augment` was told, in place of those drawn since; a tuple with what was drawn with them."""
-        if self._timesteps is not None:
-            timesteps, drawn = self._timesteps.to(timesteps.device), self._drawn
-        return (timesteps, *drawn) if drawn else timesteps
-
-    def moves(self, sigmas: Tensor, latents: Tensor) -> bool:
-        """Where noise is mixed in, whether any sample is augmented, so that `moved` is to be called.
+        A run's first batch's are made again whatever is chosen, so that what rules it out is told at once.
 
         Args:
-            sigmas: the noise's share, one a sample, of any number of dimensions.
+            timesteps: one a sample or for all; where noise is mixed in its share, of any number of dimensions.
             latents: [batch, ...], clean.
         """
         with errors_in_one_line():
             self._encoded = False
             self._placement = self._run.objective.draw_augmentation(
-                _one_each(_per_sample(sigmas), latents), self._instances(latents), self._run.generator()
+                self._each(timesteps, latents), self._instances(latents), self._run.generator()
             )
             self._covered = self._run.objective.covered(self._placement, latents.shape[-2:])
-            return bool(self._placement.chosen.any())
+            return self._run.objective.steps == 0 or bool(self._placement.chosen.any())
 
     def moved(self, images: Tensor, *, latents: bool = False) -> Tensor:
         """`images` ([batch, channels, height, width], or of one frame each, in [-1, 1]), some zoomed out and rotated.
@@ -311,13 +291,12 @@ class DreamBoothRun:
                     f"the U-Net predicts {tuple(prediction.shape)} for a target of {tuple(target.shape)}; models that "
                     "predict their variance are not supported"
                 )
-            if self.augments and self._placement is None and self._schedule is not None:
+            if self.augments and self._placement is None:
                 raise AptError(
-                    "the images were not encoded in this step (cached latents?), so they could not be augmented; "
-                    "encode them in every step, or set [apt] augmentation = false"
+                    "noise was not added in this step where it was found when the script was patched, so images could "
+                    "not be augmented; patch the script again, or set [apt] augmentation = false"
                 )
-            flow = clean is not None and noise is not None
-            timesteps = _one_each(_per_sample(timesteps) if flow else timesteps, prediction)
+            timesteps = self._each(timesteps, prediction)
             self._step = passes.step(
                 target,
                 timesteps,
@@ -335,8 +314,7 @@ class DreamBoothRun:
             if step is None:  # a batch that the script did not ask the U-Net about
                 return loss
             self._run.record(step, self._placement, ends_step=self._accelerator.sync_gradients)
-            self._placement = self._timesteps = self._covered = None
-            self._drawn = ()
+            self._placement = self._covered = None
             # The objective's is for a mean over the whole batch; prior preservation adds the means of two halves.
             regularizer = step.regularizer * (2 if self._prior else 1)
             return loss + (regularizer - regularizer.detach())
@@ -387,6 +365,13 @@ class DreamBoothRun:
         if self._passes is not None:
             self._passes.give_up()
         self._passes = self._step = None
+
+    def _each(self, timesteps: Tensor, samples: Tensor) -> Tensor:
+        """A timestep, or share of noise, for each sample: [batch]."""
+        if self._schedule is None:
+            timesteps = timesteps.detach().reshape(len(timesteps), -1)[:, 0].float()
+        # A script may have drawn one for all.
+        return timesteps.reshape(-1).expand(len(samples)) if timesteps.numel() == 1 else timesteps
 
     def _flow_error_scale(self, sigmas: Tensor, target: Tensor, clean: Tensor, noise: Tensor) -> Tensor | None:
         if self._run.indicator_units != "epsilon":
@@ -463,20 +448,10 @@ def _batches(loaders: Sequence[Any]) -> float:
         return math.inf
 
 
-def _per_sample(sigmas: Tensor) -> Tensor:
-    """[batch] of shares of the noise that have the latents' dimensions."""
-    return sigmas.detach().reshape(len(sigmas), -1)[:, 0].float()
-
-
 def _prediction(predicted: Any) -> Tensor:
     """What a denoiser gives, which may be a list of samples."""
     first = predicted[0]
     return first if isinstance(first, Tensor) else torch.stack(list(first))
-
-
-def _one_each(timesteps: Tensor, samples: Tensor) -> Tensor:
-    """A timestep for each sample, where a script may have drawn one for all."""
-    return timesteps.reshape(-1).expand(len(samples)) if timesteps.numel() == 1 else timesteps
 
 
 def _check_mask(line: str, config: AptConfig) -> None:

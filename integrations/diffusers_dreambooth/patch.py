@@ -13,7 +13,7 @@ from apt_hooks.files import remove_leftovers, write_atomically
 from .. import patching
 from ..patching import Places, Statements
 from ..trainers import Change
-from .script_anchors import RUN, Anchors, Diffusion, Flow, find
+from .script_anchors import RUN, Anchors, find
 
 NAME = "diffusers"
 OPTIONS = frozenset({"output", "in_place", "force"})
@@ -162,7 +162,7 @@ def _places(found: Anchors, statements: Statements) -> Places:
     repeated += text + _source(frozen.call)
     step = f", step={found.step}" if found.step else ""
     tracked = f"    {found.accelerator}.log({RUN}.tracker_values(){step})"
-    augmenting, compared = _augmenting(found, statements)
+    mixed = "" if found.noising.schedule else f", {found.clean}, {min(found.noising.noise)}"
     return [
         before(
             found.parse,
@@ -171,7 +171,7 @@ def _places(found: Anchors, statements: Statements) -> Places:
         ),
         *_before_training(found, statements),
         after(found.prepare, *_start(found)),
-        *augmenting,
+        *_augmenting(found, statements),
         before(
             found.call,
             f"if {RUN} is not None and {RUN}.frozen_due():",
@@ -183,7 +183,7 @@ def _places(found: Anchors, statements: Statements) -> Places:
         before(
             found.compare,
             f"{guard}  # scales the gradient of each sample",
-            f"    {found.prediction} = {RUN}.assess({found.prediction}, {found.target}, {compared})",
+            f"    {found.prediction} = {RUN}.assess({found.prediction}, {found.target}, {found.timesteps}{mixed})",
         ),
         before(found.backward, guard, f"    {found.loss} = {RUN}.regularized({found.loss})"),
         *([after(found.log, guard, tracked)] if found.log is not None else []),
@@ -192,61 +192,42 @@ def _places(found: Anchors, statements: Statements) -> Places:
     ]
 
 
-def _augmenting(found: Anchors, statements: Statements) -> tuple[Places, str]:
-    """The lines that augment, and what tells the comparison the timesteps."""
-    before, after, noising = statements.before, statements.after, found.noising
-    if isinstance(noising, Diffusion):
-        drawn = ", ".join([found.timesteps, *noising.drawn_with])
-        early = before(
-            noising.encode,
-            f"if {RUN} is not None and {RUN}.augments:  # the timesteps first: the augmentation depends on them",
-            *_indented(_source(noising.draw_copy)),
-            f"    {noising.images} = {RUN}.augment({noising.images}, {drawn})",
-        )
-        again = after(noising.draw, f"if {RUN} is not None:", f"    {drawn} = {RUN}.timesteps({drawn})")
-        return [early, again], found.timesteps
-    mixed = f"{found.timesteps}, {noising.mixing.clean}, {noising.mixing.noise}"
-    lines = [
-        f"if {RUN} is not None and {RUN}.augments and {RUN}.moves({found.timesteps}, {noising.mixing.clean}):",
-        *_indented(_source(noising.again.statements)),
-    ]
+def _augmenting(found: Anchors, statements: Statements) -> Places:
+    """The lines that make the latents once more, of images that are moved, and what black is in latents of a cache."""
     black = [
-        before(statement, f"if {BLACK} is not None:", f"    {BLACK}.keep({vae}, {images})")
-        for statement, vae, images in noising.caches
+        statements.before(statement, f"if {BLACK} is not None:", f"    {BLACK}.keep({vae}, {images})")
+        for statement, vae, images in found.caches
     ]
-    return [*black, *([before(noising.mix, *lines)] if noising.again.statements else [])], mixed
+    if not found.again.statements:
+        return black
+    lines = [
+        f"if {RUN} is not None and {RUN}.augments and {RUN}.moves({found.timesteps}, {found.clean}):",
+        *_indented(_source(found.again.statements)),
+    ]
+    return [*black, statements.before(found.noise, *lines)]
 
 
 def _start(found: Anchors) -> list[str]:
-    noising = found.noising
-    if isinstance(noising, Diffusion):
-        given = f", {noising.schedule}"
-    else:
-        refused = f", unmoved={noising.again.refused!a}" if noising.again.refused else ""
-        given = f", None{refused}" + (f", black={BLACK}" if noising.caches else "")
-    masked = f", masked={found.factor!r}" if found.factor else ""
-    starting = [f"{RUN} = apt_hooks_adapter.start({found.arguments}, {found.accelerator}, {found.unet}{given}{masked})"]
-    made_before = found.words is not None or _has_caches(found)
+    given = [found.arguments, found.accelerator, found.unet, str(found.noising.schedule)]
+    given += [f"masked={found.factor!r}"] if found.factor else []
+    given += [f"unmoved={found.again.refused!a}"] if found.again.refused else []
+    given += [f"black={BLACK}"] if found.caches else []
+    starting = [f"{RUN} = apt_hooks_adapter.start({', '.join(given)})"]
     if found.words is None:
         starting.append(_making_words(found))
     starting += [f"if {WORDS} is not None:", f"    {RUN}.read_class_word({WORDS})"]
-    return [f"{RUN} = None", *_where_asked(found, starting, imported=made_before)]
-
-
-def _has_caches(found: Anchors) -> bool:
-    return isinstance(found.noising, Flow) and bool(found.noising.caches)
+    imported = found.words is not None or bool(found.caches)
+    return [f"{RUN} = None", *_where_asked(found, starting, imported=imported)]
 
 
 def _before_training(found: Anchors, statements: Statements) -> Places:
     """Where text is encoded before the training: once more, with the class word for the identifier; and where images
     are, what keeps the latents of black."""
     places: Places = []
-    if isinstance(found.noising, Flow) and found.noising.before_caches is not None:
+    if found.before_caches is not None:
         making = [f"{BLACK} = apt_hooks_adapter.BlackLatents()"]
         places.append(
-            statements.before(
-                found.noising.before_caches, f"{BLACK} = None", *_where_asked(found, making, imported=False)
-            )
+            statements.before(found.before_caches, f"{BLACK} = None", *_where_asked(found, making, imported=False))
         )
     if found.words is not None:
         making = [_making_words(found)]

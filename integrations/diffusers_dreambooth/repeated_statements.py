@@ -1,7 +1,7 @@
-"""What of a training step runs twice, the draw of the timesteps and the base model's pass, and these statements again.
+"""The base model's pass: statements of a training step that run twice, and these statements again.
 
-Both are found backwards from their end, by which statement makes what another reads. Where running statements again
-could change what the script does, or is not the same, the script is refused.
+They are found backwards from the end, by which statement makes what another reads. Where running statements again could
+change what the script does, or is not the same, the script is refused.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from apt_hooks.errors import AptError
 from .syntax_tree import (
     Suite,
     assigned,
-    called,
     changed,
     first_line,
-    made_from,
     missing,
     needs,
     overwritten,
@@ -29,8 +27,6 @@ from .syntax_tree import (
     surely_assigned,
 )
 
-_SURE = ("len", "size", "to", "long", "int", "float")
-"""What gives the same when it is called again; any other function may draw random numbers or count its calls."""
 _RANDOM = re.compile(r"\b(rand|normal|uniform|bernoulli|binomial|multinomial|choice|shuffle|sample)|drop|random")
 """Names of functions that draw random numbers."""
 
@@ -66,74 +62,6 @@ class FrozenCopy:
     prefix: str
     live: tuple[str, ...]
     perhaps: tuple[str, ...]
-
-
-def early_draw(step: StepBlock, timesteps: str, images: str) -> tuple[int, tuple[ast.stmt, ...], tuple[str, ...]]:
-    """Where the timesteps are complete, what draws them before the images are encoded, and what comes with them.
-
-    The last are names of the draw's other results that the step goes on with, such as weights of the timesteps, which
-    have to be those of the first draw too.
-
-    The augmentation depends on the timesteps, and the VAE on the augmentation; the scripts draw last. So what the
-    draw is made from is gathered backwards; where it asks the latents for batch size or device, the images know
-    these too.
-    """
-    suite, at_encode = step.suite, step.at_encode
-    drawing = sorted(step.makers({timesteps}, step.at_call))
-    if not any(timesteps in assigned(suite[i]) for i in drawing):
-        raise missing(step.script, f"the draw of `{timesteps}` before the U-Net is called", "none beside the call")
-    if drawing[-1] < at_encode:
-        return drawing[-1], (), ()
-    wanted = f"a draw of `{timesteps}` that takes no more than batch size and device from the latents"
-    latents = made_from(suite[at_encode : step.at_call], assigned(suite[at_encode]))
-    chosen: set[int] = set()
-    pending = {i for i in drawing if i >= at_encode}
-    while pending:
-        i = pending.pop()
-        chosen.add(i)
-        for name in read(suite[i]):
-            made = step.makers({name}, i, at_encode)
-            if not made or (name in latents and asks_only_batch_size_and_device(suite[i], name)):
-                continue
-            if at_encode in made:
-                raise missing(step.script, wanted, f"`{first_line(suite[i])}`, which needs `{name}`")
-            pending |= made - chosen
-    ask = AskOther(latents, images)
-    copies = tuple(ask.of(suite[i]) for i in sorted(chosen))
-    _check_draw(step, chosen, copies, timesteps, wanted, ask.unlike)
-    return drawing[-1], copies, _drawn_with(step, chosen, timesteps)
-
-
-def _check_draw(
-    step: StepBlock, chosen: set[int], copies: tuple[ast.stmt, ...], timesteps: str, wanted: str, unlike: set[str]
-) -> None:
-    """The copy runs first and the statements themselves once more, which nobody must notice."""
-    if step.at_encode in chosen:
-        raise missing(step.script, wanted, "it in one block with the encoding of the images")
-    between = [s for i, s in enumerate(step.suite) if min(chosen) < i < max(chosen) and i not in chosen]
-    early = [s for s in between if timesteps in read(s)]
-    if early:
-        raise missing(step.script, f"`{timesteps}` complete before it is used", f"`{first_line(early[0])}`")
-    if unlike & read(*copies):
-        raise missing(step.script, wanted, f"`{min(unlike & read(*copies))}`, a width of theirs")
-    own = [step.suite[i] for i in sorted(chosen)]
-    older = changed(*own) - assigned(*own) - {timesteps}
-    if older:
-        raise missing(step.script, f"a draw of `{timesteps}` that changes nothing older", f"it changing `{min(older)}`")
-
-
-def _drawn_with(step: StepBlock, chosen: set[int], timesteps: str) -> tuple[str, ...]:
-    """Of what is drawn a second time, the names besides the timesteps that are used later."""
-    own = [step.suite[i] for i in sorted(chosen)]
-    drawn = [s for s in own if any(isinstance(n, ast.Call) and called(n) not in _SURE for n in ast.walk(s))]
-    random = made_from(own, assigned(*drawn)) - {timesteps}
-    later = [s for i, s in enumerate(step.suite) if i > max(chosen)]
-    between = [s for i, s in enumerate(step.suite) if min(chosen) < i < max(chosen) and i not in chosen]
-    # Used before they can be replaced, or perhaps without a value.
-    lost = (random & needs(between)) | ((random & needs(later)) - surely_assigned(own))
-    if lost:
-        raise missing(step.script, f"a draw whose only random result is `{timesteps}`", f"`{min(lost)}`, used later")
-    return tuple(sorted(random & needs(later)))
 
 
 def frozen_copy(step: StepBlock, text_encoders: set[str], noising: set[int], made: Sequence[int] = ()) -> FrozenCopy:
@@ -233,59 +161,6 @@ def _check_made(step: StepBlock, made: Sequence[int]) -> None:
 # -- the copies --------------------------------------------------------------------------------------------------------
 
 
-class AskOther(ast.NodeTransformer):
-    """Batch size and device of some names, asked of another expression: `x.shape[0]`, `len(x)`, `x.device` and so on.
-
-    Attributes:
-        unlike: names that were unpacked from a shape behind the batch size; the other's are not the same.
-    """
-
-    def __init__(self, names: Iterable[str], other: str) -> None:
-        self.unlike: set[str] = set()
-        self._names = set(names)
-        self._other = other
-
-    def of(self, statement: ast.stmt) -> ast.stmt:
-        return self.visit(copy(statement))
-
-    def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        target, value = node.targets[0], node.value
-        shape = value.func if isinstance(value, ast.Call) and not value.args else value
-        of_shape = isinstance(shape, ast.Attribute) and shape.attr in ("shape", "size") and self._knows(shape.value)
-        if of_shape and isinstance(target, ast.Tuple):
-            self.unlike |= assigned(*target.elts[1:])
-            shape.value = self._asked()  # type: ignore[attr-defined]
-        return self.generic_visit(node)
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
-        of_shape = (
-            isinstance(node.value, ast.Attribute) and node.value.attr == "shape" and self._knows(node.value.value)
-        )
-        if of_shape and ast.unparse(node.slice) in ("0", ":1"):
-            node.value.value = self._asked()  # type: ignore[attr-defined]
-        return self.generic_visit(node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        if node.attr == "device" and self._knows(node.value):
-            node.value = self._asked()
-        return self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        given = [ast.unparse(argument) for argument in node.args]
-        if called(node) == "len" and len(given) == 1 and self._knows(node.args[0]):
-            node.args = [self._asked()]
-        of_size = isinstance(node.func, ast.Attribute) and called(node) == "size" and given == ["0"]
-        if of_size and self._knows(node.func.value):  # type: ignore[attr-defined]
-            node.func.value = self._asked()  # type: ignore[attr-defined]
-        return self.generic_visit(node)
-
-    def _knows(self, node: ast.AST) -> bool:
-        return isinstance(node, ast.Name) and node.id in self._names
-
-    def _asked(self) -> ast.expr:
-        return ast.parse(self._other, mode="eval").body
-
-
 class Renamed:
     """Statements with every name that they assign renamed, and the reads of it from there on.
 
@@ -383,11 +258,6 @@ class Renamed:
 def draws(node: ast.AST) -> bool:
     """Whether it is a call of what draws random numbers."""
     return isinstance(node, ast.Call) and bool(_RANDOM.search(ast.unparse(node.func)))
-
-
-def asks_only_batch_size_and_device(statement: ast.stmt, name: str) -> bool:
-    """Whether nothing else of `name` is read than `AskOther` can ask another one for."""
-    return name not in read(AskOther([name], "()").of(statement))
 
 
 def copy(statement: ast.stmt) -> Any:

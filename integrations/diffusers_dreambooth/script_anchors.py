@@ -15,8 +15,8 @@ from typing import Any
 
 from apt_hooks.errors import AptError
 
-from .flow_matching import Again, Mixing, again, find_mixing
-from .repeated_statements import FrozenCopy, StepBlock, draws, early_draw, frozen_copy, makers_of
+from .noising import Again, Noising, again, by_schedule, find_mixing
+from .repeated_statements import FrozenCopy, StepBlock, draws, frozen_copy, makers_of
 from .syntax_tree import Tree, assigned, called, first_line, listed, missing, owner, read, without_casts
 
 RUN = "apt_hooks_run"
@@ -31,43 +31,6 @@ Encoding = tuple[ast.stmt, ast.expr]
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion:
-    """Noise that a schedule adds.
-
-    Attributes:
-        schedule: its name.
-        encode: the statement to augment `images` before, a name or a subscript, which the VAE then encodes.
-        draw, draw_copy: the statement that draws the timesteps, and what draws them before `encode`.
-        drawn_with: names of what else is drawn with them, and used.
-    """
-
-    schedule: str
-    encode: ast.stmt
-    images: str
-    draw: ast.stmt
-    draw_copy: tuple[ast.stmt, ...]
-    drawn_with: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Flow:
-    """Noise that is mixed in.
-
-    Attributes:
-        mix: the statement with `mixing`.
-        again: what makes the clean latents of images that are moved.
-        caches: before the loop, each statement that encodes images, with VAE and images (source).
-        before_caches: the statement that holds the first of these.
-    """
-
-    mix: ast.stmt
-    mixing: Mixing
-    again: Again
-    caches: list[tuple[ast.stmt, str, str]]
-    before_caches: ast.stmt | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Anchors:
     """The anchors: statements to insert lines at, and the names that those lines use.
 
@@ -75,8 +38,12 @@ class Anchors:
         parser, parse: name of the argument parser, and the statement that parses with it.
         arguments, accelerator, unet: names (or expressions) in the training function.
         prepare: after it, the accelerator has wrapped the denoiser, and the schedule is made.
-        noising: how noise is added.
-        timesteps: the timesteps' name, or the noise level (source).
+        noising, noise: how noise is added, and the first statement that does.
+        timesteps: the timesteps' name, or the noise's share (source).
+        clean: what the noise is added to (source).
+        again: what makes the clean latents of images that are moved.
+        caches: before the loop, each statement that encodes images, with VAE and images (source).
+        before_caches: the statement that holds the first of these.
         call, prediction: the statement that calls the denoiser, and the name of what its loss is taken of.
         predicted: the statement after which that is complete.
         frozen: the same asked of the base model.
@@ -98,8 +65,13 @@ class Anchors:
     accelerator: str
     unet: str
     prepare: ast.stmt
-    noising: Diffusion | Flow
+    noising: Noising
+    noise: ast.stmt
     timesteps: str
+    clean: str
+    again: Again
+    caches: list[tuple[ast.stmt, str, str]]
+    before_caches: ast.stmt | None
     call: ast.stmt
     prediction: str
     predicted: ast.stmt
@@ -147,7 +119,6 @@ class _Finder:
         self.accelerator = owner(self.backward)
         self.loops = [node for node in self.tree.ancestors(self.backward) if isinstance(node, (ast.For, ast.While))]
         self.function = self.tree.function(self.backward)
-        self.mixing: Mixing | None = None
         self.noising = self._noising()
         self.prepare, self.prepared = self._prepare()
         self.calls, self.prediction = self._unet_calls()
@@ -155,7 +126,7 @@ class _Finder:
         self.encodings = self._encodings()
         self.encoding = self.encodings[0]
         # The block of statements that a step is, from the images to the denoiser.
-        self.suite = self.tree.common_suite([*self.encodings, *self.noising, *self.calls])
+        self.suite = self.tree.common_suite([*self.encodings, *self.noising.expressions, *self.calls])
         self.at_encode = self.tree.index(self.suite, self.encoding)
         self.at_call = self.at_predicted = self.tree.index(self.suite, self.calls[-1])
         if any(self.tree.index(self.suite, call) != self.at_call for call in self.calls):
@@ -165,18 +136,18 @@ class _Finder:
         for call in ("save_state", "load_state"):
             if not self.tree.calls(self.function, call):
                 raise self._missing(f"the checkpoints, a call of {self.accelerator}.{call}(...)", "none")
-        noise = {name for call in self.noising if isinstance(call, ast.Call) for name in read(*call.args[1:2])}
-        if self.mixing is not None:
-            noise = {self.mixing.noise}
+        noise, mixed = self.noising.noise, self.noising.schedule is None
+        if mixed:
             self.prediction = self._loss_taken_of()
         target, at_compare = self._comparison(noise)
         made: list[int] = []
-        if self.mixing is not None:
+        if mixed:
             made = makers_of(self.prediction, self.suite, self.at_call + 1, at_compare)
             self.at_predicted = max([self.at_call, *made])
         self._check_prior()
         step = StepBlock(self.name, self.suite, self.at_encode, self.at_call)
-        noising, timesteps, images = self._noising_of(step)
+        timesteps = self.noising.level or self._timesteps()
+        caches = self._caches()
         log, log_step = self._log()
         save, folder = self._save()
         parser, parse = self._parser()
@@ -190,8 +161,13 @@ class _Finder:
             accelerator=self.accelerator,
             unet=self.unet,
             prepare=self.prepare,
-            noising=noising,
+            noising=self.noising,
+            noise=self.suite[min(self._noising_places())],
             timesteps=timesteps,
+            clean=self._clean(),
+            again=self._again(step, timesteps),
+            caches=caches,
+            before_caches=self.tree.beside(caches[0][0], self.loops[-1]) if caches else None,
             call=self.suite[self.at_call],
             prediction=self.prediction,
             predicted=self.suite[self.at_predicted],
@@ -201,7 +177,7 @@ class _Finder:
             wordless=wordless,
             target=target,
             compare=self.suite[at_compare],
-            factor=self._factor(at_compare, {images, target, *read(ast.parse(timesteps)), *noise}),
+            factor=self._factor(at_compare, {target, *read(*self.encoding.args, ast.parse(timesteps)), *noise}),
             loss=ast.unparse(self.backward.args[0]),
             backward=self.tree.statement(self.backward),
             log=log,
@@ -211,20 +187,19 @@ class _Finder:
             folder=folder,
         )
 
-    def _noising_of(self, step: StepBlock) -> tuple[Diffusion | Flow, str, str]:
-        """How noise is added, the timesteps (source), and the images' name."""
-        images = self._images()
-        if self.mixing is not None:
-            repeated = again(step, self.tree, self.mixing, self.encodings, f"{RUN}.moved")
-            mix = self.suite[self.tree.index(self.suite, self.mixing.expression)]
-            caches = self._caches()
-            first = self.tree.beside(caches[0][0], self.loops[-1]) if caches else None
-            return Flow(mix, self.mixing, repeated, caches, first), self.mixing.level, images.split("[")[0]
-        timesteps = self._timesteps()
-        at_draw, draw_copy, drawn_with = early_draw(step, timesteps, images)
-        schedule, encode = owner(self.noising[0]), self._augment_at(images)  # type: ignore[arg-type]
-        diffusion = Diffusion(schedule, encode, images, self.suite[at_draw], draw_copy, drawn_with)
-        return diffusion, timesteps, images.split("[")[0]
+    def _again(self, step: StepBlock, timesteps: str) -> Again:
+        self._check_encoding()
+        at_noise = min(self._noising_places())
+        if self.noising.schedule is not None and not any(timesteps in assigned(s) for s in self.suite[:at_noise]):
+            raise self._missing(f"the draw of `{timesteps}` before the noise is added", "none beside it")
+        return again(step, self.tree, self.noising, self.encodings, timesteps, f"{RUN}.moved")
+
+    def _noising_places(self) -> set[int]:
+        return {self.tree.index(self.suite, expression) for expression in self.noising.expressions}
+
+    def _clean(self) -> str:
+        first = self.noising.expressions[0]
+        return ast.unparse(first.args[0]) if isinstance(first, ast.Call) and first.args else min(self.noising.clean)
 
     # -- one anchor each ---------------------------------------------------------------------------------------------
 
@@ -292,7 +267,7 @@ class _Finder:
         statements = [s for s in statements if isinstance(s, ast.Assign) and self._before_the_loop(s)]
         if not statements:
             raise self._missing(f"the models, assigned from `{self.accelerator}.prepare(...)`", listed(calls))
-        schedule = owner(self.noising[0]) if isinstance(self.noising[0], ast.Call) else ""
+        schedule = self.noising.schedule or ""
         making = [n for n in ast.walk(self.function) if isinstance(n, ast.Assign) and schedule in assigned(n)]
         making = [n for n in making if self.tree.function(n) is self.function]
         if any(not self._before_the_loop(n) for n in making):
@@ -308,27 +283,26 @@ class _Finder:
         own = self.tree.function(statement) is self.function
         return own and statement.lineno < self.loops[-1].lineno
 
-    def _noising(self) -> list[ast.Call] | list[ast.BinOp]:
+    def _noising(self) -> Noising:
         """Where noise is added: the schedule's calls, or one sum by which it is mixed in."""
         found = [c for c in self.tree.calls(self.loops[0], "add_noise") if c.lineno < self.backward.lineno]
         if found:
-            return found
-        mixed = [m for m in find_mixing(self.tree, self.loops[0]) if m.expression.lineno < self.backward.lineno]
+            return by_schedule(found)
+        mixed = [m for m in find_mixing(self.loops[0]) if m.expressions[0].lineno < self.backward.lineno]
         if len(mixed) != 1:
             raise self._missing(
                 "the noising, a call of .add_noise(...) or one `(1 - sigmas) * latents + sigmas * noise`, the noise "
                 "drawn in the training loop",
-                ", ".join(f"`{ast.unparse(m.expression)}`" for m in mixed) or "none",
+                ", ".join(f"`{ast.unparse(m.expressions[0])}`" for m in mixed) or "none",
             )
-        self.mixing = mixed[0]
-        return [self.mixing.expression]
+        return mixed[0]
 
     def _unet_calls(self) -> tuple[list[ast.Call], str]:
         wanted = "the call of the U-Net, `x = model(noisy, timesteps, ...)[0]` or `.sample`, of a prepared model"
         inner = sorted(
             (n for n in ast.walk(self.loops[0]) if isinstance(n, (ast.Assign, ast.Call))), key=lambda n: n.lineno
         )
-        noisy = assigned(*map(self.tree.statement, self.noising))
+        noisy = assigned(*map(self.tree.statement, self.noising.expressions))
         for node in inner:
             if isinstance(node, ast.Assign) and noisy & read(node.value):
                 noisy |= assigned(node)
@@ -383,7 +357,7 @@ class _Finder:
             losses = [n for s in suite[self.at_call + 1 :] for n in ast.walk(s) if isinstance(n, ast.Call)]
             raise self._missing(wanted, listed([call for call in losses if "loss" in ast.unparse(call.func)]))
         if len(others) > 1:
-            noised = assigned(*(s for s in suite if any(call in ast.walk(s) for call in self.noising)))
+            noised = assigned(*(s for s in suite if any(e in ast.walk(s) for e in self.noising.expressions)))
             made = [s for s in suite if read(s) & noise or any(_is_velocity(n) for n in ast.walk(s))]
             likely = (others & (assigned(*made) | noise)) - noised
             if len(likely) != 1:
@@ -440,12 +414,6 @@ class _Finder:
                 f"the argument `{PRIOR}`, which tells that half of a batch are class images", listed(halved)
             )
 
-    def _images(self) -> str:
-        images = without_casts(self.encoding.args[0]) if self.encoding.args else self.encoding
-        if not isinstance(images, (ast.Name, ast.Subscript)):
-            raise self._missing("the images, as the variable that the VAE encodes", listed([self.encoding]))
-        return ast.unparse(images)
-
     def _timesteps(self) -> str:
         found = []
         for call in self.calls:
@@ -460,7 +428,7 @@ class _Finder:
         """Calls of the VAE in the loop; one, but where noise is mixed in, whose images are moved by other lines."""
         wanted = "encoding of the images, `vae.encode(images).latent_dist` in the training loop"
         found = [call for call in encoding_calls(self.loops[0]) if call.lineno < self.backward.lineno]
-        if not found or (len(found) > 1 and self.mixing is None):
+        if not found or (len(found) > 1 and self.noising.schedule is not None):
             # Another picture, such as a masked one, would have to be moved alike.
             raise self._missing(f"{'one' if found else 'the'} {wanted}", listed(found))
         return found
@@ -471,17 +439,13 @@ class _Finder:
         own = [call for call in calls if self.tree.function(call) is self.function]
         return [(self.tree.statement(call), owner(call), ast.unparse(call.args[0])) for call in own]
 
-    def _augment_at(self, images: str) -> ast.stmt:
-        """The innermost statement that encodes the images, so that cached ones are not counted as augmented; or the
-        outermost, where another path takes the images as they are."""
-        whole, own = self.suite[self.at_encode], self.tree.statement(self.encoding)
-        between = [n for n in self.tree.ancestors(self.encoding) if isinstance(n, (ast.For, ast.While))]
-        if between[0] is not self.loops[0]:
-            raise self._missing("the encoding of the images in one call", "it in a loop of its own")
-        name = images.split("[")[0]
-        readers = [n for n in ast.walk(whole) if isinstance(n, ast.stmt) and n not in self.tree.ancestors(own)]
-        elsewhere = any(name in read(n) for n in readers if n is not own and not any(m is n for m in ast.walk(own)))
-        return whole if elsewhere and name not in assigned(whole) else own
+    def _check_encoding(self) -> None:
+        for encoding in self.encodings:
+            if not encoding.args:
+                raise self._missing("the images, as what the VAE encodes", listed([encoding]))
+            between = [n for n in self.tree.ancestors(encoding) if isinstance(n, (ast.For, ast.While))]
+            if between[0] is not self.loops[0]:
+                raise self._missing("the encoding of the images in one call", "it in a loop of its own")
 
     def _text_encoders(self) -> set[str]:
         """The names that were prepared, but for U-Net and VAE and what is stepped, counted or looped over."""
@@ -510,7 +474,7 @@ class _Finder:
             together = isinstance(value, (ast.List, ast.Tuple, ast.Dict, ast.Name))
             if (together or isinstance(node, ast.FunctionDef)) and found & read(node):
                 found |= assigned(node) if together else {node.name}  # type: ignore[attr-defined]
-        return found - {self.unet, owner(self.encoding), *map(owner, self.tree.calls(self.loops[0], "add_noise"))}
+        return found - {self.unet, owner(self.encoding), self.noising.schedule or ""}
 
     def _text_encodings(self, names: set[str]) -> list[Encoding]:
         """Calls before the loop of what may encode text: an encoder, a function that has one, or that is given one.
@@ -546,7 +510,7 @@ class _Finder:
         Args:
             made: places of the statements that make of the prediction what the loss is taken of.
         """
-        noising = {self.tree.index(self.suite, call) for call in self.noising}
+        noising = self._noising_places()
         try:
             return frozen_copy(step, names, noising, made), None
         except AptError as error:

@@ -1,8 +1,8 @@
-"""Flow matching in a script's step: where the noise is mixed in, and the clean latents made once more.
+"""Where a step adds noise, and the clean latents made once more.
 
-The noise level is drawn after the images are encoded, and in scripts of transformers is made from the latents' size. So
-the augmentation, which depends on it, comes last: right before the noise is mixed in, the statements that have made the
-clean latents run again, on images that are moved. Nothing that is drawn is drawn twice.
+A schedule adds the noise, or it is mixed in, as in flow matching. The augmentation depends on the timestep or the
+noise's share, which is drawn after the images are encoded. So it comes last: right before the noise is added, the
+statements that have made the clean latents run again, on images that are moved. Nothing that is drawn is drawn twice.
 """
 
 from __future__ import annotations
@@ -11,26 +11,39 @@ import ast
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator
 
 from .repeated_statements import StepBlock
-from .syntax_tree import Suite, Tree, assigned, called, changed, first_line, needs, read, without_casts
+from .syntax_tree import (
+    Suite,
+    Tree,
+    assigned,
+    called,
+    changed,
+    first_line,
+    needs,
+    overwritten,
+    owner,
+    read,
+    without_casts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixing:
-    """`(1 - sigma) * clean + sigma * noise`, in any order.
+class Noising:
+    """How noise is added: `schedule.add_noise(clean, noise, timesteps)`, or `(1 - sigma) * clean + sigma * noise`.
 
     Attributes:
-        expression: all of it.
-        clean, noise: names.
-        level: the noise's share, as source.
+        expressions: the calls, or the sum; in the order of the file.
+        clean, noise: names that what they take is made of.
+        schedule: its name; None where the noise is mixed in.
+        level: the noise's share (source), where it is mixed in.
     """
 
-    expression: ast.BinOp
-    clean: str
-    noise: str
-    level: str
+    expressions: tuple[ast.expr, ...]
+    clean: set[str]
+    noise: set[str]
+    schedule: str | None = None
+    level: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Again:
     """The statements that make the clean latents, to run once more.
 
     Attributes:
-        statements: with `moved` called of the images and of what they or a cache gave, in the places for that.
+        statements: with a function called of the images and of what they or a cache gave, which moves them.
         refused: why they cannot be repeated; then there are none.
     """
 
@@ -46,7 +59,13 @@ class Again:
     refused: str | None = None
 
 
-def find_mixing(tree: Tree, loop: ast.AST) -> list[Mixing]:
+def by_schedule(calls: list[ast.Call]) -> Noising:
+    """Noise that calls of `add_noise` add."""
+    clean, noise = (read(*(a for call in calls for a in call.args[i : i + 1])) for i in range(2))
+    return Noising(tuple(calls), clean, noise, schedule=owner(calls[0]))
+
+
+def find_mixing(loop: ast.AST) -> list[Noising]:
     """All that mixes noise in by shares that add up to one, in the order of the file."""
     statements = [n for n in ast.walk(loop) if isinstance(n, (ast.Assign, ast.AnnAssign)) and n.value is not None]
     drawn = assigned(*(s for s in statements if any(map(_draws_noise, ast.walk(s.value)))))  # type: ignore[arg-type]
@@ -56,8 +75,8 @@ def find_mixing(tree: Tree, loop: ast.AST) -> list[Mixing]:
         for (share, x), (other, y) in itertools.product(_factors(node.left), _factors(node.right)):
             if (x in drawn) != (y in drawn) and (_is_rest(share, other) or _is_rest(other, share)):
                 clean, noise, level = (x, y, other) if y in drawn else (y, x, share)
-                found.append(Mixing(node, clean, noise, ast.unparse(level)))
-    return sorted(found, key=lambda mixing: mixing.expression.lineno)
+                found.append(Noising((node,), {clean}, {noise}, level=ast.unparse(level)))
+    return sorted(found, key=lambda noising: noising.expressions[0].lineno)
 
 
 def _draws_noise(node: ast.AST) -> bool:
@@ -79,63 +98,80 @@ def _is_rest(share: ast.expr, of: ast.expr) -> bool:
     return rest and share.left.value == 1 and ast.unparse(share.right) == ast.unparse(of)  # type: ignore[attr-defined]
 
 
-def again(step: StepBlock, tree: Tree, mixing: Mixing, encodings: list[ast.Call], moved: str) -> Again:
-    """What is to run again for images that are moved, between the encoding and the mixing.
+def again(step: StepBlock, tree: Tree, noising: Noising, encodings: list[ast.Call], level: str, moved: str) -> Again:
+    """What is to run again for images that are moved, between the encoding and the noising.
 
     Args:
         step: the step; its place of the encoding is that of the first.
         encodings: the calls that encode images in it.
+        level: timesteps or the noise's share (source).
         moved: source of a function that moves the images, or the latents, if no image was encoded again.
     """
     suite, first = step.suite, step.at_encode
-    end = tree.index(suite, mixing.expression)
+    end = min(tree.index(suite, expression) for expression in noising.expressions)
     images = {ast.unparse(without_casts(call.args[0])) if call.args else "" for call in encodings}
-    if len(images) > 1:
-        return Again(refused=f"the step encodes several images, {', '.join(sorted(images))}")
     own = tree.statement(encodings[0])
     latents = assigned(own)
-    if len(latents) != 1 or not isinstance(own, (ast.Assign, ast.AnnAssign)):
-        return Again(refused=f"looked for one name for what `{first_line(own)}` encodes")
+    if len(images) > 1:
+        return Again(refused=f"the step encodes several images, {', '.join(sorted(images))}")
+    if len(latents) != 1 or not isinstance(own, (ast.Assign, ast.AnnAssign)) or end <= first:
+        return Again(refused=f"looked for one name for what `{first_line(own)}` encodes, before the noise is added")
     chosen, names = [first], assigned(suite[first])
     for i in range(first + 1, end):
         if any(name in names and _asks_values(suite[i], name) for name in read(suite[i])):
             chosen.append(i)
             names = names | assigned(suite[i])
     made = [suite[i] for i in chosen]
-    if not any(mixing.clean in assigned(statement) for statement in made):
-        return Again(refused=f"`{mixing.clean}` is not made of what is encoded")
-    level = _makers(suite[first:end], read(ast.parse(mixing.level)))
-    if any(statement in made for statement in level):
-        return Again(refused=f"the noise level is made of `{min(names & read(*level))}`")
+    if not noising.clean & assigned(*made):
+        return Again(refused=f"`{min(noising.clean)}` is not made of what is encoded")
+    if any(statement in made for statement in _makers(suite[first:end], read(ast.parse(level)))):
+        return Again(refused=f"`{level}` is made of `{min(latents)}`")
     for at in chosen:
-        older = changed(suite[at]) | ({t.id for t in _augmented(suite[at])} - _plainly_assigned(suite[at]))
-        if older := older - assigned(*(suite[i] for i in chosen if i < at)) - _plainly_assigned(suite[at]):
-            return Again(refused=f"`{first_line(suite[at])}` changes `{min(older)}`")
         between = [suite[i] for i in range(at + 1, end) if i not in chosen]
-        lost = needs([suite[at]]) & (assigned(*between) | changed(*between)) - assigned(*made)
+        before = assigned(*(suite[i] for i in chosen if i < at))
+        again_changed = (changed(suite[at]) - assigned(suite[at])) | (_overwritten(suite[at]) - before)
+        lost = (needs([suite[at]]) & (assigned(*between) | changed(*between))) | (again_changed - before)
         if lost:
-            return Again(refused=f"`{min(lost)}` changes after `{first_line(suite[at])}`")
+            return Again(refused=f"`{first_line(suite[at])}` runs once more, and `{min(lost)}` changes")
     (name,) = latents
-    statements = [_moving_images(suite[first], encodings, moved), *_moving(name, moved)]
+    statements = [*_moving_images(suite[first], own, encodings, moved), *_moving(name, moved)]
     return Again((*statements, *(suite[i] for i in chosen[1:])))
+
+
+def _overwritten(statement: ast.stmt) -> set[str]:
+    """As `overwritten`, but for what is only put elsewhere, as by `vae = vae.to(device)`."""
+
+    class Without(ast.NodeTransformer):
+        def visit_Assign(self, node: ast.Assign) -> ast.AST:
+            value = without_casts(node.value)
+            same = len(node.targets) == 1 and ast.unparse(node.targets[0]) == ast.unparse(value)
+            return ast.Pass() if same else node
+
+    return overwritten([Without().visit(copy.deepcopy(statement))])
 
 
 def _moving(name: str, moved: str) -> list[ast.stmt]:
     return ast.parse(f"{name} = {moved}({name}, latents=True)").body
 
 
-def _moving_images(statement: ast.stmt, encodings: list[ast.Call], moved: str) -> ast.stmt:
-    """The statement with the images moved in front of every one that encodes them, which may be inside of it."""
+def _moving_images(statement: ast.stmt, own: ast.stmt, encodings: list[ast.Call], moved: str) -> list[ast.stmt]:
+    """The statement, which holds `own`, with the images moved where they are encoded; or before it, where another path
+    takes the images as they are."""
+    images = without_casts(encodings[0].args[0])
+    if isinstance(images, ast.Name) and images.id not in assigned(statement):
+        others = [n for n in ast.walk(statement) if isinstance(n, ast.Assign) and n is not own]
+        if any(images.id in read(other) for other in others):
+            return [*ast.parse(f"{images.id} = {moved}({images.id})").body, statement]
     places = {(call.lineno, call.col_offset) for call in encodings}
 
     class Insert(ast.NodeTransformer):
         def visit_Call(self, node: ast.Call) -> ast.AST:
-            if (node.lineno, node.col_offset) in places and node.args:
+            if (node.lineno, node.col_offset) in places and called(node) == "encode":
                 node.args[0] = ast.parse(f"{moved}({ast.unparse(node.args[0])})", mode="eval").body
                 return node
             return self.generic_visit(node)
 
-    return Insert().visit(copy.deepcopy(statement))  # type: ignore[no-any-return]
+    return [Insert().visit(copy.deepcopy(statement))]
 
 
 def _makers(statements: Suite, names: set[str]) -> list[ast.stmt]:
@@ -147,16 +183,6 @@ def _makers(statements: Suite, names: set[str]) -> list[ast.stmt]:
             values = {name for name in read(statement) if _asks_values(statement, name)}
             names = names | values
     return found
-
-
-def _augmented(statement: ast.stmt) -> Iterator[ast.Name]:
-    for node in ast.walk(statement):
-        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-            yield node.target
-
-
-def _plainly_assigned(statement: ast.stmt) -> set[str]:
-    return assigned(*(node for node in ast.walk(statement) if isinstance(node, (ast.Assign, ast.AnnAssign))))
 
 
 _OF_SHAPE = frozenset({"shape", "ndim", "dtype", "device", "size", "dim", "numel", "new_zeros", "new_ones", "is_cuda"})
