@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,9 @@ class Trainer(Protocol):
     NAME: str
     TESTED: tuple[str, ...]
     """Versions that were tested; others are taken by their structure, and told."""
+
+    SCRIPTS_OF_PRESET: Mapping[str, tuple[str, ...]]
+    """The scripts that train the models of a preset, for what is told to a user; nothing is decided by them."""
 
     OPTIONS: frozenset[str]
     """Those of the command `patch` that `apply` takes."""

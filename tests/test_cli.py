@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from apt_hooks import AptConfig
 from apt_hooks.cli import app, main
+from apt_hooks.commands.training import TRAINERS
 from apt_hooks.config import preset_names, preset_text
 from apt_hooks.integrations.patching import MARK
 
@@ -268,11 +269,15 @@ def test_a_script_that_names_no_version_is_told(script: Path) -> None:
 # -- presets and check -------------------------------------------------------------------------------------------------
 
 
-def test_presets_are_listed_by_name_with_their_first_line() -> None:
+def test_presets_are_listed_by_name_with_their_first_line_and_the_scripts_that_take_them() -> None:
     lines = run("presets", "list").splitlines()
-    assert [line.split()[0] for line in lines] == list(preset_names())
-    assert all("Adaptive Personalized Training for" in line for line in lines)
-    assert next(line for line in lines if line.startswith("chroma ")).endswith("at 1024 px (flux_train_network.py)")
+    own = [line for line in lines if not line.startswith(" ")]
+    assert [line.split()[0] for line in own] == list(preset_names())
+    assert all("Adaptive Personalized Training for" in line for line in own)
+    at = lines.index(next(line for line in own if line.startswith("flux ")))
+    assert lines[at + 1].strip() == "sd-scripts: flux_train_network.py"
+    assert lines[at + 2].strip().startswith("diffusers: train_dreambooth_lora_flux.py, ")
+    assert all(any(name in trainer.SCRIPTS_OF_PRESET for trainer in TRAINERS) for name in preset_names())
 
 
 @pytest.mark.parametrize("name", preset_names())

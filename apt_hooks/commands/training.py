@@ -87,10 +87,12 @@ def status(trainer: TrainerName, path: Place = Path()) -> None:
 
 @presets.command("list", epilog="Example: `apt-hooks presets list`")
 def presets_list() -> None:
-    """Name the presets, with the first line of each and the script of sd-scripts that takes it."""
+    """Name the presets, with the first line of each and the scripts that take it."""
     for name in preset_names():
-        title = preset_text(name).splitlines()[0].lstrip("# ").removesuffix(".")
-        typer.echo(f"{name}  {title} ({sd_scripts.SCRIPT_OF_PRESET[name]})")
+        typer.echo(f"{name}  {preset_text(name).splitlines()[0].lstrip('# ').removesuffix('.')}")
+        for trainer in TRAINERS:
+            if scripts := trainer.SCRIPTS_OF_PRESET.get(name):
+                typer.echo(f"    {trainer.NAME}: {', '.join(scripts)}")
 
 
 @presets.command("show", epilog="Example: `apt-hooks presets show sdxl > apt.toml`")
@@ -211,7 +213,7 @@ def _note_of_trainer(config: Path, preset: str | None) -> None:
             return
         states = dict.fromkeys(found.state.values())
         what, where = f"sd-scripts in {folder} is {' and '.join(states)}: an unpatched one", _typed(folder)
-    script = sd_scripts.SCRIPT_OF_PRESET.get(preset or "", "train_network.py")
+    (script,) = sd_scripts.SCRIPTS_OF_PRESET.get(preset or "", ("train_network.py",))
     if folder is not None and folder != places[0]:
         script = _typed(folder / script)
     typer.echo(

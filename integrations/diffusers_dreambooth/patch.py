@@ -16,9 +16,25 @@ from ..trainers import Change
 from .script_anchors import RUN, Anchors, find
 
 NAME = "diffusers"
+_SCRIPT = "train_dreambooth_lora"
+SCRIPTS_OF_PRESET = {
+    "sd15": (f"{_SCRIPT}.py", f"{_SCRIPT}_sd15_advanced.py", "train_text_to_image_lora.py"),
+    "sd21": (f"{_SCRIPT}.py", "train_text_to_image_lora.py"),
+    "sdxl": (f"{_SCRIPT}_sdxl.py", f"{_SCRIPT}_sdxl_advanced.py", "train_text_to_image_lora_sdxl.py"),
+    "flux": (f"{_SCRIPT}_flux.py", f"{_SCRIPT}_flux_advanced.py", f"{_SCRIPT}_flux_kontext.py"),
+    "flux2": tuple(f"{_SCRIPT}_flux2{kind}.py" for kind in ("", "_img2img", "_klein", "_klein_img2img")),
+    "sd35": (f"{_SCRIPT}_sd3.py",),
+    "sana": (f"{_SCRIPT}_sana.py",),
+    "lumina2": (f"{_SCRIPT}_lumina2.py",),
+    "hidream": (f"{_SCRIPT}_hidream.py",),
+    "qwen_image": (f"{_SCRIPT}_qwen_image.py",),
+    "z_image": (f"{_SCRIPT}_z_image.py",),
+    "krea2": (f"{_SCRIPT}_krea2.py",),
+    "ideogram4": (f"{_SCRIPT}_ideogram4.py",),
+}
 OPTIONS = frozenset({"output", "in_place", "force"})
-TESTED: tuple[str, ...] = ("0.32.0", "0.35.0", "0.40.0")
-"""What the tested scripts ask diffusers for at least: those of the tags v0.32.1, v0.35.2 and v0.40.0."""
+TESTED: tuple[str, ...] = ("0.32.0", "0.35.0", "0.38.0", "0.40.0")
+"""What the tested scripts ask diffusers for at least: those of the tags v0.32.1, v0.35.2, v0.38.0 and v0.40.0."""
 
 BLACK = "apt_hooks_black"
 WORDS = "apt_hooks_words"

@@ -18,19 +18,17 @@ from .checkout import SCRIPTS, Checkout
 logger = logging.getLogger("apt_hooks")
 
 NAME = "sd-scripts"
-SCRIPT_OF_PRESET = {
-    "sd15": "train_network.py",
-    "sd21": "train_network.py",
-    "sdxl": "sdxl_train_network.py",
-    "anima": "anima_train_network.py",
-    "flux": "flux_train_network.py",
-    "chroma": "flux_train_network.py",
-    "sd35": "sd3_train_network.py",
-    "lumina2": "lumina_train_network.py",
-    "hunyuan_image": "hunyuan_image_train_network.py",
+SCRIPTS_OF_PRESET = {
+    "sd15": ("train_network.py",),
+    "sd21": ("train_network.py",),
+    "sdxl": ("sdxl_train_network.py",),
+    "anima": ("anima_train_network.py",),
+    "flux": ("flux_train_network.py",),
+    "chroma": ("flux_train_network.py",),
+    "sd35": ("sd3_train_network.py",),
+    "lumina2": ("lumina_train_network.py",),
+    "hunyuan_image": ("hunyuan_image_train_network.py",),
 }
-"""The script that trains the models of a preset, for what is told to a user; nothing is decided by it."""
-
 OPTIONS: frozenset[str] = frozenset()
 TESTED: tuple[str, ...] = ("0.10.0", "0.10.1", "0.10.4", "0.10.6", "0.11.0", "0.11.1")
 
