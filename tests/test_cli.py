@@ -252,7 +252,7 @@ def test_a_script_edited_since_is_told_and_exits_with_1(script: Path) -> None:
 
 def test_a_script_for_a_version_that_was_not_tried_is_told(script: Path) -> None:
     script.write_text(script.read_text().replace("0.40.0", "0.41.0"))
-    version = "for diffusers 0.41.0 (tested: 0.32.0, 0.35.0, 0.40.0)"
+    version = "for diffusers 0.41.0 (tested: 0.32.0, 0.35.0, 0.38.0, 0.40.0)"
     assert run("status", "diffusers", script, code=1) == f"{script}, {version}: not patched\n"
     done, note = run("patch", "diffusers", script).splitlines()
     assert done == f"{script.with_name('train_apt.py')}: patched"
@@ -261,7 +261,7 @@ def test_a_script_for_a_version_that_was_not_tried_is_told(script: Path) -> None
 
 def test_a_script_that_names_no_version_is_told(script: Path) -> None:
     script.write_bytes(SCRIPT)
-    version = "for no stated version of diffusers (tested: 0.32.0, 0.35.0, 0.40.0)"
+    version = "for no stated version of diffusers (tested: 0.32.0, 0.35.0, 0.38.0, 0.40.0)"
     assert run("status", "diffusers", script, code=1) == f"{script}, {version}: not patched\n"
     assert version in run("patch", "diffusers", script).splitlines()[1]
 
