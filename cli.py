@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .commands import captioning, judging, sampling, training
-from .errors import AptError
+from .errors import STOPPED, AptError
 
 app = typer.Typer(
     name="apt-hooks",
@@ -61,12 +61,17 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__
 def main() -> None:
     """Run the command; what a user can put right is one line and exit code 1."""
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
     except AptError as error:
         sys.exit(f"apt-hooks: error: {error}")
+    except typer.Abort:  # what Ctrl-C becomes, by typer's version
+        code = STOPPED
     except _USAGE_ERROR as error:
         message = error.format_message().strip()
         if not message or "\n" in message:  # no command at all: the message is the help
             error.show()
             sys.exit(1)
         sys.exit(f"apt-hooks: error: {message} (see --help)")
+    if code == STOPPED:
+        print("apt-hooks: stopped", file=sys.stderr)
+    sys.exit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class AptError(Exception):
@@ -28,3 +28,17 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except AptError as error:
         sys.exit(f"apt-hooks: error: {error}")
+
+
+STOPPED = 130
+"""The exit code of a program that Ctrl-C has ended, as shells have it."""
+
+
+@contextlib.contextmanager
+def told_when_stopped(kept: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C inside ends the program with one line: what is kept, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"apt-hooks: stopped; {kept()}", file=sys.stderr)
+        sys.exit(STOPPED)

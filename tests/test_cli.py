@@ -266,6 +266,19 @@ def test_a_script_that_names_no_version_is_told(script: Path) -> None:
     assert version in run("patch", "diffusers", script).splitlines()[1]
 
 
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("apt_hooks.commands.training.preset_names", stopped)
+    monkeypatch.setattr(sys, "argv", ["apt-hooks", "presets", "list"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130 and capsys.readouterr().err.strip() == "apt-hooks: stopped"
+
+
 # -- presets and check -------------------------------------------------------------------------------------------------
 
 

@@ -338,6 +338,24 @@ def test_eval_goes_on_where_it_stopped_and_takes_another_lora(first, loras, refe
     run(*arguments(loras, references, texts, out), *FEW)
 
 
+def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(first, loras, references, texts, tmp_path, monkeypatch):
+    out = shutil.copytree(first[0], tmp_path / "out")
+    (out / "one/001-0.png").unlink()
+
+    def stopped(*_given, **_more):
+        raise KeyboardInterrupt
+
+    given = [*arguments(loras[:1], references, texts, out), *FEW]
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "generate", stopped)
+        result = run(*given, code=130)
+    assert result.exit_code == 130
+    line = "apt-hooks: stopped; the same command goes on with the 1 pictures that are missing"
+    assert [said for said in result.output.splitlines() if "stopped" in said] == [line]
+    monkeypatch.setattr(evaluation, "score_all", stopped)
+    assert "all pictures are there, and the same command judges them" in run(*given, code=130).output
+
+
 def test_pictures_of_other_settings_are_not_mixed_in(first, loras, references, texts, tmp_path):
     out = shutil.copytree(first[0], tmp_path / "out")
     given = arguments(loras[:1], references, texts, out)

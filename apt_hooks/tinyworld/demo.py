@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AptError, why_not_imported
+from ..errors import AptError, told_when_stopped, why_not_imported
 from ..files import make_folder, write_atomically
 from .concepts import CONCEPTS, IDENTIFIER
 from .methods import METHODS
@@ -92,7 +92,14 @@ def run_demo(
     say(f'concept {concept}: {len(captions)} pictures of "{captions[0]}"; {training.steps} steps a method')
     found: dict[str, Result] = {}
     trainings = sum(name in METHODS for name in methods)
-    with Progress() as progress:
+
+    def kept() -> str:
+        done = [name for name in methods if name in found]
+        return (
+            f"{', '.join(done) or 'no method'} done, LoRAs and logs of such are in {out}; the same command starts over"
+        )
+
+    with told_when_stopped(kept), Progress() as progress:
         task = progress.add_task(
             f"{trainings} trainings", total=_SAMPLING * (1 + len(methods)) + trainings * training.steps
         )

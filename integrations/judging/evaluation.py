@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt_hooks.errors import AptError
+from apt_hooks.errors import AptError, told_when_stopped
 from apt_hooks.files import make_folder
 from apt_hooks.images import find_photos, open_picture
 from apt_hooks.integrations.embedders import CLIP, DINO, HPS, Clip, Dino
@@ -197,11 +197,11 @@ def _draw(
         def advance(count: int) -> None:
             progress.advance(task, count)
 
-        try:
+        def kept() -> str:
+            return f"the same command goes on with the {len(plan.missing(out, list(files)))} pictures that are missing"
+
+        with told_when_stopped(kept):
             generate(pipeline, files, plan, out, batch=batch, own=own, advance=advance, begin=begin)
-        except KeyboardInterrupt:
-            say(f"stopped; the same command goes on with the {len(plan.missing(out, list(files)))} that are missing")
-            raise
 
 
 def _judge(out: Path, names: Sequence[str], plan: Plan, judges: Sequence[Judge], say: Say) -> Scores:
@@ -221,4 +221,5 @@ def _judge(out: Path, names: Sequence[str], plan: Plan, judges: Sequence[Judge],
         def tell(what: str) -> None:
             progress.update(task, description=what, advance=1)
 
-        return score_all(judges, drawn, tell)
+        with told_when_stopped(lambda: "all pictures are there, and the same command judges them"):
+            return score_all(judges, drawn, tell)

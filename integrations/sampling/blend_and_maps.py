@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt_hooks.errors import AptError
+from apt_hooks.errors import AptError, told_when_stopped
 from apt_hooks.files import make_folder, write_atomically
 from apt_hooks.hooks.attention_guidance import AttentionRecording
 from apt_hooks.hooks.capture import FeatureCapture
@@ -109,18 +109,19 @@ def run_sweep(
     make_folder(out)
     pipeline = load_pipeline(model)
     make_movable(pipeline, say)
-    rows = sweep(
-        pipeline,
-        files,
-        judge,
-        prompt,
-        plain_prompt or prompt,
-        seeds=list(range(seed, seed + count)),
-        options=options,
-        tell=lambda what: _name_progress(pipeline, what),
-        keep=lambda name, picture: _save(out / f"{name}.png", picture),
-        **guidance,
-    )
+    with told_when_stopped(lambda: f"the pictures so far are in {out}, without scores; the same command starts over"):
+        rows = sweep(
+            pipeline,
+            files,
+            judge,
+            prompt,
+            plain_prompt or prompt,
+            seeds=list(range(seed, seed + count)),
+            options=options,
+            tell=lambda what: _name_progress(pipeline, what),
+            keep=lambda name, picture: _save(out / f"{name}.png", picture),
+            **guidance,
+        )
     write_rows(out / "sweep.json", rows)
     at = {(row["early"], row["late"]): (row["subject"], row["text"]) for row in rows}
     singles = {late: xy for (early, late), xy in at.items() if early is None}
