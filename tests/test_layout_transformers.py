@@ -64,13 +64,16 @@ class Transformer:
 
     def __init__(self, checkpointing=False):
         torch.manual_seed(0)
-        self.model = self.make().double()
-        self.lora = Lora(self.model, self.projections).double()
-        self.model.requires_grad_(False)
+        self.model = self.make().double().requires_grad_(False)
+        self.lora = self.adapt()
         if checkpointing:
             self.model.enable_gradient_checkpointing()  # non-reentrant
         self.model.train(checkpointing)  # which has no dropout, and checkpoints in training only
         self.text = torch.randn(3, TEXT, self.width).double()
+
+    def adapt(self):
+        """LoRA on the model's projections, with what is used of `Lora`."""
+        return Lora(self.model, self.projections).double()
 
     def scores(self, monkeypatch):
         """Queries and keys of each attention of a pass, [batch, heads, positions, channels], as the model has them."""

@@ -25,8 +25,9 @@ class Joint:
         starts: [batch], where each sample's picture begins, right behind its own text; None: behind `text` positions.
         mask: [batch, text], bool, which tokens take part; None: all.
         rotary: (cosines, sines) of the rotary embedding, both [batch or 1, positions, channels of a head], those of a
-            pair of neighboring channels alike; of the joint sequence, or of the picture alone, where text is not
-            turned. None: there is none.
+            pair alike; of the joint sequence, or of the picture alone, where text is not turned. None: there is none.
+        rotate: which channels are a pair.
+        padding: positions right behind the picture's that only fill it up; the model attends to them all the same.
     """
 
     image: int
@@ -35,6 +36,12 @@ class Joint:
     starts: Tensor | None = None
     mask: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate_pairs
+    padding: int = 0
+
+    @property
+    def positions(self) -> int:
+        return self.image + self.padding + self.text
 
     def part(self, x: Tensor, *, image: bool) -> Tensor:
         """The picture's part of [batch, positions, ...], or the text's, whether `x` holds that or both.
@@ -45,14 +52,16 @@ class Joint:
         own, positions = self.image if image else self.text, x.shape[1]
         if positions == own:
             return x
-        if positions != self.image + self.text:
+        if image and positions == self.image + self.padding:
+            return x.narrow(1, 0, own)
+        if positions != self.positions:
             raise AptError(
                 f"looked for {own} positions of the {'picture' if image else 'text'}, or "
-                f"{self.image + self.text} with the other's; found {positions}"
+                f"{self.positions} with the other's; found {positions}"
             )
         if self.starts is None or not image:
             first = image != self.text_first
-            return x.narrow(1, 0 if first else positions - own, own)
+            return x.narrow(1, 0 if first else positions - own - self.padding * image, own)
         where = self.starts[:, None] + torch.arange(own, device=x.device)
         where = where.reshape(*where.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
         return x.expand(len(self.starts), *x.shape[1:]).gather(1, where)
@@ -60,10 +69,10 @@ class Joint:
     def turned(self, x: Tensor, *, image: bool) -> Tensor:
         """The part of [batch, positions, heads, channels], turned by the rotary embedding."""
         x = self.part(x, image=image)
-        if self.rotary is None or not (image or self.rotary[0].shape[1] == self.image + self.text):
+        if self.rotary is None or not (image or self.rotary[0].shape[1] == self.positions):
             return x
         cosines, sines = (self.part(turn.to(x.device), image=image)[:, :, None] for turn in self.rotary)
-        return rotate_pairs(x, cosines, sines)
+        return self.rotate(x, cosines, sines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +123,7 @@ class Block:
         return x.repeat_interleave(self.heads // x.shape[2], dim=2).flatten(2)
 
     def _has_heads_first(self, x: Tensor, joint: Joint) -> bool:
-        return x.shape[1] == self.heads and x.shape[2] in (joint.image, joint.text, joint.image + joint.text)
+        return x.shape[1] == self.heads and x.shape[2] in (joint.image, joint.text, joint.positions)
 
 
 def layout(

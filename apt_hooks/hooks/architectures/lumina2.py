@@ -17,8 +17,13 @@ NAME = "Lumina 2"
 
 
 def is_one(model: nn.Module) -> bool:
-    """Whether there are joint layers, and the two refiners before them."""
-    return all(hasattr(model, part) for part in ("layers", "context_refiner", "noise_refiner", "cap_embedder"))
+    """Whether there are joint layers with fused projections, and the two refiners before them."""
+    layers: Any = getattr(model, "layers", None)
+    return (
+        bool(layers)
+        and all(hasattr(model, part) for part in ("context_refiner", "noise_refiner", "cap_embedder"))
+        and hasattr(getattr(layers[0], "attention", None), "qkv")
+    )
 
 
 def preset(model: nn.Module) -> str:

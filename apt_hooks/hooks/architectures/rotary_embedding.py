@@ -1,4 +1,4 @@
-"""RoPE, the rotary embedding of queries and keys (arXiv 2104.09864), of neighboring channels."""
+"""RoPE, the rotary embedding of queries and keys (arXiv 2104.09864), of pairs of channels."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def rotate_pairs(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-odd, even], dim=-1).flatten(-2)
     return (x.float() * cosines + turned * sines).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """`rotate_pairs` where a pair is a channel of the first half and its like in the second; in `x`'s own precision."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosines + torch.cat([-second, first], dim=-1) * sines
