@@ -94,10 +94,8 @@ def run_demo(
     trainings = sum(name in METHODS for name in methods)
 
     def kept() -> str:
-        done = [name for name in methods if name in found]
-        return (
-            f"{', '.join(done) or 'no method'} done, LoRAs and logs of such are in {out}; the same command starts over"
-        )
+        done = ", ".join(name for name in methods if name in found) or "none"
+        return f"done: {done} of {len(methods)} methods, whose files are in {out}; the same command starts over"
 
     with told_when_stopped(kept), Progress() as progress:
         task = progress.add_task(
