@@ -273,6 +273,7 @@ def test_presets_are_listed_by_name_with_their_first_line() -> None:
     assert [line.split()[0] for line in lines] == list(preset_names())
     assert all("Adaptive Personalized Training for" in line for line in lines)
     assert next(line for line in lines if line.startswith("chroma ")).endswith("at 1024 px (flux_train_network.py)")
+    assert next(line for line in lines if line.startswith("sana ")).endswith("(train_dreambooth_lora_sana.py)")
 
 
 @pytest.mark.parametrize("name", preset_names())

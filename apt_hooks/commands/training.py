@@ -87,10 +87,11 @@ def status(trainer: TrainerName, path: Place = Path()) -> None:
 
 @presets.command("list", epilog="Example: `apt-hooks presets list`")
 def presets_list() -> None:
-    """Name the presets, with the first line of each and the script of sd-scripts that takes it."""
+    """Name the presets, with the first line of each and a script of sd-scripts, else of diffusers, for its models."""
     for name in preset_names():
         title = preset_text(name).splitlines()[0].lstrip("# ").removesuffix(".")
-        typer.echo(f"{name}  {title} ({sd_scripts.SCRIPT_OF_PRESET[name]})")
+        script = sd_scripts.SCRIPT_OF_PRESET.get(name) or diffusers.SCRIPT_OF_PRESET[name]
+        typer.echo(f"{name}  {title} ({script})")
 
 
 @presets.command("show", epilog="Example: `apt-hooks presets show sdxl > apt.toml`")
@@ -196,6 +197,8 @@ def _note_of_trainer(config: Path, preset: str | None) -> None:
 
     if is_for_apt_config(config):
         return  # an unpatched trainer knows no --apt_config, and says so
+    if preset in diffusers.SCRIPT_OF_PRESET:
+        return  # sd-scripts trains no such model
     near = [Path(), config.parent, *config.absolute().parents[1:3]]
     within = ("", "sd-scripts", "sd_scripts", "scripts/dev")  # as kohya_ss, LoRA_Easy and lora-scripts carry it
     places = [(place / name).resolve() for place in near for name in within]

@@ -20,6 +20,17 @@ OPTIONS = frozenset({"output", "in_place", "force"})
 TESTED: tuple[str, ...] = ("0.32.0", "0.35.0", "0.40.0")
 """What the tested scripts ask diffusers for at least: those of the tags v0.32.1, v0.35.2 and v0.40.0."""
 
+SCRIPT_OF_PRESET = {
+    "flux2": "train_dreambooth_lora_flux2.py",
+    "hidream": "train_dreambooth_lora_hidream.py",
+    "ideogram4": "train_dreambooth_lora_ideogram4.py",
+    "krea2": "train_dreambooth_lora_krea2.py",
+    "qwen_image": "train_dreambooth_lora_qwen_image.py",
+    "sana": "train_dreambooth_lora_sana.py",
+    "z_image": "train_dreambooth_lora_z_image.py",
+}
+"""Diffusers' script for the models of a preset that sd-scripts trains none of, for what is told to a user."""
+
 RUN = "apt_hooks_run"
 WORDS = "apt_hooks_words"
 
