@@ -198,6 +198,8 @@ def _note_of_trainer(config: Path, preset: str | None) -> None:
 
     if is_for_apt_config(config):
         return  # an unpatched trainer knows no --apt_config, and says so
+    if preset in diffusers.SCRIPTS_OF_PRESET and preset not in sd_scripts.SCRIPTS_OF_PRESET:
+        return  # sd-scripts trains no such model
     near = [Path(), config.parent, *config.absolute().parents[1:3]]
     within = ("", "sd-scripts", "sd_scripts", "scripts/dev")  # as kohya_ss, LoRA_Easy and lora-scripts carry it
     places = [(place / name).resolve() for place in near for name in within]
