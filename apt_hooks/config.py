@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import toml
 
 from .errors import AptError
+from .stop_rule import RULE, is_stop_rule
 
 
 def _is_number(value: object) -> bool:
@@ -116,6 +117,8 @@ class AptConfig:
     )
     frozen_every: int = _key(1, "a whole number, 1 or larger", lambda v: _is_count(v, 1))
     attention_impl: Literal["auto", "eager", "triton"] = _choice("auto", "auto", "eager", "triton")
+    drifts: bool = _flag(True)
+    stop: str | None = _key(None, RULE, is_stop_rule)
     identifier: str | None = _word()
     class_word: str | None = _word()
     _given: ClassVar[Mapping[str, Any]] = {}

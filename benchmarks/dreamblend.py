@@ -38,9 +38,10 @@ from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.denoisers import UNET
 from apt_hooks.tinyworld.evaluate import Examination
 from apt_hooks.tinyworld.judge_networks import load_judges
+from apt_hooks.tinyworld.lora_file import save_lora
 from apt_hooks.tinyworld.methods import METHODS
 from apt_hooks.tinyworld.model import load_pipeline
-from apt_hooks.tinyworld.personalize import Training, lora, method_config, reference_pictures, save_lora, train
+from apt_hooks.tinyworld.personalize import Training, lora, method_config, reference_pictures, train
 
 OPTIONS = {"num_inference_steps": UNET.sampling_steps, "guidance_scale": UNET.guidance, "output_type": "pt"}
 

@@ -32,6 +32,8 @@ WRONG_VALUES = {
     "blocks": [[], [-1], [1, 1], [1.0], [True], "all", 1, None],
     "frozen_every": [0, 1.5, True, "2", None],
     "attention_impl": ["fused", True, None],
+    "drifts": ["no", 0, None],
+    "stop": ["", "gamma", 1, True],
     "identifier": ["", "  ", 1],
     "class_word": ["", "  ", 1],
     "preset_name": [1, True],

@@ -26,8 +26,9 @@ from apt_hooks.integrations.sampling.dreamblend import DreamBlend
 from apt_hooks.integrations.sampling.loras import Loras
 from apt_hooks.integrations.sampling.pipelines import make_movable
 from apt_hooks.method.ops.attention_alignment import attention_map
+from apt_hooks.tinyworld.lora_file import save_lora
 from apt_hooks.tinyworld.model import TOKENS, load_pipeline
-from apt_hooks.tinyworld.personalize import lora, save_lora
+from apt_hooks.tinyworld.personalize import lora
 
 PROMPT, OTHER = "a photo of a big sks cup in the snow", "a drawing of a small sks cup in the forest"
 SCHEDULERS = {

@@ -3,6 +3,7 @@ import functools
 import json
 
 import pytest
+import safetensors
 import torch
 
 pytest.importorskip("diffusers")
@@ -12,9 +13,11 @@ from apt_hooks.tinyworld import preservation
 from apt_hooks.tinyworld.attention import attention_of_words
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.denoisers import DENOISERS
+from apt_hooks.tinyworld.lora_file import save_lora
 from apt_hooks.tinyworld.methods import METHODS
 from apt_hooks.tinyworld.model import PIPELINES, load_pipeline, sample
-from apt_hooks.tinyworld.personalize import Training, lora, method_config, reference_pictures, save_lora, train
+from apt_hooks.tinyworld.personalize import Training, lora, method_config, reference_pictures, train
+from apt_hooks.tinyworld.saving import Saving
 
 CONCEPT = CONCEPTS[4]
 TRAINING = Training(steps=3, batch=1)
@@ -202,3 +205,27 @@ def test_the_lora_is_the_average_of_its_weights_over_the_steps(pipeline):
         assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(wanted, kept[step - 1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(kept[2], kept[3], strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(seen[-1], kept[-1], strict=True))
+
+
+def test_drifts_and_checkpoints_leave_the_lora_as_it_is_to_the_bit_and_a_rule_ends_the_training(pipeline, tmp_path):
+    found = {}
+    for name, overrides in {"on": {}, "off": {"drifts": False}, "stopped": {"stop": "class_drift > 0"}}.items():
+        saving = Saving(tmp_path, name, 2, CONCEPT.subject.kind)
+        with lora(pipeline, TRAINING.rank, 0):
+            torch.manual_seed(0)
+            config = method_config("apt", overrides)
+            train(pipeline, PICTURES, CONCEPT.captions(), config, TRAINING, seed=0, saving=saving)
+            weights = {n: p.detach().clone() for n, p in pipeline.unet.named_parameters() if "lora_" in n}
+        found[name] = weights, torch.rand(1), logged(tmp_path / f"{name}-checkpoints.jsonl")
+    on, off, stopped = found.values()
+    assert all(torch.equal(on[0][name], off[0][name]) for name in on[0]) and torch.equal(on[1], off[1])
+    assert [line["step"] for line in on[2]] == [2, 3] and [line["step"] for line in stopped[2]] == [2]
+    assert all(line["class_drift"] > 0 and line["free_drift"] > 0 for line in on[2])
+    assert all(
+        line["class_drift"] is None and line["gap"] == other["gap"] for line, other in zip(off[2], on[2], strict=True)
+    )
+    assert (tmp_path / "stopped-best.safetensors").read_bytes() == (
+        tmp_path / "stopped-step00000002.safetensors"
+    ).read_bytes()
+    with safetensors.safe_open(tmp_path / "on.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["ss_apt_checkpoint"])["class_drift"] == on[2][-1]["class_drift"]

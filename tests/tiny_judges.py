@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from apt_hooks.tinyworld.lora_file import save_lora
 from apt_hooks.tinyworld.model import TOKENS, load_pipeline, new_tokenizer
-from apt_hooks.tinyworld.personalize import lora, save_lora
+from apt_hooks.tinyworld.personalize import lora
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -28,7 +28,11 @@ from .evaluate import Examination, Judgement
 from .judge_networks import load_judges
 from .methods import METHODS
 from .model import PIPELINES, denoiser_and_module, load_pipeline
-from .personalize import Trained, Training, lora, method_config, one_thread, reference_pictures, save_lora, train
+from .personalize import Trained, Training, lora, method_config, one_thread, reference_pictures, train
+from .saving import Saving
+
+SAVE_EVERY = 100
+"""Steps between two LoRAs that are saved on the way."""
 
 UNTRAINED = ("ideal", "base")
 """What methods are to be seen beside: the scenes drawn by code, and the model as it was pretrained."""
@@ -103,7 +107,8 @@ def run_method(
 ) -> Result:
     """Train by one method, let it draw the prompts, and judge that; the pipeline is then the base model again.
 
-    Also at the steps of `checkpoints`. `examination` is of the setting.
+    Also at the steps of `checkpoints`. `examination` is of the setting. Where there is a folder `out`, LoRAs are saved
+    in it on the way, and a line about each.
     """
     pipeline, training, seed = examination.pipeline, setting.training, setting.seed
     judged: dict[int, Judgement] = {}
@@ -124,6 +129,9 @@ def run_method(
     method = METHODS[name]
     denoiser, module = denoiser_and_module(pipeline)
     config = method_config(name, overrides, denoiser)
+    saving = None
+    if out and not method.masks_rank:  # no LoRA file says that ranks are masked
+        saving = Saving(out, name, SAVE_EVERY, examination.concept.subject.kind)
     with lora(pipeline, training.rank, seed), method.adapter(module, seed):
         log = out / f"{name}-apt.jsonl" if out else None
         captions = examination.concept.captions()
@@ -138,9 +146,8 @@ def run_method(
             advance=advance,
             method=method,
             checkpoints={step: functools.partial(judge, step) for step in checkpoints},
+            saving=saving,
         )
-        if out and not method.masks_rank:  # no LoRA file says that ranks are masked
-            save_lora(pipeline, out / f"{name}.safetensors")
         return examine(IDENTIFIER, trained)
 
 

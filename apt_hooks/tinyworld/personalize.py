@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..config import AptConfig, read_toml
-from ..files import write_atomically
 from ..integrations.peft import adapters_off, unload_adapters
 from ..method.augmentation import Placement
 from ..training.objective import AptObjective
@@ -28,6 +26,7 @@ from .methods import METHODS, Method
 from .model import denoiser_and_module, denoiser_of, encode_images, encode_texts
 from .preservation import class_caption, class_pictures, output_preservation_loss
 from .render import render
+from .saving import Saving
 
 MEASUREMENTS = 15
 """How often delta noise is measured during a training."""
@@ -116,6 +115,7 @@ def train(
     advance: Callable[[], None] = lambda: None,
     method: Method = METHODS["apt"],
     checkpoints: Mapping[int, Callable[[], None]] = MappingProxyType({}),
+    saving: Saving | None = None,
 ) -> Trained:
     """Train the LoRA that is on the pipeline's denoiser, without class images unless the method asks for them.
 
@@ -132,6 +132,7 @@ def train(
         advance: called after each step.
         method: what is done beside; to be called inside of its `adapter`.
         checkpoints: by the step, what is called with the LoRA that the training would end with there.
+        saving: where and how often that LoRA is saved; the key `stop` then ends the training.
     """
     denoiser, module = denoiser_and_module(pipeline)
     parameters = [parameter for name, parameter in module.named_parameters() if "lora_" in name]
@@ -145,6 +146,8 @@ def train(
     of_class = _ClassTerms(method, samples, captions, off, seed)
     objective = AptObjective(config, module, off, bin_of=bin_of)
     run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed, trainer="tinyworld")
+    if saving is not None:
+        run.watch_checkpoints(saving.checkpoints(pipeline, run))
     trained = Trained(config, [], [])
     module.train()
     try:
@@ -167,12 +170,18 @@ def train(
                 trained.steps.append(step)
                 with average.in_place():
                     trained.delta_noise.append(delta_noise.measure())
-            if step in checkpoints:
+            saves = saving is not None and saving.due(step, training.steps)
+            if step in checkpoints or saves:
                 module.eval()
                 with average.in_place():
-                    checkpoints[step]()
+                    if saves:
+                        saving.save(pipeline, run, step, training.steps)  # type: ignore[union-attr]
+                    if step in checkpoints:
+                        checkpoints[step]()
                 module.train()
             advance()
+            if run.checkpoints is not None and run.checkpoints.stop is not None:
+                break
         average.keep()
     finally:
         module.eval()
@@ -291,18 +300,3 @@ class _DeltaNoise:
     @torch.no_grad()
     def measure(self) -> float:
         return (self._predict() - self._frozen).square().mean().item()
-
-
-def save_lora(pipeline: Any, path: Path) -> None:
-    """Write the LoRA that is on the denoiser, for diffusers' `load_lora_weights`.
-
-    Raises:
-        AptError: the file cannot be written.
-    """
-    from peft.utils import get_peft_model_state_dict
-
-    denoiser, module = denoiser_and_module(pipeline)
-    layers = get_peft_model_state_dict(module, adapter_name="concept")
-    with tempfile.TemporaryDirectory() as folder:
-        pipeline.save_lora_weights(folder, **{f"{denoiser.part}_lora_layers": layers}, weight_name=path.name)
-        write_atomically(path, Path(folder, path.name).read_bytes())

@@ -79,6 +79,13 @@ class Reference:
         with frozen_base(self.modules, self.adapters_off if self.start is None else self.start.exchanged), watch:
             yield
 
+    def apart(self, *, frozen: bool) -> AbstractContextManager[None]:
+        """Inside, outside of any step, the modules compute in evaluation mode, as the reference does or as trained."""
+        if not frozen:
+            return frozen_base(self.modules, contextlib.nullcontext)
+        self.keep_start()
+        return frozen_base(self.modules, self.adapters_off if self.start is None else self.start.exchanged)
+
     def tuned(self) -> AbstractContextManager[object]:
         """What the pass behind a frozen one has to run in."""
         return self._watches.of_tuned_pass(self.modules, self.trained)

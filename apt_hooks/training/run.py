@@ -19,6 +19,8 @@ from ..files import write_atomically
 from ..hooks.starting_weights import from_file, to_bytes
 from ..method.augmentation import Placement
 from ..method.units import FLOW, check_target
+from .checkpoints import Checkpoints
+from .drifts import Drifts
 from .objective import AptObjective
 from .step import AptStep
 from .steplog import VALUES, StepLog
@@ -63,6 +65,8 @@ class AptRun:
         self.augment_space = augment_space
         self.step = 0
         self.log = StepLog(log_path, self._about(trainer))
+        self.checkpoints: Checkpoints | None = None
+        self._checkpoint: dict[str, Any] = {}  # the last one's line, until the trackers have it
         self._resumed = False
         self._begun_at: int | None = None  # the step behind which this process's first one stands
         self._stream = f"{seed}/{rank}"
@@ -94,6 +98,7 @@ class AptRun:
             regularizers,
             f"augmentation of {self.augment_space}s" if self.objective.augments else "no augmentation",
             *([f'objective "{config.objective}" ignores {ignored}'] if ignored else []),
+            *([self.checkpoints.in_words()] if self.checkpoints is not None else []),
             f"log {self.log.path}" if self.log.path else "no log",
         ]
         if self.indicator_units != self.target:
@@ -131,6 +136,24 @@ class AptRun:
             self.step += 1
             self.log.end_step(self.step)
 
+    def watch_checkpoints(self, checkpoints: Checkpoints) -> None:
+        """Have each saved LoRA measured; the adapter then calls `measure_checkpoint` and `Checkpoints.saved`."""
+        self.checkpoints, self.log.then = checkpoints, checkpoints.took
+
+    def measure_checkpoint(self, **more: Any) -> dict[str, Any]:
+        """The line of the LoRA as it is, for `Checkpoints.saved` and `Checkpoints.metadata`.
+
+        Args:
+            more: further measures, by the names that the line has them by.
+        """
+        assert self.checkpoints is not None  # `watch_checkpoints` comes first
+        self.log.flush()
+        indicator = self.objective.indicator
+        self._checkpoint = self.checkpoints.measure(
+            self.step, indicator.gammas.tolist(), indicator.gaps.tolist(), **more
+        )
+        return self._checkpoint
+
     def trainer_counts(self, number: int) -> None:
         """What the trainer itself calls the step that was just recorded; the first one's is what counts.
 
@@ -152,12 +175,17 @@ class AptRun:
         self.log.trainer_counts(self.step, number - 1)
 
     def tracker_values(self) -> dict[str, float]:
-        """The last step's values as `apt/...` scalars; bins are `apt/gamma/0` and so on."""
+        """The last step's values as `apt/...` scalars; bins are `apt/gamma/0` and so on.
+
+        Of a checkpoint that was saved since the last call, what was measured is among them, by its line's names.
+        """
         line = self.log.latest()
         if line is None:
             return {}
         scalars = {f"apt/{name}": line[name] for name in VALUES if line[name] is not None}
-        return scalars | {f"apt/gamma/{b}": gamma for b, gamma in enumerate(line["gamma"])}
+        scalars |= {f"apt/gamma/{b}": gamma for b, gamma in enumerate(line["gamma"])}
+        saved, self._checkpoint = self._checkpoint, {}
+        return scalars | {f"apt/{name}": saved[name] for name in Drifts.NAMES if saved.get(name) is not None}
 
     def metadata(self) -> dict[str, str]:
         """What a saved LoRA should carry, as text: `ss_apt_version`, `ss_apt_config` and so on."""
@@ -265,6 +293,8 @@ class AptRun:
                 f"{path}: no state of apt-hooks ({error!r}); delete it to start the indicator anew"
             ) from error
         self.step, self._resumed = step, True
+        if self.checkpoints is not None:
+            self.checkpoints.resumed(step)
         self.objective.reference.start, self.objective.reference.saved_start = None, start
         return True
 

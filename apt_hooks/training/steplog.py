@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -57,10 +57,14 @@ class StepLog:
         path: the file; None keeps the last line for `latest` and writes nothing.
         about: what `run` holds beside `loaded` and `started` (local times: of this object, of the first step's end),
             `resumed_from` (a step, in a resumed run) and `trainer_step` (see `trainer_counts`).
+
+    Attributes:
+        then: called with each line, as soon as its numbers are known.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.path = path
+        self.then: Callable[[dict[str, Any]], None] = lambda line: None
         self._about = {**about, "loaded": _now()}
         self._batches: list[_Batch] = []
         self._ended: tuple[int, int, Tensor] | None = None  # the step, its bins, and gammas, gaps and VALUES in one
@@ -127,6 +131,7 @@ class StepLog:
                 **dict(zip(VALUES, numbers[2 * bins :], strict=True)),
             }
             self._ended = None
+            self.then(self._latest)
             self._write(self._latest)
         return self._latest
 

@@ -1,0 +1,192 @@
+"""What a run writes about each LoRA that it saves, and whether it goes on after it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import AptError
+from ..files import write_atomically
+from ..stop_rule import StopRule
+from .drifts import Drifts
+
+ENDING = "-checkpoints.jsonl"
+METADATA = "ss_apt_checkpoint"
+SHARE = 0.02
+"""Of the time between two checkpoints, what measuring may take before that is said."""
+
+logger = logging.getLogger("apt_hooks")
+
+
+class Checkpoints:
+    """Lines for the checkpoints of a run, beside them as `NAME-checkpoints.jsonl`, and the copy of the best.
+
+    `measure` before a file is written, for its metadata, and `saved` once it is. The first line is of the run: `drifts`
+    says what is measured, or `off` why not. A file of an earlier run that is not continued is kept as `NAME.1.jsonl`
+    and so on.
+
+    Args:
+        path: the file; None writes none (ranks other than the first, which measure nothing either).
+        drifts: what measures; None where that is off.
+        off: why, for people; empty where it is not.
+        rule: the key `stop`.
+        about: what the file's first line says beside.
+
+    Attributes:
+        stop: why the training is to end, once the rule says so; until then None.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        drifts: Drifts | None = None,
+        *,
+        off: str = "",
+        rule: str | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = path
+        self.stop: str | None = None
+        self._drifts, self._off, self._about = drifts, off, dict(about or {})
+        self._rule = None if rule is None else StopRule(rule)
+        self._gammas: list[float] = []
+        self._delta_noise: list[float] = []
+        self._last = time.perf_counter()
+        self._cost = 0.0
+        self._begun = self._told = False
+        self._best: tuple[int, Path] | None = None
+        self._resumed_at: int | None = None
+
+    def in_words(self) -> str:
+        """For the start line."""
+        if self._drifts is None:
+            said = f"no drifts of checkpoints: {self._off}"
+        elif self._drifts.class_prompt is None:
+            said = "drifts of checkpoints (no class drift: give class_word)"
+        else:
+            said = "drifts of checkpoints"
+        return said if self._rule is None else f"{said}, stop when {self._rule.text}"
+
+    def resumed(self, step: int) -> None:
+        """The run goes on behind this step; lines up to there are kept."""
+        self._resumed_at = step
+
+    def took(self, line: Mapping[str, Any]) -> None:
+        """A step's line of the step log (`StepLog`), each of them once."""
+        known = [g for g, gap in zip(line["gamma"], line["gap"], strict=True) if g is not None and gap is not None]
+        self._gammas.append(sum(known) / len(known) if known else math.nan)
+        if line["delta_noise"] is not None:
+            self._delta_noise.append(line["delta_noise"])
+
+    def measure(self, step: int, gammas: Sequence[float], gaps: Sequence[float], **more: Any) -> dict[str, Any]:
+        """The line of the LoRA as it is.
+
+        Args:
+            step: how many steps it was trained.
+            gammas, gaps: [bins], the indicator's; a gap is NaN for a bin not seen yet.
+            more: further measures, by the names that the line has them by.
+        """
+        started = time.perf_counter()
+        recent = self._delta_noise[-50:]
+        line: dict[str, Any] = {
+            "step": step,
+            "gamma": [None if gap != gap else round(gamma, 6) for gamma, gap in zip(gammas, gaps, strict=True)],
+            "gap": [None if gap != gap else gap for gap in gaps],
+            "delta_noise": sum(recent) / len(recent) if recent else None,
+            **dict.fromkeys(Drifts.NAMES),
+        }
+        if self._drifts is not None and self.path is not None:
+            line |= {name: _digits(value) for name, value in self._drifts.measure().items()}
+        line |= more
+        self._cost = time.perf_counter() - started
+        line["seconds"] = float(f"{self._cost:.3g}")
+        line["stop"] = None if self._rule is None else self._rule.met(self._gammas, line)
+        return line
+
+    def metadata(self, line: Mapping[str, Any]) -> dict[str, str]:
+        """What the checkpoint itself carries."""
+        return {METADATA: json.dumps(line)}
+
+    def saved(self, line: Mapping[str, Any], file: Path) -> None:
+        """The LoRA of this line is in this file now."""
+        if self.path is None:
+            return
+        now = time.perf_counter()
+        share, self._last = self._cost / max(now - self._last, 1e-9), now
+        if self._begun and share > SHARE and not self._told:
+            self._told = True
+            logger.warning(
+                "apt-hooks: measuring a checkpoint took %.1f s, %.0f %% of the time since the last one; save less "
+                "often, or set [apt] drifts = false",
+                self._cost,
+                100 * share,
+            )
+        self._write({"step": line["step"], "file": file.name, **line})
+        if self._rule is None:
+            return
+        met = line["stop"]
+        if met is None or self._best is None:
+            self._best = line["step"], _copy(file, self.path.with_name(self._name + f"-best{file.suffix}"))
+        if met is not None and self.stop is None:
+            step, path = self._best
+            self.stop = f"{met} at step {line['step']}; {path.name} is the LoRA of step {step}"
+
+    @property
+    def _name(self) -> str:
+        assert self.path is not None
+        return self.path.name.removesuffix(ENDING)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        assert self.path is not None
+        try:
+            if not self._begun:
+                self._begin(self.path)
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            logger.warning("apt-hooks: %s cannot be written (%s); training goes on without it", self.path, error)
+            self.path = None
+
+    def _begin(self, path: Path) -> None:
+        self._begun = True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        kept = [text for text in earlier if self._resumed_at is not None and _step(text) <= self._resumed_at]
+        if any(_step(text) > 0 for text in earlier) and not kept:
+            path.rename(next(p for p in (_numbered(path, i) for i in itertools.count(1)) if not p.exists()))
+        about: dict[str, Any] = {**self._about, "stop": None if self._rule is None else self._rule.text}
+        if self._drifts is None:
+            about["off"] = self._off
+        else:
+            about["class"], about["free"] = self._drifts.class_prompt, list(self._drifts.neutral)
+        write_atomically(path, "".join(f"{text}\n" for text in [*kept, json.dumps({"run": about})]).encode())
+
+
+def _step(text: str) -> int:
+    """Of a line; 0 of a run's, and of the piece of one, which a crash left."""
+    try:
+        return int(json.loads(text).get("step", 0))
+    except (ValueError, TypeError, AttributeError):
+        return 0
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+
+
+def _copy(file: Path, to: Path) -> Path:
+    try:
+        write_atomically(to, file.read_bytes())
+    except OSError as error:
+        raise AptError(f"{file}: cannot be read for {to.name}: {error.strerror}") from error
+    return to

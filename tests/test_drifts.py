@@ -1,0 +1,225 @@
+"""Drifts: the numbers, that a run is left as it was, and what rules and lines say of checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apt_hooks import AptConfig, AptError
+from apt_hooks.method.deferred import Deferred
+from apt_hooks.method.drift import embedding_drift, prediction_drift
+from apt_hooks.stop_rule import StopRule
+from apt_hooks.training.checkpoints import METADATA, Checkpoints
+from apt_hooks.training.drifts import SAMPLES, Drifts, fixed_noise
+from apt_hooks.training.reference import Reference
+
+# -- the numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_drift_is_measured_in_what_the_prompt_does() -> None:
+    without_text, frozen = torch.zeros(3, 1, 2), torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]], [[1.0, 0.0]]])
+    moved = torch.tensor([[[3.0, 4.0]], [[0.0, 1.0]], [[0.0, 0.5]]])  # by 5 of 5, by 1 of 2, by 0.5 of 1
+    assert prediction_drift(frozen + moved, frozen, without_text) == pytest.approx(0.5)
+    assert prediction_drift(frozen, frozen, without_text) == 0
+
+
+def test_a_drift_is_the_same_for_what_predicts_v() -> None:
+    torch.manual_seed(0)
+    a, s = torch.rand(2, SAMPLES, 1, 1) + 0.1
+    noisy, *v = torch.randn(4, SAMPLES, 4, 4)
+    epsilon = [a * each + s * noisy for each in v]
+    assert prediction_drift(*v) == pytest.approx(prediction_drift(*epsilon))
+
+
+def test_a_model_that_does_not_hear_its_text_drifts_endlessly_and_one_that_is_not_moved_does_not() -> None:
+    frozen = torch.ones(2, 3)
+    assert prediction_drift(frozen + 1, frozen, frozen) == math.inf
+    assert prediction_drift(frozen, frozen, frozen) == 0
+
+
+def test_embeddings_drift_in_units_of_how_far_they_lie_apart() -> None:
+    frozen = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert embedding_drift(frozen + torch.tensor([0.0, 0.5]), frozen) == pytest.approx(0.5)
+    assert embedding_drift(frozen, frozen) == 0
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(AptError, match="one shape"):
+        prediction_drift(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+    with pytest.raises(AptError, match="two or more"):
+        embedding_drift(torch.zeros(1, 3), torch.zeros(1, 3))
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "gammas", "line", "met"),
+    [
+        ("class_drift > 0.5", [], {"class_drift": 0.6}, "class_drift > 0.5"),
+        ("class_drift > 0.5", [], {"class_drift": 0.5}, None),
+        ("class_drift > 0.5", [], {"class_drift": None}, None),
+        ("gamma > 0.9 for 3 steps", [0.5, 0.95, 0.95, 0.95], {}, "gamma > 0.9 for 3 steps"),
+        ("gamma > 0.9 for 3", [0.95, 0.5, 0.95, 0.95], {}, None),
+        ("gamma > 0.9 for 3", [0.95, 0.95], {}, None),
+        ("gamma > 0.9", [0.1, math.nan], {}, None),
+        ("held_out_gap < 0", [], {"held_out_gap": [0.1, None, -0.3]}, "held_out_gap < 0"),
+        ("gamma > 0.5 and held_out_gap < 0", [0.9], {"held_out_gap": [0.1]}, None),
+        ("gamma > 2 or text_drift > 1e-1", [0.9], {"text_drift": 0.2}, "text_drift > 0.1"),
+    ],
+)
+def test_a_rule_says_which_part_of_it_holds(text: str, gammas: list[float], line: dict[str, Any], met: Any) -> None:
+    assert StopRule(text).met(gammas, line) == met
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "gamma", "loss > 1", "gamma >= 1", "class_drift > 1 for 3", "gamma > 0.9 for 0", "gamma > x", "gamma > inf"],
+)
+def test_what_is_no_rule_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(AptError, match=r"\[apt\] stop must be .* such as .*gamma > 0\.9 for 200 steps"):
+        AptConfig(stop=text)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+class Probe:
+    """A model that draws random numbers, as dropout would, and one of two text encoders."""
+
+    def __init__(self, model: nn.Module, embeds: bool) -> None:
+        self.model, self.embeds, self.calls = model, embeds, 0
+
+    def predict(self, prompts: Any) -> Tensor:
+        assert len(prompts) == SAMPLES and not self.model.training and not torch.is_grad_enabled()
+        self.calls += 1
+        random.random(), numpy.random.rand(), torch.rand(1)
+        words = torch.tensor([[float(len(prompt)), 1.0] for prompt in prompts])
+        return self.model(words + fixed_noise((2,)))
+
+    def embed(self, texts: Any) -> Tensor | None:
+        return self.model(torch.tensor([[float(len(text)), 0.0] for text in texts])) if self.embeds else None
+
+
+def drifts_of(embeds: bool = True, class_prompt: str | None = "a photo of a dog") -> tuple[Drifts, Probe, nn.Linear]:
+    model = nn.Linear(2, 2)
+
+    @contextlib.contextmanager
+    def off() -> Any:
+        weight = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.copy_(torch.eye(2))
+        yield
+        with torch.no_grad():
+            model.weight.copy_(weight)
+
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(2))
+    probe = Probe(model, embeds)
+    reference = Reference("base", [model], off, model.named_parameters(), Deferred())
+    return Drifts(reference, probe, class_prompt), probe, model
+
+
+def test_a_model_that_was_not_trained_has_not_drifted_and_one_that_was_has() -> None:
+    drifts, probe, model = drifts_of()
+    assert drifts.measure() == {"class_drift": 0, "free_drift": 0, "text_drift": 0}
+    assert probe.calls == 5  # frozen: the empty prompt, neutral ones, the class; and as trained the latter two
+    with torch.no_grad():
+        model.weight.mul_(1.5)
+    found = drifts.measure()
+    assert probe.calls == 7 and all(value is not None and value > 0 for value in found.values())
+    assert drifts.measure() == found
+    without, *_ = drifts_of(embeds=False, class_prompt=None)
+    assert without.measure() == {"class_drift": None, "free_drift": 0, "text_drift": None}
+
+
+def test_measuring_leaves_random_streams_modes_and_gradients_as_they_were() -> None:
+    drifts, _, model = drifts_of()
+    random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
+    expected = random.random(), numpy.random.rand(), torch.rand(2)
+    random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
+    model.train()
+    drifts.measure()
+    assert random.random() == expected[0] and numpy.random.rand() == expected[1]
+    assert torch.equal(torch.rand(2), expected[2])
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def step_line(gamma: float = 0.5) -> dict[str, Any]:
+    return {"gamma": [gamma, 0.0], "gap": [0.1, None], "delta_noise": 0.02}
+
+
+def save(checkpoints: Checkpoints, folder: Path, step: int) -> dict[str, Any]:
+    line = checkpoints.measure(step, [0.5, 0.0], [0.1, math.nan])
+    file = folder / f"lora-{step}.safetensors"
+    file.write_bytes(f"of step {step}".encode())
+    checkpoints.saved(line, file)
+    return line
+
+
+def test_each_checkpoint_has_a_line_and_carries_it(tmp_path: Path) -> None:
+    drifts, _, model = drifts_of()
+    checkpoints = Checkpoints(tmp_path / "lora-checkpoints.jsonl", drifts)
+    assert checkpoints.in_words() == "drifts of checkpoints"
+    for step in (1, 2):
+        checkpoints.took(step_line())
+        line = save(checkpoints, tmp_path, step)
+        with torch.no_grad():
+            model.weight.mul_(1.5)
+    run, one, two = lines(tmp_path / "lora-checkpoints.jsonl")
+    assert run["run"]["class"] == "a photo of a dog" and len(run["run"]["free"]) == 3
+    assert (one["step"], one["file"], one["gamma"], one["gap"]) == (1, "lora-1.safetensors", [0.5, None], [0.1, None])
+    assert one["delta_noise"] == pytest.approx(0.02) and one["class_drift"] == 0 and two["class_drift"] > 0
+    assert json.loads(checkpoints.metadata(line)[METADATA])["class_drift"] == two["class_drift"]
+    assert not list(tmp_path.glob("*-best*")) and checkpoints.stop is None  # without a rule none is marked
+
+
+def test_a_rule_keeps_the_last_checkpoint_before_it_held(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "lora-checkpoints.jsonl", off="drifts = false", rule="gamma > 0.9 for 2")
+    for step, gamma in enumerate((0.5, 0.95, 0.95), 1):
+        checkpoints.took(step_line(gamma))
+        assert checkpoints.stop is None
+        save(checkpoints, tmp_path, step)
+    assert checkpoints.stop == "gamma > 0.9 for 2 steps at step 3; lora-best.safetensors is the LoRA of step 2"
+    assert (tmp_path / "lora-best.safetensors").read_bytes() == b"of step 2"
+    run, *found = lines(tmp_path / "lora-checkpoints.jsonl")
+    assert run["run"]["off"] == "drifts = false" and [line["stop"] for line in found] == [
+        None,
+        None,
+        "gamma > 0.9 for 2 steps",
+    ]
+
+
+def test_an_earlier_runs_file_is_kept_and_a_resumed_ones_continued(tmp_path: Path) -> None:
+    path = tmp_path / "lora-checkpoints.jsonl"
+    for _ in range(2):
+        checkpoints = Checkpoints(path)
+        save(checkpoints, tmp_path, 1), save(checkpoints, tmp_path, 2)
+    assert [line["step"] for line in lines(tmp_path / "lora-checkpoints.1.jsonl")[1:]] == [1, 2]
+    resumed = Checkpoints(path)
+    resumed.resumed(1)
+    save(resumed, tmp_path, 2)
+    assert [line.get("step") for line in lines(path)] == [None, 1, None, 2]
+
+
+def test_a_later_rank_writes_and_measures_nothing(tmp_path: Path) -> None:
+    drifts, probe, _ = drifts_of()
+    checkpoints = Checkpoints(None, drifts, rule="class_drift > 0")
+    save(checkpoints, tmp_path, 1)
+    assert probe.calls == 0 and checkpoints.stop is None and len(list(tmp_path.iterdir())) == 1
