@@ -77,7 +77,16 @@ class AptRun:
         return self.target if self.objective.config.indicator_space == "target" else "epsilon"
 
     def start_line(self) -> str:
-        """One line that says what is on."""
+        """One line that says what is on.
+
+        Raises:
+            AptError: the key `stop` is given to a trainer whose adapter does not measure checkpoints.
+        """
+        if self.objective.config.stop is not None and self.checkpoints is None:
+            raise AptError(
+                "[apt] stop is known to the tiny world's training alone so far, this trainer would pass over it; leave "
+                "it out"
+            )
         config, capture = self.objective.config, self.objective.capture
         overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.overrides().items())
         ignored = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.ignored.items())
