@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import captioning, judging, sampling, training
+from .commands import captioning, judging, picking, sampling, training
 from .errors import STOPPED, AptError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for part in (training, captioning, sampling, judging):
+for part in (training, picking, captioning, sampling, judging):
     app.registered_commands += part.app.registered_commands
     app.registered_groups += part.app.registered_groups
 

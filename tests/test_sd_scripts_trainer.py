@@ -1447,3 +1447,47 @@ def test_words_are_counted_by_every_tokenizer_that_the_strategy_has(make: Train)
         run.trainer.train(run.args)
     run = make({"identifier": "sks", "class_word": "bag"}, kind="anima", spy=TwoTokenizers, name="equal")
     run.trainer.train(run.args)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "anima", "flux"])
+@pytest.mark.parametrize("trained", [False, True], ids=["unet", "text-encoders"])
+def test_drifts_of_checkpoints_leave_the_lora_as_it_is_to_the_bit(train: Train, kind: str, trained: bool) -> None:
+    options = {"kind": kind, "save_every_n_steps": 2, "max_train_steps": 5, "network_train_unet_only": not trained}
+    on, off = (train({"drifts": drifts}, name=f"out-{drifts}", **options) for drifts in (True, False))
+    assert on.same_lora(off)
+    lines = read_log(on.folder / "lora-checkpoints.jsonl")
+    assert [(line["step"], line["file"]) for line in lines] == [
+        (2, "lora-step2.pt"),
+        (4, "lora-step4.pt"),
+        (5, "lora.pt"),
+    ]
+    for line, plain in zip(lines, read_log(off.folder / "lora-checkpoints.jsonl"), strict=True):
+        assert line["free_drift"] > 0 and line["class_drift"] is None and plain["free_drift"] is None
+        assert (line["text_drift"] is not None) == trained and plain["gap"] == line["gap"]
+        assert json.loads(on.saved(line["file"])["metadata"]["ss_apt_checkpoint"])["free_drift"] == line["free_drift"]
+    assert lines[0]["free_drift"] != lines[-1]["free_drift"]
+
+
+def test_a_class_word_has_a_class_drift_and_a_rule_ends_the_training_at_a_checkpoint(
+    train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "apt_hooks")
+    words = {"identifier": "sks", "class_word": "cat", "lambda_attn": 0.0}
+    run = train({**words, "stop": "class_drift > 1e-9"}, save_every_n_steps=2, max_train_steps=8)
+    (line,) = read_log(run.folder / "lora-checkpoints.jsonl")
+    assert line["step"] == 2 and line["class_drift"] > 0 and line["stop"] == "class_drift > 1e-09"
+    assert run.saved("lora-best.pt")["weights"].keys() == run.saved("lora-step2.pt")["weights"].keys()
+    assert not (run.folder / "lora.pt").exists() and [line["step"] for line in run.log] == [1, 2]
+    assert "[apt] stop has ended the training: class_drift > 1e-09 at step 2; lora-best.pt is the LoRA" in caplog.text
+
+
+def test_drifts_of_cached_text_are_those_of_text_that_is_not(train: Train) -> None:
+    found = []
+    for cached in (False, True):
+        run = train({}, kind="sdxl", name=f"out-{cached}", cache_text_encoder_outputs=cached, max_train_steps=2)
+        (line,) = read_log(run.folder / "lora-checkpoints.jsonl")
+        found.append(line["free_drift"])
+    assert found[0] == pytest.approx(found[1])

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import AptError
 from ..files import write_atomically
 from ..stop_rule import StopRule
@@ -102,7 +104,12 @@ class Checkpoints:
             **dict.fromkeys(Drifts.NAMES),
         }
         if self._drifts is not None and self.path is not None:
-            line |= {name: _digits(value) for name, value in self._drifts.measure().items()}
+            try:
+                line |= {name: _digits(value) for name, value in self._drifts.measure().items()}
+            except (AptError, torch.OutOfMemoryError) as error:
+                # A training is worth more than what is measured of it.
+                self._drifts, self._off = None, " ".join(str(error).split())
+                logger.warning("apt-hooks: drifts of checkpoints are off from here on: %s", self._off)
         line |= more
         self._cost = time.perf_counter() - started
         line["seconds"] = float(f"{self._cost:.3g}")

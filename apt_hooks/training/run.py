@@ -84,8 +84,7 @@ class AptRun:
         """
         if self.objective.config.stop is not None and self.checkpoints is None:
             raise AptError(
-                "[apt] stop is known to the tiny world's training alone so far, this trainer would pass over it; leave "
-                "it out"
+                "[apt] stop is followed in sd-scripts alone so far, this trainer would pass over it; leave it out"
             )
         config, capture = self.objective.config, self.objective.capture
         overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.overrides().items())

@@ -22,6 +22,8 @@ from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures import preset_of
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement
+from apt_hooks.training.checkpoints import ENDING, Checkpoints
+from apt_hooks.training.drifts import NEUTRAL, SAMPLES, Drifts
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.run import AptRun
 
@@ -31,6 +33,7 @@ from .augment import black_latent, moved
 from .conditioning import FrozenConditioning, TextEncoders, WithClassCaptions
 from .denoiser import FirstCall, prepare_block_swap
 from .lora import LoraSwitch, dropout
+from .probe import Prompts, TrainerProbe
 from .trainer_functions import FlowNoising, LossMask, noising_of
 
 logger = logging.getLogger("apt_hooks")
@@ -48,6 +51,7 @@ _OTHER_NOISE = (
     "the trainer's step, run twice with the same random numbers, added other noise the second time; it draws from a "
     "stream that apt-hooks does not know of"
 )
+_STOPS_ALONE = "[apt] stop ends no training of several processes; it marks, and keeps the best"
 _LATENTS_AUGMENTED = "the data set gives latents, which are augmented in place of the images; that is an approximation"
 
 
@@ -59,6 +63,9 @@ class AptTrainer:
     _batch: _Batch | None = None
     _captions: ClassCaptions | None = None
     _conditioning: FrozenConditioning | None = None
+    _prompts: Prompts | None = None  # of the drifts; None where these are off
+    _probe: TrainerProbe | None = None  # from the first batch on
+    _measured: nn.Module | None = None  # the network whose saves are
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -68,6 +75,9 @@ class AptTrainer:
                 super().train(args)  # type: ignore[misc]
                 if hasattr(self, "apt"):
                     self.apt.objective.verify()
+            except _Stopped as stopped:
+                self._accelerator.end_training()
+                logger.info("apt-hooks: [apt] stop has ended the training: %s", stopped)
             except BaseException:
                 with contextlib.suppress(AptError):  # of closing; the error that ended the training matters more
                     self._close()
@@ -137,11 +147,17 @@ class AptTrainer:
         weight_dtype: Any,
     ) -> None:
         def prepare(models: Any) -> None:
-            self._conditioning.prepare(TextEncoders(models, self._encoding, self._tokenizing), dataset)  # type: ignore[union-attr]
+            encoders = TextEncoders(models, self._encoding, self._tokenizing)
+            if self._captions is not None:
+                self._conditioning.prepare(encoders, dataset)  # type: ignore[union-attr]
+            if prompts is not None:
+                prompts.encode(encoders, self._asked())
 
+        prompts = self._prompts = self._prompts_of_drifts(args)
         seen = dataset
         if self._captions is not None:
             self._conditioning = self._frozen_conditioning(args)
+        if self._captions is not None or prompts is not None:
             seen = WithClassCaptions(dataset, prepare)
         super().cache_text_encoder_outputs_if_needed(  # type: ignore[misc]
             args, accelerator, unet, vae, text_encoders, seen, weight_dtype
@@ -152,6 +168,41 @@ class AptTrainer:
             return self._conditioning
         trained = bool(self.is_train_text_encoder(args))  # type: ignore[attr-defined]
         return FrozenConditioning(self._captions, lora=trained, weighted=args.weighted_captions)
+
+    def _prompts_of_drifts(self, args: argparse.Namespace) -> Prompts | None:
+        """What encodes the prompts of the drifts; None where these are off."""
+        if not self.apt_config.drifts:
+            return None
+        trained = bool(self.is_train_text_encoder(args))  # type: ignore[attr-defined]
+        if trained and getattr(args, "cache_text_encoder_outputs", False):
+            return None  # some encoders are trained, and the others gone by then
+        return self._prompts or Prompts(trained=trained, weighted=args.weighted_captions)
+
+    def _asked(self) -> list[str]:
+        """All prompts of the drifts."""
+        own = self._class_prompt()
+        return ["", *NEUTRAL, *([] if own is None else [own])]
+
+    def _class_prompt(self) -> str | None:
+        word = self.apt_config.class_word
+        return None if word is None else f"a photo of a {word}"
+
+    def _watch_checkpoints(self, args: argparse.Namespace, accelerator: Any) -> None:
+        config, prompts = self.apt_config, self._prompts_of_drifts(args)
+        self._prompts = prompts
+        off = "drifts = false" if not config.drifts else "text encoders are trained while outputs of others are cached"
+        drifts = Drifts(self.apt.objective.reference, _Later(self), self._class_prompt())
+        path = Path(args.output_dir or ".") / f"{args.output_name or 'last'}{ENDING}"
+        self.apt.watch_checkpoints(
+            Checkpoints(
+                path if accelerator.is_main_process else None,
+                None if prompts is None else drifts,
+                off=off,
+                rule=config.stop,
+            )
+        )
+        if config.stop and accelerator.num_processes > 1:
+            accelerator.print(f"apt-hooks: {_STOPS_ALONE}")
 
     def _prepare(self, args: argparse.Namespace, accelerator: Any, text_encoder: Any, denoiser: nn.Module) -> None:
         """All that is known before the network is applied."""
@@ -193,6 +244,8 @@ class AptTrainer:
         self._latent_of_black: tuple[Tensor, int] | None = None
         if space == "latent" and objective.augments:
             self._black(accelerator.device)
+        self._accelerator = accelerator
+        self._watch_checkpoints(args, accelerator)
         attach(self.apt, accelerator)
         if objective.augments and config.augment_space == "auto" and space == "latent":
             accelerator.print(f"apt-hooks: {_LATENTS_AUGMENTED}")
@@ -243,13 +296,16 @@ class AptTrainer:
 
         if not is_train:
             return process(batch)
+        if self.apt.checkpoints.stop is not None and accelerator.num_processes == 1:  # type: ignore[union-attr]
+            # Only now: behind a save the trainer still keeps its state, draws and logs.
+            raise _Stopped(self.apt.checkpoints.stop)  # type: ignore[union-attr]
         self._begin(accelerator, network, noise_scheduler)
         # Here the trainer has just fetched the last step's loss, so fetching its other numbers waits for nothing.
         self.apt.log.flush()
         current = _Batch(_instances(batch), accelerator.sync_gradients)
+        models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
+        current.encoders = encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
         if self._conditioning is not None:
-            models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
-            encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
             current.frozen_conds = functools.partial(self._conditioning, encoders, batch, current.instances)
         if self.apt.objective.augments:
             batch = self._augment(batch, current, args, noise_scheduler, accelerator.device, weight_dtype)
@@ -297,6 +353,10 @@ class AptTrainer:
         current = self._batch
         if current is None:  # validation
             return run(batch, text_conds, denoiser, is_train)
+        if self._probe is None and self._prompts is not None and accelerator.is_main_process:
+            self._probe = self._probe_of(
+                current, args, accelerator, noise_scheduler, latents, batch, text_conds, denoiser, *rest
+            )
         passes = self.apt.objective.passes(current.instances, current.covered)
         results: dict[str, Any] = {}
 
@@ -339,6 +399,42 @@ class AptTrainer:
             target.detach(), times, ends_step=current.ends_step, error_scale=scale, mask=current.mask(target)
         )
         return current.step.prediction, target, timesteps, weighting
+
+    def _probe_of(
+        self,
+        current: _Batch,
+        args: argparse.Namespace,
+        accelerator: Any,
+        noise_scheduler: Any,
+        latents: Tensor,
+        batch: dict[str, Any],
+        text_conds: list[Any],
+        denoiser: Any,
+        *rest: Any,
+    ) -> TrainerProbe:
+        """What measures drifts, from what the first batch tells."""
+
+        def run(noise: Tensor, like: dict[str, Any], conds: list[Any], model: Any) -> Any:
+            return super(AptTrainer, self).get_noise_pred_and_target(  # type: ignore[misc]
+                args, accelerator, noise_scheduler, noise, like, conds, model, *rest, is_train=False
+            )
+
+        def at_timesteps(rows: slice, call: Callable[[], Any]) -> Any:
+            drawn = self._noising.spread(args, noise_scheduler, SAMPLES, latents.device)
+            with self._noising.watched(noise_scheduler, None if drawn is None else drawn[rows]):
+                return call()
+
+        return TrainerProbe(
+            run,
+            accelerator.unwrap_model(denoiser),
+            _without_preservation({**batch, "images": None, "latents": None}),
+            text_conds,
+            latents,
+            current.encoders,
+            self._prompts,  # type: ignore[arg-type]
+            at_timesteps,
+            accelerator.autocast,
+        )
 
     def post_process_loss(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().post_process_loss(loss, *args, **kwargs)  # type: ignore[misc]
@@ -396,6 +492,22 @@ class AptTrainer:
         if self.apt_config.reference == "start" or self.apt_config.objective == "l2-sp":
             objective.reference.modules = (*objective.reference.modules, network)
         self.apt.has_dropout(dropout(network))
+        self._measure_saves(network)
+
+    def _measure_saves(self, network: Any) -> None:
+        """Have the network's own method measure what it saves: the one place that is told the file's name."""
+        plain = network.save_weights
+
+        @functools.wraps(plain)
+        def save_weights(file: Any, dtype: Any, metadata: dict[str, str] | None, *rest: Any) -> Any:
+            checkpoints, line = self.apt.checkpoints, self.apt.measure_checkpoint()
+            if metadata and "ss_apt_version" in metadata:  # not with `no_metadata`
+                metadata = {**metadata, **checkpoints.metadata(line)}  # type: ignore[union-attr]
+            saved = plain(file, dtype, metadata, *rest)
+            checkpoints.saved(line, Path(file))  # type: ignore[union-attr]
+            return saved
+
+        network.save_weights, self._measured = save_weights, network
 
     @contextlib.contextmanager
     def _lora_off(self) -> Iterator[None]:
@@ -445,6 +557,9 @@ class AptTrainer:
         return self._latent_of_black
 
     def _close(self) -> None:
+        if self._measured is not None:
+            vars(self._measured).pop("save_weights", None)
+        self._measured = self._probe = None
         if hasattr(self, "apt"):
             self.apt.close()
 
@@ -458,12 +573,29 @@ class AptTrainer:
         logger.info("apt-hooks: %s", _LATENTS_AUGMENTED)
 
 
+class _Stopped(Exception):
+    """The key `stop` ends the training; what it says is why."""
+
+
+class _Later:
+    """The probe that a trainer has from its first batch on."""
+
+    def __init__(self, trainer: AptTrainer) -> None:
+        self._trainer = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        if self._trainer._probe is None:
+            raise AptError("a LoRA is saved before the first batch, so nothing was there to measure it with")
+        return getattr(self._trainer._probe, name)
+
+
 @dataclasses.dataclass
 class _Batch:
     """What is known of the training batch on its way through the trainer."""
 
     instances: Tensor
     ends_step: bool
+    encoders: Any = None  # TextEncoders
     frozen_conds: Callable[[list[Any]], list[Any]] = lambda conds: conds
     mask: Callable[[Tensor], Tensor | None] = lambda target: None
     drawn: Tensor | None = None  # what `Noising.draw` gave

@@ -66,6 +66,14 @@ class DiffusionNoising:
         timesteps: Tensor = self._globals[SAMPLER](low, high, len(latents), latents.device)
         return timesteps
 
+    def spread(self, args: Any, noise_scheduler: Any, count: int, device: Any) -> Tensor | None:
+        """So many timesteps, evenly over the range of the trainer's arguments; None where it has no such sampler."""
+        if SAMPLER not in self._globals:
+            return None
+        low = 0 if args.min_timestep is None else args.min_timestep
+        high = noise_scheduler.config.num_train_timesteps if args.max_timestep is None else args.max_timestep
+        return (low + (torch.arange(count) + 0.5) * (high - low) / count).long().to(device)
+
     @contextlib.contextmanager
     def watched(self, noise_scheduler: Any, drawn: Tensor | None) -> Iterator[None]:
         """Inside, the trainer's sampler returns the timesteps that it was already asked for, if any."""
@@ -141,6 +149,9 @@ class FlowNoising:
             *_, sigmas = self._plain(**{name: known[name] for name in self._signature.parameters})
         self._seed = seed
         return _per_sample(sigmas)
+
+    def spread(self, args: Any, noise_scheduler: Any, count: int, device: Any) -> None:
+        """It draws sigmas itself, by the random stream."""
 
     @contextlib.contextmanager
     def watched(self, noise_scheduler: Any, drawn: Tensor | None) -> Iterator[None]:

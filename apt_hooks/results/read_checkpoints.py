@@ -1,0 +1,130 @@
+"""The lines about a run's checkpoints, read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import AptError
+from ..training.checkpoints import ENDING
+
+DRIFTS = ("class_drift", "free_drift", "text_drift")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A line of a run's checkpoints; NaN for null.
+
+    Attributes:
+        step: how many steps it was trained.
+        file: its name, beside the lines.
+        gamma, gap, held_out_gap: means over the bins that were seen.
+        seen: the share of the bins that were.
+        delta_noise: mean over the last steps before it.
+        class_drift, free_drift, text_drift: as `training.drifts` measures them.
+        stop: which part of the run's rule held; None: none did.
+    """
+
+    step: int
+    file: str
+    gamma: float
+    gap: float
+    held_out_gap: float
+    seen: float
+    delta_noise: float
+    class_drift: float
+    free_drift: float
+    text_drift: float
+    stop: str | None = None
+
+    @property
+    def drifts(self) -> dict[str, float]:
+        """Those that were measured, by name."""
+        return {name: value for name in DRIFTS if not math.isnan(value := getattr(self, name))}
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """A run's checkpoints, by their steps, and what the file says of all of them."""
+
+    name: str
+    path: Path
+    about: dict[str, Any]
+    checkpoints: list[Checkpoint]
+
+
+def find_runs(place: Path) -> list[SavedRun]:
+    """The runs of a folder and below it, or the one whose lines the file has.
+
+    Raises:
+        AptError: no such place, no lines there, or broken ones.
+    """
+    if place.is_dir():
+        # Not NAME-checkpoints.1.jsonl, which is of an earlier run.
+        paths = sorted(place.rglob(f"*{ENDING}"))
+        if not paths:
+            raise AptError(
+                f"{place}: looked for *{ENDING}, which a run with APT writes beside the LoRAs that it saves; found none"
+            )
+    elif place.exists():
+        paths = [place]
+    else:
+        raise AptError(f"{place}: no such folder; name the one that a run has saved its LoRAs in")
+    return [read_checkpoints(path) for path in paths]
+
+
+def read_checkpoints(path: Path) -> SavedRun:
+    """Read the lines; of a step that was saved twice, as by a resumed run, the later one counts.
+
+    Raises:
+        AptError: it cannot be read, or has a line that is none of a checkpoint.
+    """
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise AptError(f"{path}: cannot be read: {error.strerror}") from error
+    about: dict[str, Any] = {}
+    found: dict[int, Checkpoint] = {}
+    for number, text in enumerate(texts[:-1], 1):  # behind the last line's end nothing, or the piece of a line
+        try:
+            line = json.loads(text)
+            if "run" in line:
+                about = dict(line["run"])
+            else:
+                checkpoint = _checkpoint(line)
+                found[checkpoint.step] = checkpoint
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AptError(
+                f"{path}: line {number} is none of a checkpoint, with step and gamma; found {text[:40]!r}"
+            ) from error
+    name = path.name.removesuffix(ENDING)
+    return SavedRun(name, path, about, [found[step] for step in sorted(found)])
+
+
+def _checkpoint(line: dict[str, Any]) -> Checkpoint:
+    gammas = line["gamma"]
+    seen = [gamma for gamma in gammas if gamma is not None]
+    return Checkpoint(
+        step=int(line["step"]),
+        file=str(line["file"]),
+        gamma=_mean(gammas),
+        gap=_mean(line["gap"]),
+        held_out_gap=_mean(line.get("held_out_gap") or []),
+        seen=len(seen) / len(gammas),
+        delta_noise=_number(line["delta_noise"]),
+        **{name: _number(line.get(name)) for name in DRIFTS},  # type: ignore[arg-type]
+        stop=line.get("stop"),
+    )
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _mean(values: Sequence[Any]) -> float:
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan

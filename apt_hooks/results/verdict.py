@@ -1,0 +1,154 @@
+"""Which checkpoint, and why: from what was measured of each while it was trained, without a picture.
+
+The rule is ours. Between its first and its last checkpoint a LoRA gets ahead of the base model on its own pictures
+(`gap`), and moves what other prompts give (the drifts). Both as shares of what they come to in all,
+
+    benefit(k) = share(gap)_k - mean over the drifts of share(drift)_k,   share(x)_k = (x_k - x_1) / (max x - x_1)
+
+and the checkpoint with the largest benefit is picked: behind it, drift grows faster than what is learned, the knee of
+the one against the other. No threshold of gamma or of a drift is in it, whose sizes differ between models and subjects.
+What it comes to by judges of pictures is in docs/checkpoints.md, with the runs that it was chosen on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from .read_checkpoints import Checkpoint
+
+FEWEST = 4
+"""Checkpoints: of fewer, a knee is what the first and the last leave between them."""
+
+LITTLE_NOISE = 1e-3
+"""Delta noise of a LoRA that has hardly learned: on the tiny world at step 3 of 600, when no picture shows it yet;
+DreamBooth on SDXL has ten times so much at step 1000 (arXiv 2507.02687, figure)."""
+
+LEAST_SEEN = 0.9
+"""Share of the bins of timesteps that were seen: what is missing is missing in gamma's mean."""
+
+CLEAR = 0.05
+"""By how much the benefit is to be above the next one's: gaps of one LoRA, taken twice, differ by about as much."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What to take.
+
+    Attributes:
+        picked: the checkpoint, None where nothing can be said.
+        sentences: why, or why not; two, or one more where the pictures that were not trained on have something to say.
+        sure: whether another is clearly worse by the same rule.
+        benefits: of each checkpoint, NaN where there is none.
+    """
+
+    picked: Checkpoint | None
+    sentences: tuple[str, ...]
+    sure: bool
+    benefits: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return " ".join(self.sentences)
+
+
+def verdict(checkpoints: Sequence[Checkpoint]) -> Verdict:
+    """Which of a run's checkpoints, by their order of steps."""
+    nothing = (math.nan,) * len(checkpoints)
+    if not checkpoints:
+        return Verdict(None, ("No checkpoint has been saved yet.",), False, nothing)
+    last = checkpoints[-1]
+    too_short = why_too_short(last.delta_noise, last.seen, last.step)
+    if too_short:
+        return Verdict(None, (f"Too short to say: {too_short}.", "Train longer, then ask again."), False, nothing)
+    if len(checkpoints) < FEWEST:
+        count = f"{len(checkpoints)} checkpoint{'s' if len(checkpoints) > 1 else ''}"
+        return Verdict(
+            None,
+            (
+                f"Cannot tell from {count}: the rule looks for the one behind which drift outgrows learning.",
+                f"Save {FEWEST} or more in a run, or let pictures decide.",
+            ),
+            False,
+            nothing,
+        )
+    names = [name for name in last.drifts if all(name in one.drifts for one in checkpoints)]
+    if not names or any(math.isnan(one.gap) for one in checkpoints):
+        missing = "drifts" if not names else "gaps"
+        return Verdict(
+            None,
+            (f"Cannot tell: not all of these checkpoints have {missing}.", "Let pictures decide."),
+            False,
+            nothing,
+        )
+    learned = _shares([one.gap for one in checkpoints])
+    drifted = [_shares([one.drifts[name] for one in checkpoints]) for name in names]
+    if learned is None:
+        return Verdict(
+            None,
+            (
+                "Cannot tell: behind the first checkpoint the LoRA got no further ahead of the base model.",
+                "Save the first one earlier, or let pictures decide.",
+            ),
+            False,
+            nothing,
+        )
+    costs = [sum(each) / len(each) for each in zip(*(d for d in drifted if d is not None), strict=True)]
+    costs = costs or [0.0] * len(checkpoints)  # nothing has moved
+    benefits = tuple(gain - cost for gain, cost in zip(learned, costs, strict=True))
+    best = max(range(len(benefits)), key=lambda k: benefits[k])
+    far = [benefit for k, benefit in enumerate(benefits) if abs(k - best) > 1]
+    sure = benefits[best] - max(far, default=-math.inf) > CLEAR
+    picked = checkpoints[best]
+    sentences = [
+        f"Step {picked.step} ({picked.file}): from the first checkpoint on it has {learned[best]:.0%} of what was "
+        f"learned, at {costs[best]:.0%} of the drift of other prompts.",
+        _beside(checkpoints, benefits, best, sure),
+    ]
+    held_out = _held_out(checkpoints)
+    return Verdict(picked, (*sentences, *([held_out] if held_out else [])), sure, benefits)
+
+
+def why_too_short(delta_noise: float, seen: float, steps: int) -> str:
+    """What a run lacks for anything to be said of it; empty where it lacks nothing.
+
+    Args:
+        delta_noise: of its last steps, NaN where it is not known.
+        seen: the share of the bins of timesteps that were.
+        steps: how many it had.
+    """
+    said = []
+    if delta_noise < LITTLE_NOISE:
+        said.append(f"the LoRA has hardly moved the model (delta noise {delta_noise:.1e})")
+    if seen < LEAST_SEEN:
+        said.append(f"only {seen:.0%} of the bins of timesteps were seen")
+    return f"after {steps} steps {' and '.join(said)}" if said else ""
+
+
+def _shares(values: Sequence[float]) -> list[float] | None:
+    """From the first value, 0, to the largest, 1; None where there is no larger one."""
+    first, most = values[0], max(values)
+    return [(value - first) / (most - first) for value in values] if most > first else None
+
+
+def _beside(checkpoints: Sequence[Checkpoint], benefits: Sequence[float], best: int, sure: bool) -> str:
+    if sure:
+        return "Before it less is learned, and behind it drift grows faster than what is learned."
+    close = [one.step for one, b in zip(checkpoints, benefits, strict=True) if benefits[best] - b <= CLEAR]
+    steps = ", ".join(str(step) for step in close if step != checkpoints[best].step)
+    return f"It cannot be told from step{'s' if ',' in steps else ''} {steps} by these numbers: look at their pictures."
+
+
+def _held_out(checkpoints: Sequence[Checkpoint]) -> str:
+    """What the pictures say that were not trained on."""
+    known = [one for one in checkpoints if not math.isnan(one.held_out_gap)]
+    if len(known) < 2:
+        return ""
+    top = max(known, key=lambda one: one.held_out_gap)
+    last = known[-1]
+    if top is last:
+        return "On pictures that were not trained on it gets ahead of the base model to the end: no overfitting there."
+    return (
+        f"On pictures that were not trained on it was furthest ahead of the base model at step {top.step} "
+        f"({top.held_out_gap:.3g}), and {last.held_out_gap:.3g} at the end: from there on it overfits."
+    )
