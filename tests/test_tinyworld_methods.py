@@ -178,7 +178,11 @@ class Examination:
 
 
 @pytest.mark.parametrize(
-    ("name", "files"), [("dop", {"dop.safetensors", "dop-apt.jsonl"}), ("t-lora", {"t-lora-apt.jsonl"})]
+    ("name", "files"),
+    [
+        ("dop", {"dop.safetensors", "dop-apt.jsonl", "dop-checkpoints.jsonl"}),
+        ("t-lora", {"t-lora-apt.jsonl"}),
+    ],
 )
 def test_a_t_lora_is_drawn_with_as_it_was_trained_and_no_file_says_it_is_a_plain_one(pipeline, tmp_path, name, files):
     examination = Examination(pipeline)

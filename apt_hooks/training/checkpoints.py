@@ -117,8 +117,8 @@ class Checkpoints:
         return line
 
     def metadata(self, line: Mapping[str, Any]) -> dict[str, str]:
-        """What the checkpoint itself carries."""
-        return {METADATA: json.dumps(line)}
+        """What the checkpoint itself carries: the line without its time, so that a run gives the same file again."""
+        return {METADATA: json.dumps({name: value for name, value in line.items() if name != "seconds"})}
 
     def saved(self, line: Mapping[str, Any], file: Path) -> None:
         """The LoRA of this line is in this file now."""
