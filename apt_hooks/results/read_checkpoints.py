@@ -116,7 +116,9 @@ def _checkpoint(line: dict[str, Any]) -> Checkpoint:
         held_out_gap=_mean(line.get("held_out_gap") or []),
         seen=len(seen) / len(gammas),
         delta_noise=_number(line["delta_noise"]),
-        **{name: _number(line.get(name)) for name in DRIFTS},  # type: ignore[arg-type]
+        class_drift=_number(line.get("class_drift")),
+        free_drift=_number(line.get("free_drift")),
+        text_drift=_number(line.get("text_drift")),
         stop=line.get("stop"),
     )
 
