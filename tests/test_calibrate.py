@@ -219,7 +219,7 @@ def test_the_command_says_the_scale_and_draws(log: Path) -> None:
 @pytest.mark.parametrize("bins", [1, 2, 1000])
 def test_any_number_of_bins_can_be_drawn(tmp_path: Path, bins: int) -> None:
     pytest.importorskip("matplotlib")
-    path = write(tmp_path / "a.jsonl", [line(1, [0.0005] * bins, 1000, old=True)])
+    path = write(tmp_path / "a.jsonl", [line(i, [0.0005] * bins, 1000, old=True) for i in range(1, 101)])
     picture = tmp_path / "picture.png"
     said: list[str] = []
     assert calibrate(path, picture, scale=1000.0, say=said.append) == 7000
@@ -230,13 +230,15 @@ def test_any_number_of_bins_can_be_drawn(tmp_path: Path, bins: int) -> None:
 def test_a_proposal_far_from_the_papers_comes_with_a_question(tmp_path: Path, gap: float, proposed: str) -> None:
     pytest.importorskip("matplotlib")
     said: list[str] = []
-    calibrate(write(tmp_path / "a.jsonl", [line(1, [gap], 1000)]), None, scale=None, say=said.append)
+    calibrate(
+        write(tmp_path / "a.jsonl", [line(i, [gap], 1000) for i in range(1, 6)]), None, scale=None, say=said.append
+    )
     assert f"indicator_scale = {proposed}" in said[3]
     assert said[4].startswith("note: that is far from the paper's 100 to 1000")
 
 
 def test_a_run_that_learned_nothing_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [line(1, [-0.1, 0.0], 1000)])
+    path = write(tmp_path / "a.jsonl", [line(i, [-0.1, 0.0], 1000) for i in range(1, 11)])
     with pytest.raises(AptError, match=r"a\.jsonl: the LoRA is not ahead of the base model"):
         calibrate(path, None, scale=None, say=print)
 
@@ -252,13 +254,13 @@ def test_a_picture_that_cannot_be_written_is_an_error_and_the_log_is_never_overw
 
 def test_the_dropout_of_the_run_is_said_beside_the_scale(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    steps = [line(i, [0.02], 1000) for i in (1, 2)]
+    steps = [line(i, [0.02], 1000) for i in range(1, 6)]
     for dropout in ({"network_dropout": 0.3, "module_dropout": 0.05}, None):
         start = {"run": {"config": {}} if dropout is None else {"dropout": dropout}}
         said: list[str] = []
         # That of a resumed run's own start, not that of the run before it.
         calibrate(
-            write(tmp_path / "a.jsonl", [{"run": {"dropout": {"lora_dropout": 0.9}}}, steps[0], start, steps[1]]),
+            write(tmp_path / "a.jsonl", [{"run": {"dropout": {"lora_dropout": 0.9}}}, steps[0], start, *steps[1:]]),
             None,
             scale=None,
             say=said.append,
@@ -272,6 +274,22 @@ def test_without_matplotlib_the_scale_is_said_and_how_to_get_the_picture(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said: list[str] = []
-    with pytest.raises(AptError, match=r'matplotlib.*pip install "apt-hooks\[demo\]"'):
-        calibrate(log, None, scale=None, say=said.append)
-    assert said[-1] == "write into [apt]: indicator_scale = 230"
+    assert calibrate(log, None, scale=None, say=said.append) == 230
+    assert said[-2] == "write into [apt]: indicator_scale = 230"
+    assert said[-1].startswith("no picture, which needs matplotlib") and said[-1].endswith(
+        'pip install "apt-hooks[demo]"'
+    )
+
+
+@pytest.mark.parametrize(
+    ("bins", "noise", "said"),
+    [
+        (10, 0.02, "20 steps, and 2 of 10 bins of timesteps were never seen"),
+        (2, 1e-4, r"20 steps, and the LoRA has hardly moved the model \(delta noise 1.0e-04\)"),
+    ],
+)
+def test_no_scale_is_fitted_to_a_run_that_is_too_short(tmp_path: Path, bins: int, noise: float, said: str) -> None:
+    gaps = [0.0015] * (bins - 2) + [None] * 2 if bins > 2 else [0.0015] * bins
+    lines = [{**line(i, gaps, 1000), "delta_noise": noise} for i in range(1, 21)]
+    with pytest.raises(AptError, match=rf"a\.jsonl: too short to fit a scale to: {said}; log a run as long"):
+        calibrate(write(tmp_path / "a.jsonl", lines), None, scale=None, say=print)

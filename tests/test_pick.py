@@ -20,7 +20,7 @@ DRIFTS = (0.2, 0.25, 0.3, 0.5, 0.8, 1.2)
 
 
 def checkpoint(step: int, gap: float = 0.01, drift: float = 0.1, **other: Any) -> Checkpoint:
-    known: dict[str, Any] = {"gamma": 0.5, "held_out_gap": math.nan, "seen": 1.0, "delta_noise": 0.02}
+    known: dict[str, Any] = {"gamma": 0.5, "held_out_gap": math.nan, "bins": 10, "unseen": 0, "delta_noise": 0.02}
     drifts = {"class_drift": drift, "free_drift": drift / 2, "text_drift": math.nan}
     return Checkpoint(step=step, file=f"lora-{step}.safetensors", gap=gap, **{**known, **drifts, **other})
 
@@ -55,8 +55,11 @@ def test_where_others_are_as_good_it_says_which() -> None:
     ("checkpoints", "said"),
     [
         ([], "No checkpoint has been saved yet."),
-        ([checkpoint(20, delta_noise=1e-4)], "Too short to say: after 20 steps the LoRA has hardly moved the model"),
-        (run(seen=0.8), "Too short to say: after 600 steps only 80% of the bins of timesteps were seen"),
+        (
+            [checkpoint(20, delta_noise=1e-4)],
+            "Too short to say: 20 steps, and the LoRA has hardly moved the model (delta noise 1",
+        ),
+        ([checkpoint(20, unseen=2)], "Too short to say: 20 steps, and 2 of 10 bins of timesteps were never seen."),
         (run()[:2], "Cannot tell from 2 checkpoints"),
         (run(class_drift=math.nan, free_drift=math.nan), "Cannot tell: not all of these checkpoints have drifts"),
         (run(gaps=[0.05] * 6), "Cannot tell: behind the first checkpoint the LoRA got no further ahead"),

@@ -27,6 +27,7 @@ from ..errors import AptError
 from ..files import write_figure
 from ..method.indicator import gamma_of_gap
 from .read_steplog import read_run
+from .too_short import why_too_short
 
 QUANTILE = 0.75
 GAMMA_AT_END = 0.97  # that quantile of the paper's four published bins: 0.969, read off a plot
@@ -40,12 +41,16 @@ class LoggedIndicator:
         steps: [steps], the optimizer steps' numbers.
         gammas: [steps, bins], as the steps used them, under the run's own scale.
         gaps: [steps, bins], `OverfittingIndicator.gaps` at these steps; NaN for a bin not seen yet.
+        delta_noise: mean of the last tenth; NaN where the log has none.
+        total: how many steps the log has, of which these are an evenly chosen part.
         dropout: probabilities of the LoRA's dropout by what they are of, at the end of the run; empty in older logs.
     """
 
     steps: Tensor
     gammas: Tensor
     gaps: Tensor
+    delta_noise: float = math.nan
+    total: int = 0
     dropout: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -81,7 +86,9 @@ def read_log(path: Path, scale: float | None = None) -> LoggedIndicator:
         )
     from_gamma = -torch.log1p(-run.gammas) / (scale or 1.0)
     dropout = run.starts[-1].get("dropout", {}) if run.starts else {}
-    return LoggedIndicator(run.steps, run.gammas, torch.where(without[:, None], from_gamma, run.gaps), dropout)
+    gaps = torch.where(without[:, None], from_gamma, run.gaps)
+    delta_noise = float(_last_tenth(run.values["delta_noise"]).nanmean())
+    return LoggedIndicator(run.steps, run.gammas, gaps, delta_noise, run.total, dropout)
 
 
 def gaps_at_end(gaps: Tensor) -> Tensor:
@@ -128,12 +135,16 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
         The proposed scale, of two digits.
 
     Raises:
-        AptError: as `read_log` and `propose_scale`; matplotlib is missing, or the picture cannot be written.
+        AptError: as `read_log` and `propose_scale`; a run that is too short; the picture cannot be written.
     """
     run = read_log(log, scale)
     picture = picture or log.with_name(f"{log.stem}-calibrate.png")
     if picture.suffix.lower() != ".png":
         raise AptError(f"--out must name a .png file; found {picture}")
+    unseen = int(run.gaps.isnan().all(dim=0).sum())
+    too_short = why_too_short(run.total, run.gaps.shape[1], unseen, run.delta_noise)
+    if too_short:
+        raise AptError(f"{log}: too short to fit a scale to: {too_short}; log a run as long as the training is to be")
     try:
         proposed = float(f"{propose_scale(run.gaps):.2g}")
     except AptError as error:
@@ -153,8 +164,12 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
         say(f"note: the run's LoRA had dropout ({kinds}), which makes gaps smaller; the scale holds for that dropout")
     if not 10 <= proposed <= 10000:
         say("note: that is far from the paper's 100 to 1000; is the run as long as the training is to be?")
-    _draw(run, proposed, picture)
-    say(f"gamma per bin, as it was and under the proposed scale: {picture}")
+    try:
+        _draw(run, proposed, picture)
+    except ImportError as error:  # the advice has been given
+        say(f'no picture, which needs matplotlib ({error}): pip install "apt-hooks[demo]"')
+    else:
+        say(f"gamma per bin, as it was and under the proposed scale: {picture}")
     return proposed
 
 
@@ -167,13 +182,11 @@ def _text(scale: float | None) -> str:
 
 
 def _draw(run: LoggedIndicator, proposed: float, picture: Path) -> None:
-    try:
-        from matplotlib import colormaps
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import BoundaryNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise AptError(f'the picture needs matplotlib ({error}): pip install "apt-hooks[demo]"') from error
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.figure import Figure
+
     steps, bins, last = run.steps.numpy(), run.gaps.shape[1], _last_tenth(run.steps)
     colors = colormaps["viridis"].resampled(bins)
     figure = Figure(figsize=(11, 4.6), layout="constrained")

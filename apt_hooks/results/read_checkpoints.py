@@ -23,7 +23,7 @@ class Checkpoint:
         step: how many steps it was trained.
         file: its name, beside the lines.
         gamma, gap, held_out_gap: means over the bins that were seen.
-        seen: the share of the bins that were.
+        bins, unseen: how many there are, and how many of them were not.
         delta_noise: mean over the last steps before it.
         class_drift, free_drift, text_drift: as `training.drifts` measures them.
         stop: which part of the run's rule held; None: none did.
@@ -34,7 +34,8 @@ class Checkpoint:
     gamma: float
     gap: float
     held_out_gap: float
-    seen: float
+    bins: int
+    unseen: int
     delta_noise: float
     class_drift: float
     free_drift: float
@@ -107,14 +108,14 @@ def read_checkpoints(path: Path) -> SavedRun:
 
 def _checkpoint(line: dict[str, Any]) -> Checkpoint:
     gammas = line["gamma"]
-    seen = [gamma for gamma in gammas if gamma is not None]
     return Checkpoint(
         step=int(line["step"]),
         file=str(line["file"]),
         gamma=_mean(gammas),
         gap=_mean(line["gap"]),
         held_out_gap=_mean(line.get("held_out_gap") or []),
-        seen=len(seen) / len(gammas),
+        bins=len(gammas),
+        unseen=sum(gamma is None for gamma in gammas),
         delta_noise=_number(line["delta_noise"]),
         class_drift=_number(line.get("class_drift")),
         free_drift=_number(line.get("free_drift")),

@@ -17,16 +17,10 @@ import math
 from collections.abc import Sequence
 
 from .read_checkpoints import Checkpoint
+from .too_short import why_too_short
 
 FEWEST = 4
 """Checkpoints: of fewer, a knee is what the first and the last leave between them."""
-
-LITTLE_NOISE = 1e-3
-"""Delta noise of a LoRA that has hardly learned: on the tiny world at step 3 of 600, when no picture shows it yet;
-DreamBooth on SDXL has ten times so much at step 1000 (arXiv 2507.02687, figure)."""
-
-LEAST_SEEN = 0.9
-"""Share of the bins of timesteps that were seen: what is missing is missing in gamma's mean."""
 
 CLEAR = 0.05
 """By how much the benefit is to be above the next one's: gaps of one LoRA, taken twice, differ by about as much."""
@@ -58,7 +52,7 @@ def verdict(checkpoints: Sequence[Checkpoint]) -> Verdict:
     if not checkpoints:
         return Verdict(None, ("No checkpoint has been saved yet.",), False, nothing)
     last = checkpoints[-1]
-    too_short = why_too_short(last.delta_noise, last.seen, last.step)
+    too_short = why_too_short(last.step, last.bins, last.unseen, last.delta_noise)
     if too_short:
         return Verdict(None, (f"Too short to say: {too_short}.", "Train longer, then ask again."), False, nothing)
     if len(checkpoints) < FEWEST:
@@ -107,22 +101,6 @@ def verdict(checkpoints: Sequence[Checkpoint]) -> Verdict:
     ]
     held_out = _held_out(checkpoints)
     return Verdict(picked, (*sentences, *([held_out] if held_out else [])), sure, benefits)
-
-
-def why_too_short(delta_noise: float, seen: float, steps: int) -> str:
-    """What a run lacks for anything to be said of it; empty where it lacks nothing.
-
-    Args:
-        delta_noise: of its last steps, NaN where it is not known.
-        seen: the share of the bins of timesteps that were.
-        steps: how many it had.
-    """
-    said = []
-    if delta_noise < LITTLE_NOISE:
-        said.append(f"the LoRA has hardly moved the model (delta noise {delta_noise:.1e})")
-    if seen < LEAST_SEEN:
-        said.append(f"only {seen:.0%} of the bins of timesteps were seen")
-    return f"after {steps} steps {' and '.join(said)}" if said else ""
 
 
 def _shares(values: Sequence[float]) -> list[float] | None:
