@@ -119,7 +119,7 @@ def test_readme_sets_up_with_the_versions_that_were_tested_together() -> None:
 def test_the_commands_are_those_that_readme_names() -> None:
     assert {" ".join(path) for path in COMMANDS} == {
         "patch", "unpatch", "status", "check", "calibrate", "demo", "blend", "maps",
-        "report", "watch", "eval", "compare", "caption",
+        "report", "watch", "pick", "eval", "compare", "caption",
         "presets list", "presets show", "presets apply",
     }  # fmt: skip
 
