@@ -128,7 +128,8 @@ class DreamBoothRun:
         self._prior = bool(getattr(args, "with_prior_preservation", False))
         self._accelerator = accelerator
         self._schedule = noise_scheduler
-        flow, schedule = noise_scheduler is None, getattr(noise_scheduler, "config", None)
+        flow = noise_scheduler is None
+        schedule: Any = None if flow else noise_scheduler.config
         bins: dict[str, Any] = {"bin_of": sigma_bins(config.num_bins)}
         if not flow:
             bins = {"num_train_timesteps": schedule.num_train_timesteps}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from apt_hooks.errors import AptError
@@ -17,7 +18,7 @@ from .script_anchors import RUN, Anchors, find
 
 NAME = "diffusers"
 _SCRIPT = "train_dreambooth_lora"
-SCRIPTS_OF_PRESET = {
+SCRIPTS_OF_PRESET: Mapping[str, tuple[str, ...]] = {
     "sd15": (f"{_SCRIPT}.py", f"{_SCRIPT}_sd15_advanced.py", "train_text_to_image_lora.py"),
     "sd21": (f"{_SCRIPT}.py", "train_text_to_image_lora.py"),
     "sdxl": (f"{_SCRIPT}_sdxl.py", f"{_SCRIPT}_sdxl_advanced.py", "train_text_to_image_lora_sdxl.py"),

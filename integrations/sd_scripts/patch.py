@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from apt_hooks.errors import AptError
@@ -18,7 +19,7 @@ from .checkout import SCRIPTS, Checkout
 logger = logging.getLogger("apt_hooks")
 
 NAME = "sd-scripts"
-SCRIPTS_OF_PRESET = {
+SCRIPTS_OF_PRESET: Mapping[str, tuple[str, ...]] = {
     "sd15": ("train_network.py",),
     "sd21": ("train_network.py",),
     "sdxl": ("sdxl_train_network.py",),
