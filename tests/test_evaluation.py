@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -346,12 +347,14 @@ def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(first, loras, referenc
         raise KeyboardInterrupt
 
     given = [*arguments(loras[:1], references, texts, out), *FEW]
+    monkeypatch.setenv("FORCE_COLOR", "1")  # the bar is drawn as in a terminal, and must have ended its line
     with monkeypatch.context() as patched:
         patched.setattr(evaluation, "generate", stopped)
         result = run(*given, code=130)
     assert result.exit_code == 130
     line = "apt-hooks: stopped; the same command goes on with the 1 pictures that are missing"
-    assert [said for said in result.output.splitlines() if "stopped" in said] == [line]
+    shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", result.output)
+    assert [said for said in shown.splitlines() if "stopped" in said] == [line]
     monkeypatch.setattr(evaluation, "score_all", stopped)
     assert "all pictures are there, and the same command judges them" in run(*given, code=130).output
 

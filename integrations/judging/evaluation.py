@@ -111,7 +111,7 @@ def run_eval(
         if pipeline is None:
             begin()
         else:
-            _draw(pipeline, out, files, plan, batch, own, todo, begin, say)
+            _draw(pipeline, out, files, plan, batch, own, todo, begin)
             del pipeline  # its memory is the judges' now
         if own.rank:
             return {}
@@ -186,22 +186,22 @@ def _draw(
     own: Share,
     total: int,
     begin: Callable[[], None],
-    say: Say,
 ) -> None:
     from rich.progress import Progress
 
     pipeline.set_progress_bar_config(disable=True)
-    with Progress(disable=own.rank > 0) as progress:
+
+    def kept() -> str:
+        return f"the same command goes on with the {len(plan.missing(out, list(files)))} pictures that are missing"
+
+    # Outside of the bar, which has ended its own line by then.
+    with told_when_stopped(kept), Progress(disable=own.rank > 0) as progress:
         task = progress.add_task("pictures", total=len(range(own.rank, total, own.processes)))
 
         def advance(count: int) -> None:
             progress.advance(task, count)
 
-        def kept() -> str:
-            return f"the same command goes on with the {len(plan.missing(out, list(files)))} pictures that are missing"
-
-        with told_when_stopped(kept):
-            generate(pipeline, files, plan, out, batch=batch, own=own, advance=advance, begin=begin)
+        generate(pipeline, files, plan, out, batch=batch, own=own, advance=advance, begin=begin)
 
 
 def _judge(out: Path, names: Sequence[str], plan: Plan, judges: Sequence[Judge], say: Say) -> Scores:
@@ -215,11 +215,11 @@ def _judge(out: Path, names: Sequence[str], plan: Plan, judges: Sequence[Judge],
             f"note: {len(black)} pictures are black, first {black[0]}, as a safety checker of the model leaves them; "
             "the scores count them"
         )
-    with Progress() as progress:
+    kept = "all pictures are there, and the same command judges them"
+    with told_when_stopped(lambda: kept), Progress() as progress:
         task = progress.add_task("judges", total=len(judges) * len(drawn))
 
         def tell(what: str) -> None:
             progress.update(task, description=what, advance=1)
 
-        with told_when_stopped(lambda: "all pictures are there, and the same command judges them"):
-            return score_all(judges, drawn, tell)
+        return score_all(judges, drawn, tell)
