@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import secrets
@@ -50,6 +51,12 @@ def remove_leftovers(path: Path) -> None:
     ours = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.tmp")
     for left in [found for found in path.parent.glob(".*.tmp") if ours.fullmatch(found.name)]:
         left.unlink(missing_ok=True)
+
+
+def free_name(path: Path) -> Path:
+    """The first of `NAME.1.ext`, `NAME.2.ext` and so on that is no file yet, to keep an earlier run's under."""
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def make_folder(path: Path) -> None:

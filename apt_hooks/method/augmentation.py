@@ -119,6 +119,17 @@ class ZoomOutRotate:
         return self.draw(torch.ones(len(content)), generator).apply(content, fill)
 
 
+def color_of(latents: Tensor) -> Tensor:
+    """What an even color is in latents of a picture of it, [1, channels, ..., height, width]: [channels].
+
+    The mean away from the border, where an autoencoder makes something else of it, and which leaves of a sampled latent
+    nothing of its sampling.
+    """
+    height, width = latents.shape[-2:]
+    inner = latents[0, ..., height // 4 : height - height // 4, width // 4 : width - width // 4]
+    return inner.flatten(1).float().mean(dim=1)
+
+
 def covered_at(covered: Tensor, shape: Sequence[int]) -> Tensor:
     """`Placement.covered` as it is at the positions of latents or hidden states of the same pictures.
 

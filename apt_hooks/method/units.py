@@ -47,6 +47,11 @@ def epsilon_error_scale(target: str, alphas_cumprod: Tensor, timesteps: Tensor) 
     return kept.sqrt() if target == "v_prediction" else (kept / (1 - kept)).sqrt()
 
 
+def per_sample(sigmas: Tensor) -> Tensor:
+    """[batch], float32, of sigmas, one a sample, that have the samples' dimensions: [batch, 1, ...] or [batch]."""
+    return sigmas.detach().reshape(len(sigmas), -1)[:, 0].float()
+
+
 def flow_target(target: Tensor, x0: Tensor, noise: Tensor) -> str | None:
     """What a loss of flow matching compares: "velocity", `e - x0` or its negative, "sample", `x0`, or "epsilon", `e`.
 
@@ -83,3 +88,28 @@ def flow_error_scale(compared: str, sigmas: Tensor) -> Tensor:
         return torch.ones_like(sigmas)
     kept = 1 - sigmas
     return kept if compared == "velocity" else kept / sigmas.clamp_min(0.02)
+
+
+class FlowLoss:
+    """What a training's loss of flow matching compares, and what its errors come to; looked at once, in a first batch.
+
+    Where it is not yet known, `error_scale` reads the tensors' numbers, and so waits for their device.
+    """
+
+    def __init__(self) -> None:
+        self._compared: str | None = None
+
+    def error_scale(self, target: Tensor, x0: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """`flow_error_scale` of what `flow_target` finds.
+
+        Raises:
+            AptError: it is nothing of which that is known.
+        """
+        if self._compared is None:
+            self._compared = flow_target(target, x0, noise)
+        if self._compared is None:
+            raise AptError(
+                "the trainer's loss compares neither velocity, image nor noise, so what an error of it comes to in "
+                'epsilon is not known; set [apt] indicator_space = "target" to measure it as it is'
+            )
+        return flow_error_scale(self._compared, sigmas)

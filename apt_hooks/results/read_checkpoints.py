@@ -11,8 +11,7 @@ from typing import Any
 
 from ..errors import AptError
 from ..training.checkpoints import ENDING
-
-DRIFTS = ("class_drift", "free_drift", "text_drift")
+from ..training.drifts import Drifts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Checkpoint:
     @property
     def drifts(self) -> dict[str, float]:
         """Those that were measured, by name."""
-        return {name: value for name in DRIFTS if not math.isnan(value := getattr(self, name))}
+        return {name: value for name in Drifts.NAMES if not math.isnan(value := getattr(self, name))}
 
 
 @dataclasses.dataclass(frozen=True)

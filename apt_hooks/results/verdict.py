@@ -7,7 +7,7 @@ The rule is ours. Between its first and its last checkpoint a LoRA gets ahead of
 
 and the checkpoint with the largest benefit is picked: behind it, drift grows faster than what is learned, the knee of
 the one against the other. No threshold of gamma or of a drift is in it, whose sizes differ between models and subjects.
-What it comes to by judges of pictures is in docs/checkpoints.md, with the runs that it was chosen on.
+It has not been compared with judges of pictures yet.
 """
 
 from __future__ import annotations

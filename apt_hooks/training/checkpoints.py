@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import AptError
-from ..files import write_atomically
+from ..files import free_name, write_atomically
 from ..stop_rule import StopRule
 from .drifts import Drifts
 
@@ -166,7 +165,7 @@ class Checkpoints:
         earlier = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         kept = [text for text in earlier if self._resumed_at is not None and _step(text) <= self._resumed_at]
         if any(_step(text) > 0 for text in earlier) and not kept:
-            path.rename(next(p for p in (_numbered(path, i) for i in itertools.count(1)) if not p.exists()))
+            path.rename(free_name(path))
         about: dict[str, Any] = {**self._about, "stop": None if self._rule is None else self._rule.text}
         if self._drifts is None:
             about["off"] = self._off
@@ -181,10 +180,6 @@ def _step(text: str) -> int:
         return int(json.loads(text).get("step", 0))
     except (ValueError, TypeError, AttributeError):
         return 0
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def _digits(value: float | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -106,18 +106,15 @@ def random_streams_kept() -> Iterator[None]:
     """Inside, random numbers may be drawn; afterwards every stream is as it was: Python's, numpy's, torch's on the CPU
     and on all CUDA devices."""
     numpy: Any = sys.modules.get("numpy")
-    back: list[Callable[[], None]] = []
     own, own_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
-    back.append(lambda: random.setstate(own))
-    if own_numpy is not None:
-        back.append(lambda: numpy.random.set_state(own_numpy))
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            for give_back in back:
-                give_back()
+            random.setstate(own)
+            if numpy is not None:
+                numpy.random.set_state(own_numpy)
 
 
 def _kept(tensor: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class Reference:
         self.keep_start()
         exchanged = None if self.start is None else self.start.weights
         watch = self._watches.of_frozen_pass(self.modules, self.trained, exchanged)
-        with frozen_base(self.modules, self.adapters_off if self.start is None else self.start.exchanged), watch:
+        with self.apart(frozen=True), watch:
             yield
 
     def apart(self, *, frozen: bool) -> AbstractContextManager[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import itertools
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AptError
-from ..files import write_atomically
+from ..files import free_name, write_atomically
 from .step import AptStep
 
 VALUES = (
@@ -187,8 +186,7 @@ def _step_number(text: str) -> int | None:
 
 def _put_aside(path: Path, steps: int) -> None:
     """Give an earlier run's log the first name that is free, and say so."""
-    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
+    aside = free_name(path)
     try:
         path.rename(aside)
     except OSError as error:

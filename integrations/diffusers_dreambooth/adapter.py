@@ -19,9 +19,9 @@ from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures import preset_of
 from apt_hooks.hooks.frozen import frozen_base
-from apt_hooks.method.augmentation import Placement
+from apt_hooks.method.augmentation import Placement, color_of
 from apt_hooks.method.indicator import sigma_bins
-from apt_hooks.method.units import FLOW, epsilon_error_scale, flow_error_scale, flow_target
+from apt_hooks.method.units import FLOW, FlowLoss, epsilon_error_scale, per_sample
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.passes import Passes
 from apt_hooks.training.run import AptRun
@@ -41,6 +41,10 @@ WEIGHTS = "pytorch_lora_weights"
 
 
 _NO_FROZEN_PASS = "the base model's pass did not run before the U-Net's call; patch the script again"
+_NOT_MOVED = (
+    "noise was not added in this step where it was found when the script was patched, so images could "
+    "not be augmented; patch the script again, or set [apt] augmentation = false"
+)
 
 
 def start(
@@ -128,11 +132,11 @@ class DreamBoothRun:
         self._prior = bool(getattr(args, "with_prior_preservation", False))
         self._accelerator = accelerator
         self._schedule = noise_scheduler
-        flow = noise_scheduler is None
-        schedule: Any = None if flow else noise_scheduler.config
         bins: dict[str, Any] = {"bin_of": sigma_bins(config.num_bins)}
-        if not flow:
-            bins = {"num_train_timesteps": schedule.num_train_timesteps}
+        target = FLOW
+        if noise_scheduler is not None:
+            bins = {"num_train_timesteps": noise_scheduler.config.num_train_timesteps}
+            target = noise_scheduler.config.prediction_type
         objective = AptObjective(
             config,
             own,
@@ -149,7 +153,7 @@ class DreamBoothRun:
             seed=torch.initial_seed(),
             rank=accelerator.process_index,
             trainer=f"diffusers {importlib.metadata.version('diffusers')}",
-            target=FLOW if flow else schedule.prediction_type,
+            target=target,
         )
         self.augments = objective.augments
         self.encodes_text = bool(self._text_encoders)
@@ -158,7 +162,7 @@ class DreamBoothRun:
         self._placement: Placement | None = None
         self._covered: Tensor | None = None
         self._black, self._encoded = black, False
-        self._compared: str | None = None
+        self._flow_loss = FlowLoss()
         self._passes: Passes | None = None
         self._version = 0
         self._step: AptStep | None = None
@@ -213,7 +217,7 @@ class DreamBoothRun:
             self._encoded = True
             placement = self._placement
             if placement is None:
-                raise AptError(_NO_FROZEN_PASS)
+                raise AptError(_NOT_MOVED)
             return placement.apply(images, fill, "bcfhw" if images.ndim == 5 else "bchw")
 
     def frozen_due(self) -> bool:
@@ -267,18 +271,12 @@ class DreamBoothRun:
             self._version = prediction._version
             return prediction
 
-    def assess(
-        self,
-        prediction: Tensor,
-        target: Tensor,
-        timesteps: Tensor,
-        clean: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Tensor:
+    def assess(self, prediction: Tensor, target: Tensor, timesteps: Tensor, *mixed: Tensor) -> Tensor:
         """The prediction, its gradient scaled by each sample's weight, whatever loss is taken of it.
 
         Args:
-            timesteps: where noise is mixed in its share, and `clean` and `noise` what was mixed.
+            timesteps: where noise is mixed in its share.
+            mixed: there, the clean latents and the noise.
         """
         with errors_in_one_line():
             passes, self._passes = self._passes, None
@@ -293,18 +291,13 @@ class DreamBoothRun:
                     "predict their variance are not supported"
                 )
             if self.augments and self._placement is None:
-                raise AptError(
-                    "noise was not added in this step where it was found when the script was patched, so images could "
-                    "not be augmented; patch the script again, or set [apt] augmentation = false"
-                )
+                raise AptError(_NOT_MOVED)
             timesteps = self._each(timesteps, prediction)
             self._step = passes.step(
                 target,
                 timesteps,
                 ends_step=self._accelerator.sync_gradients,
-                error_scale=self._flow_error_scale(timesteps, target, clean, noise)
-                if clean is not None and noise is not None
-                else self._error_scale(timesteps),
+                error_scale=self._error_scale(timesteps, target, *mixed),
             )
             return self._step.weigh(self._step.prediction)
 
@@ -370,23 +363,16 @@ class DreamBoothRun:
     def _each(self, timesteps: Tensor, samples: Tensor) -> Tensor:
         """A timestep, or share of noise, for each sample: [batch]."""
         if self._schedule is None:
-            timesteps = timesteps.detach().reshape(len(timesteps), -1)[:, 0].float()
+            timesteps = per_sample(timesteps)
         # A script may have drawn one for all.
         return timesteps.reshape(-1).expand(len(samples)) if timesteps.numel() == 1 else timesteps
 
-    def _flow_error_scale(self, sigmas: Tensor, target: Tensor, clean: Tensor, noise: Tensor) -> Tensor | None:
-        if self._run.indicator_units != "epsilon":
-            return None
-        if self._compared is None:  # once: it has to wait for the device
-            self._compared = flow_target(target, clean, noise)
-        if self._compared is None:
-            raise AptError(
-                "the script's loss compares neither velocity, image nor noise, so what an error of it comes to in "
-                'epsilon is not known; set [apt] indicator_space = "target" to measure it as it is'
-            )
-        return flow_error_scale(self._compared, sigmas)
-
-    def _error_scale(self, timesteps: Tensor) -> Tensor | None:
+    def _error_scale(self, timesteps: Tensor, target: Tensor, *mixed: Tensor) -> Tensor | None:
+        if self._schedule is None:
+            if self._run.indicator_units == FLOW:
+                return None
+            clean, noise = mixed
+            return self._flow_loss.error_scale(target, clean, noise, timesteps)
         predicted = self._schedule.config.prediction_type
         if predicted != self._run.target:
             raise AptError(
@@ -420,15 +406,12 @@ class BlackLatents:
         self.latent: Tensor | None = None
 
     def keep(self, vae: nn.Module, images: Tensor) -> None:
-        """Encode black of the images' size; the mean away from the border. Moves no random stream."""
+        """Encode black of the images' size. Moves no random stream."""
         if self.latent is not None:
             return
         with frozen_base([vae], contextlib.nullcontext):
             encoded = vae.encode(torch.full_like(images[:1], -1.0))  # type: ignore[operator]
-        latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-        height, width = latent.shape[-2:]
-        inner = latent[0, ..., height // 4 : height - height // 4, width // 4 : width - width // 4]
-        self.latent = inner.flatten(1).float().mean(dim=1).detach()
+        self.latent = color_of(encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent)
 
 
 def _config(args: argparse.Namespace) -> AptConfig:

@@ -134,8 +134,8 @@ def again(step: StepBlock, tree: Tree, noising: Noising, encodings: list[ast.Cal
         if lost:
             return Again(refused=f"`{first_line(suite[at])}` runs once more, and `{min(lost)}` changes")
     (name,) = latents
-    statements = [*_moving_images(suite[first], own, encodings, moved), *_moving(name, moved)]
-    return Again((*statements, *(suite[i] for i in chosen[1:])))
+    moving = ast.parse(f"{name} = {moved}({name}, latents=True)").body
+    return Again((*_moving_images(suite[first], own, encodings, moved), *moving, *made[1:]))
 
 
 def _overwritten(statement: ast.stmt) -> set[str]:
@@ -148,10 +148,6 @@ def _overwritten(statement: ast.stmt) -> set[str]:
             return ast.Pass() if same else node
 
     return overwritten([Without().visit(copy.deepcopy(statement))])
-
-
-def _moving(name: str, moved: str) -> list[ast.stmt]:
-    return ast.parse(f"{name} = {moved}({name}, latents=True)").body
 
 
 def _moving_images(statement: ast.stmt, own: ast.stmt, encodings: list[ast.Call], moved: str) -> list[ast.stmt]:

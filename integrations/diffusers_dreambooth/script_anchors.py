@@ -128,7 +128,7 @@ class _Finder:
         # The block of statements that a step is, from the images to the denoiser.
         self.suite = self.tree.common_suite([*self.encodings, *self.noising.expressions, *self.calls])
         self.at_encode = self.tree.index(self.suite, self.encoding)
-        self.at_call = self.at_predicted = self.tree.index(self.suite, self.calls[-1])
+        self.at_call = self.tree.index(self.suite, self.calls[-1])
         if any(self.tree.index(self.suite, call) != self.at_call for call in self.calls):
             raise self._missing("one call of the U-Net a step, or one in each branch of an `if`", listed(self.calls))
 
@@ -143,7 +143,6 @@ class _Finder:
         made: list[int] = []
         if mixed:
             made = makers_of(self.prediction, self.suite, self.at_call + 1, at_compare)
-            self.at_predicted = max([self.at_call, *made])
         self._check_prior()
         step = StepBlock(self.name, self.suite, self.at_encode, self.at_call)
         timesteps = self.noising.level or self._timesteps()
@@ -170,7 +169,7 @@ class _Finder:
             before_caches=self.tree.beside(caches[0][0], self.loops[-1]) if caches else None,
             call=self.suite[self.at_call],
             prediction=self.prediction,
-            predicted=self.suite[self.at_predicted],
+            predicted=self.suite[max([self.at_call, *made])],
             frozen=frozen,
             words=self.tree.beside(encoded[0][0], self.loops[-1]) if encoded else None,
             encodings=encoded,
@@ -330,12 +329,16 @@ class _Finder:
                 made.update(dict.fromkeys(sorted(assigned(statement))))
         return next((name for name in made if self._compared_to(name)), self.prediction)
 
+    def _losses(self) -> list[ast.Call]:
+        """Calls behind the denoiser's of what is called a loss."""
+        calls = [n for s in self.suite[self.at_call + 1 :] for n in ast.walk(s) if isinstance(n, ast.Call)]
+        return [call for call in calls if "loss" in ast.unparse(call.func)]
+
     def _compared_to(self, prediction: str) -> set[str]:
         """The names that it is compared to, by a loss or a difference."""
         rest = self.suite[self.at_call + 1 :]
-        losses = [n for s in rest for n in ast.walk(s) if isinstance(n, ast.Call) and "loss" in ast.unparse(n.func)]
         operations = [n for s in rest for n in ast.walk(s) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub)]
-        pairs = [[*call.args, *(k.value for k in call.keywords)][:2] for call in losses]
+        pairs = [[*call.args, *(k.value for k in call.keywords)][:2] for call in self._losses()]
         others: set[str] = set()
         for pair in pairs + [[operation.left, operation.right] for operation in operations]:
             names = {side.id for side in map(without_casts, pair) if isinstance(side, ast.Name)}
@@ -354,8 +357,7 @@ class _Finder:
         wanted = f"the loss of `{prediction}`, such as `mse_loss({prediction}, target)`"
         others = self._compared_to(prediction)
         if not others:
-            losses = [n for s in suite[self.at_call + 1 :] for n in ast.walk(s) if isinstance(n, ast.Call)]
-            raise self._missing(wanted, listed([call for call in losses if "loss" in ast.unparse(call.func)]))
+            raise self._missing(wanted, listed(self._losses()))
         if len(others) > 1:
             noised = assigned(*(s for s in suite if any(e in ast.walk(s) for e in self.noising.expressions)))
             made = [s for s in suite if read(s) & noise or any(_is_velocity(n) for n in ast.walk(s))]
@@ -514,9 +516,8 @@ class _Finder:
         try:
             return frozen_copy(step, names, noising, made), None
         except AptError as error:
-            return frozen_copy(step, self._text_encoders(), noising, made), str(error).removesuffix(
-                ". Nothing was changed"
-            )
+            reason = str(error).removesuffix(". Nothing was changed")
+            return frozen_copy(step, self._text_encoders(), noising, made), reason
 
     def _log(self) -> tuple[ast.stmt | None, str | None]:
         found = [call for call in self.tree.calls(self.loops[0], "log") if owner(call) == self.accelerator]
@@ -547,13 +548,8 @@ class _Finder:
 
 def encoding_calls(root: ast.AST) -> list[ast.Call]:
     """`vae.encode(images)` of `vae.encode(images).latent_dist` and, of an autoencoder without one, `.latent`."""
-    found = [
-        node.value
-        for node in ast.walk(root)
-        if isinstance(node, ast.Attribute)
-        and node.attr in ("latent_dist", "latent")
-        and isinstance(node.value, ast.Call)
-    ]
+    results = (n for n in ast.walk(root) if isinstance(n, ast.Attribute) and n.attr in ("latent_dist", "latent"))
+    found = [node.value for node in results if isinstance(node.value, ast.Call)]
     return sorted((call for call in found if called(call) == "encode"), key=lambda call: call.lineno)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apt_hooks.hooks.frozen import frozen_base
-from apt_hooks.method.augmentation import Placement
+from apt_hooks.method.augmentation import Placement, color_of
 
 
 def moved(batch: dict[str, Any], placement: Placement, *, images: bool) -> dict[str, Any]:
@@ -53,9 +53,7 @@ def black_latent(encode: Callable[[Tensor], Tensor], vae: Any, device: Any) -> t
             latent = encode(torch.full((1, 3, _BLACK, _BLACK), -1.0, device=device)).float()
     finally:
         vae.to(home, dtype)
-    height, width = latent.shape[-2:]
-    inner = latent[0, ..., height // 4 : -(height // 4), width // 4 : -(width // 4)]
-    return inner.flatten(1).mean(dim=1), _BLACK // height
+    return color_of(latent), _BLACK // latent.shape[-2]
 
 
 _BLACK = 256

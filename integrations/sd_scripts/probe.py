@@ -120,21 +120,26 @@ def _row(cond: Any) -> Any:
 
 def _repeated(value: Any, size: int) -> Any:
     """Of a batch's value that has an entry a sample, the first sample's for all."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == size:
-        return value[:1].detach().clone().expand(size, *value.shape[1:])
-    if isinstance(value, (list, tuple)) and len(value) == size and not isinstance(value[0], Tensor):
-        return type(value)([value[0]] * size)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_repeated(each, size) for each in value)
-    return value
+
+    def repeat(of: Any) -> Any:
+        if isinstance(of, Tensor):
+            return of[:1].detach().clone().expand(size, *of.shape[1:])
+        return type(of)([of[0]] * size)
+
+    return _by_sample(value, size, repeat)
 
 
 def _first(value: Any, count: int, size: int) -> Any:
     """As many samples of it."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == size:
-        return value[:count]
-    if isinstance(value, (list, tuple)) and len(value) == size and not isinstance(value[0], Tensor):
-        return value[:count]
-    if isinstance(value, (list, tuple)):
-        return type(value)(_first(each, count, size) for each in value)
-    return value
+    return _by_sample(value, size, lambda of: of[:count])
+
+
+def _by_sample(value: Any, size: int, take: Callable[[Any], Any]) -> Any:
+    """`take` of what has an entry a sample: a tensor, a list of what is no tensor, or such in a list."""
+    if isinstance(value, Tensor):
+        return take(value) if value.ndim and len(value) == size else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) == size and not isinstance(value[0], Tensor):
+        return take(value)
+    return type(value)(_by_sample(each, size, take) for each in value)

@@ -178,6 +178,11 @@ class AptTrainer:
             return None  # some encoders are trained, and the others gone by then
         return self._prompts or Prompts(trained=trained, weighted=args.weighted_captions)
 
+    @property
+    def _awaits_probe(self) -> bool:
+        """Whether drifts are measured, and the first batch has not come yet."""
+        return self._prompts is not None and self._probe is None
+
     def _asked(self) -> list[str]:
         """All prompts of the drifts."""
         own = self._class_prompt()
@@ -303,10 +308,11 @@ class AptTrainer:
         # Here the trainer has just fetched the last step's loss, so fetching its other numbers waits for nothing.
         self.apt.log.flush()
         current = _Batch(_instances(batch), accelerator.sync_gradients)
-        models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
-        current.encoders = encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
+        if self._conditioning is not None or self._awaits_probe:
+            models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
+            current.encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
         if self._conditioning is not None:
-            current.frozen_conds = functools.partial(self._conditioning, encoders, batch, current.instances)
+            current.frozen_conds = functools.partial(self._conditioning, current.encoders, batch, current.instances)
         if self.apt.objective.augments:
             batch = self._augment(batch, current, args, noise_scheduler, accelerator.device, weight_dtype)
         current.mask = functools.partial(self._loss_mask, args, batch)
@@ -353,7 +359,7 @@ class AptTrainer:
         current = self._batch
         if current is None:  # validation
             return run(batch, text_conds, denoiser, is_train)
-        if self._probe is None and self._prompts is not None and accelerator.is_main_process:
+        if self._awaits_probe and accelerator.is_main_process:
             self._probe = self._probe_of(
                 current, args, accelerator, noise_scheduler, latents, batch, text_conds, denoiser, *rest
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apt_hooks.errors import AptError
 from apt_hooks.method.indicator import sigma_bins
-from apt_hooks.method.units import FLOW, epsilon_error_scale, flow_error_scale, flow_target
+from apt_hooks.method.units import FLOW, FlowLoss, epsilon_error_scale, per_sample
 
 from ..noise_options import tell_noise_options
 from .checkout import FLOW_NOISING, MASKING, METHOD, NOISING, SAMPLER
@@ -115,7 +115,7 @@ class FlowNoising:
         self._signature = inspect.signature(self._plain)
         self._seed: int | None = None
         self._used: tuple[Tensor, Tensor, Tensor] | None = None
-        self._compared: str | None = None
+        self._loss = FlowLoss()
 
     def target(self, args: Any) -> str:
         """What the model predicts, for `AptRun`."""
@@ -148,7 +148,7 @@ class FlowNoising:
         with _seeded(seed, latents.device):
             *_, sigmas = self._plain(**{name: known[name] for name in self._signature.parameters})
         self._seed = seed
-        return _per_sample(sigmas)
+        return per_sample(sigmas)
 
     def spread(self, args: Any, noise_scheduler: Any, count: int, device: Any) -> None:
         """It draws sigmas itself, by the random stream."""
@@ -175,7 +175,7 @@ class FlowNoising:
 
     def times(self, timesteps: Tensor) -> Tensor:
         """What the indicator's bins are of, [batch]: the sigmas, which the trainer's timesteps may be rounded of."""
-        return _per_sample(self._seen()[0])
+        return per_sample(self._seen()[0])
 
     def error_scale(self, predicted: str, times: Tensor, target: Tensor) -> Tensor:
         """[batch], what makes errors of `target` errors of epsilon, within `watched`.
@@ -187,14 +187,7 @@ class FlowNoising:
             AptError: it is nothing of which that is known.
         """
         _, latents, noise = self._seen()
-        if self._compared is None:
-            self._compared = flow_target(target, latents, noise)
-        if self._compared is None:
-            raise AptError(
-                "the trainer's loss compares neither velocity, image nor noise, so what an error of it comes to in "
-                'epsilon is not known; set [apt] indicator_space = "target" to measure it as it is'
-            )
-        return flow_error_scale(self._compared, times)
+        return self._loss.error_scale(target, latents, noise, times)
 
     def _seen(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._used is None:
@@ -213,10 +206,6 @@ def noising_of(trainer: type, *, augments: bool) -> Noising:
     """
     names = _called_from(trainer, METHOD, FLOW_NOISING)
     return DiffusionNoising(trainer, augments=augments) if names is None else FlowNoising(names)
-
-
-def _per_sample(sigmas: Tensor) -> Tensor:
-    return sigmas.detach().flatten(1)[:, 0].float()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layout import AttentionPoint, HiddenPoint, Layout, Read, Source, Tap, Told, arguments
 from .block_choice import select
+from .told_by_calls import taking_part
 
 
 def layout(
@@ -23,8 +24,7 @@ def layout(
     found: Any = model.transformer_blocks
 
     def takes_part(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        given: Tensor | None = arguments(model, args, kwargs).get(mask)
-        return None if given is None else given.bool()
+        return taking_part(arguments(model, args, kwargs), mask)
 
     told = Told(model, takes_part)
     attention, hidden, numbers = [], [], select(len(found), blocks, found[0].attn2.to_q.out_features)

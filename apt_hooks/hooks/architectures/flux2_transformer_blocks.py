@@ -3,14 +3,15 @@ text first, rotary embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
-from ..layout import Layout, Source, Tap, Told, arguments
+from ..layout import Layout, Source, Tap
 from . import joint_attention
-from .joint_attention import Block, Joint
+from .joint_attention import Block
+from .told_by_calls import lengths, rotary, text_first
 
 NAME = "FLUX.2 in diffusers"
 
@@ -32,14 +33,6 @@ def layout(model: nn.Module, blocks: Literal["auto"] | Sequence[int], source: So
 
 
 def _blocks(model: Any) -> Iterator[Block]:
-    def lengths(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        given = arguments(model, args, kwargs)
-        return given["hidden_states"].shape[1], given["encoder_hidden_states"].shape[1]
-
-    def joint(told: tuple[Any, ...]) -> Joint:
-        (image, text), (cosines, sines) = told
-        return Joint(image, text, rotary=(cosines[None], sines[None]))
-
     def block_of(name: str, block: Any, keys: str, output: Tap) -> Block:
         attention = block.attn
         return Block(
@@ -49,12 +42,12 @@ def _blocks(model: Any) -> Iterator[Block]:
             attention.head_dim,
             output,
             Tap(name, block, select=1),  # text comes first
-            (whole, Told(attention, lambda _, kwargs: kwargs["image_rotary_emb"])),
-            joint,
+            (whole, rotary(attention)),
+            text_first,
             heads_first=False,
         )
 
-    whole = Told(model, lengths)
+    whole = lengths(model)
     for i, block in enumerate(model.transformer_blocks):
         name = f"transformer_blocks.{i}"
         yield block_of(name, block, "norm_added_k", Tap(f"{name}.attn", block.attn))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
-from ..layout import Layout, Source, Tap, Told, arguments
+from ..layout import Layout, Source, Tap
 from . import joint_attention
-from .joint_attention import Block, Joint
+from .joint_attention import Block
+from .told_by_calls import lengths, rotary, text_first
 
 NAME = "FLUX.1 in diffusers"
 
@@ -31,15 +32,7 @@ def layout(model: nn.Module, blocks: Literal["auto"] | Sequence[int], source: So
 
 
 def _blocks(model: Any) -> Iterator[Block]:
-    def lengths(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        given = arguments(model, args, kwargs)
-        return given["hidden_states"].shape[1], given["encoder_hidden_states"].shape[1]
-
-    def joint(told: tuple[Any, ...]) -> Joint:
-        (image, text), (cosines, sines) = told
-        return Joint(image, text, rotary=(cosines[None], sines[None]))
-
-    of_model = Told(model, lengths)
+    of_model = lengths(model)
     for name, added in (("transformer_blocks", "norm_added_k"), ("single_transformer_blocks", "norm_k")):
         for i, block in enumerate(getattr(model, name)):
             own, attention = f"{name}.{i}", block.attn
@@ -50,6 +43,6 @@ def _blocks(model: Any) -> Iterator[Block]:
                 attention.to_q.out_features // int(attention.heads),
                 Tap(f"{own}.attn", attention),
                 Tap(own, block, select=1),  # text comes first
-                (of_model, Told(attention, lambda _, kwargs: kwargs["image_rotary_emb"])),
-                joint,
+                (of_model, rotary(attention)),
+                text_first,
             )

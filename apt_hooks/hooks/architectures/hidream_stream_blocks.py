@@ -11,6 +11,7 @@ from torch import nn
 from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint
+from .told_by_calls import rotary
 
 NAME = "HiDream in diffusers"
 
@@ -60,6 +61,6 @@ def _blocks(model: Any) -> Iterator[Block]:
                 attention.inner_dim // attention.heads,
                 Tap(f"{name}.block.attn1", attention),
                 Tap(name, block),
-                (whole, filled, Told(attention, lambda _, kwargs: kwargs["image_rotary_emb"])),
+                (whole, filled, rotary(attention)),
                 joint,
             )

@@ -13,6 +13,7 @@ from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint
 from .rotary_embedding import rotate_halves
+from .told_by_calls import rotary
 
 NAME = "Ideogram 4 in diffusers"
 
@@ -59,7 +60,7 @@ def _blocks(model: Any) -> Iterator[Block]:
             attention.head_dim,
             Tap(f"{name}.attention", attention),
             Tap(name, layer),
-            (whole, Told(attention, lambda _, kwargs: kwargs["image_rotary_emb"])),
+            (whole, rotary(attention)),
             joint,
             heads_first=False,
         )

@@ -3,14 +3,15 @@ fused from several layers of its encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
-from ..layout import Layout, Source, Tap, Told, arguments
+from ..layout import Layout, Source, Tap
 from . import joint_attention
-from .joint_attention import Block, Joint
+from .joint_attention import Block
+from .told_by_calls import lengths, rotary, text_first
 
 NAME = "Krea 2 in diffusers"
 
@@ -32,17 +33,7 @@ def layout(model: nn.Module, blocks: Literal["auto"] | Sequence[int], source: So
 
 
 def _blocks(model: Any) -> Iterator[Block]:
-    def of_model(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, Any]:
-        given = arguments(model, args, kwargs)
-        mask = given.get("encoder_attention_mask")
-        image, text = (given[name].shape[1] for name in ("hidden_states", "encoder_hidden_states"))
-        return image, text, None if mask is None else mask.bool()
-
-    def joint(told: tuple[Any, ...]) -> Joint:
-        (image, text, mask), (cosines, sines) = told
-        return Joint(image, text, mask=mask, rotary=(cosines[None], sines[None]))
-
-    whole = Told(model, of_model)
+    whole = lengths(model, "encoder_attention_mask")
     for i, block in enumerate(model.transformer_blocks):
         name, attention = f"transformer_blocks.{i}", block.attn
         yield Block(
@@ -52,7 +43,7 @@ def _blocks(model: Any) -> Iterator[Block]:
             attention.head_dim,
             Tap(f"{name}.attn", attention),
             Tap(name, block),
-            (whole, Told(attention, lambda _, kwargs: kwargs["image_rotary_emb"])),
-            joint,
+            (whole, rotary(attention)),
+            text_first,
             heads_first=False,
         )

@@ -12,6 +12,7 @@ from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint, before
 from .rotary_embedding import pairs
+from .told_by_calls import rotary
 
 NAME = "Lumina 2 in diffusers"
 
@@ -55,7 +56,7 @@ def _blocks(model: Any) -> Iterator[Block]:
             attention.to_q.out_features // int(attention.heads),
             Tap(f"{name}.attn", attention),
             Tap(name, layer),
-            (whole, Told(attention, lambda _, kwargs: kwargs["image_rotary_emb"])),
+            (whole, rotary(attention)),
             joint,
             heads_first=False,
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ..layout import Layout, Source, Tap, Told, arguments
+from ..layout import Layout, Source, Tap
 from . import joint_attention
 from .joint_attention import Block, Joint
 from .rotary_embedding import pairs
+from .told_by_calls import lengths, rotary
 
 NAME = "Qwen-Image in diffusers"
 
@@ -38,18 +39,12 @@ def layout(model: nn.Module, blocks: Literal["auto"] | Sequence[int], source: So
 
 
 def _blocks(model: Any) -> Iterator[Block]:
-    def of_model(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, Any]:
-        given = arguments(model, args, kwargs)
-        mask = given.get("encoder_hidden_states_mask")
-        image, text = (given[name].shape[1] for name in ("hidden_states", "encoder_hidden_states"))
-        return image, text, None if mask is None else mask.bool()
-
     def joint(told: tuple[Any, ...]) -> Joint:
         (image, text, mask), (of_image, of_text) = told  # of each: [positions, pairs], complex
         turns = torch.cat([of_text, of_image])[None]
         return Joint(image, text, mask=mask, rotary=(pairs(turns.real), pairs(turns.imag)))
 
-    whole = Told(model, of_model)
+    whole = lengths(model, "encoder_hidden_states_mask")
     for i, block in enumerate(model.transformer_blocks):
         own, attention = f"transformer_blocks.{i}", block.attn
         yield Block(
@@ -59,7 +54,7 @@ def _blocks(model: Any) -> Iterator[Block]:
             attention.to_q.out_features // int(attention.heads),
             Tap(f"{own}.attn", attention),
             Tap(own, block, select=1),  # text comes first
-            (whole, Told(attention, lambda _, kwargs: kwargs["image_rotary_emb"])),
+            (whole, rotary(attention)),
             joint,
             heads_first=False,
         )
