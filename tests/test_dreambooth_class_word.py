@@ -13,7 +13,7 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from apt_hooks.errors import AptError
@@ -53,7 +53,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 def test_tokens_become_those_of_the_caption_with_the_class_word(caption: str, class_word: str) -> None:
     tokenizer = clip_like()
     captions = ClassCaptions("sks", class_word)
-    new, grown = ClassTokens(captions, [tokenizer])(ids(tokenizer, caption))
+    new, grown = ClassTokens(captions, tokenizer)(ids(tokenizer, caption))
     assert new == ids(tokenizer, captions(caption))
     assert grown == sum(len(tokenizer(c).input_ids) for c in (captions(caption), "a")) - sum(
         len(tokenizer(c).input_ids) for c in (caption, "a")
@@ -64,23 +64,49 @@ def test_tokens_become_those_of_the_caption_with_the_class_word(caption: str, cl
 def test_a_caption_that_fills_its_row_still_ends(class_word: str) -> None:
     tokenizer = clip_like()
     caption = "a a a a a sks b c d e f g"
-    new, _ = ClassTokens(ClassCaptions("sks", class_word), [tokenizer])(ids(tokenizer, caption))
+    new, _ = ClassTokens(ClassCaptions("sks", class_word), tokenizer)(ids(tokenizer, caption))
     assert new == ids(tokenizer, caption.replace("sks", class_word)) and new[-1] == 1
 
 
 def test_an_identifier_of_several_words_is_replaced_whole() -> None:
     tokenizer = clip_like()
-    tokens = ClassTokens(ClassCaptions("sks dog", "toy"), [tokenizer])
+    tokens = ClassTokens(ClassCaptions("sks dog", "toy"), tokenizer)
     assert tokens(ids(tokenizer, "a sks dog b"))[0] == ids(tokenizer, "a toy b")
     assert tokens(ids(tokenizer, "a sks b dog"))[0] == ids(tokenizer, "a sks b dog")
 
 
-def test_tokenizers_that_read_the_words_differently_are_refused() -> None:
-    ClassTokens(ClassCaptions("sks", "dog"), [clip_like(), clip_like()])
-    with pytest.raises(AptError, match="give 'sks' and 'dog' tokens that differ; this is not supported: leave"):
-        ClassTokens(ClassCaptions("sks", "dog"), [clip_like(), clip_like("<another>")])
-    with pytest.raises(AptError, match="needs the script's tokenizers, looked for among the variables"):
-        ClassTokens(ClassCaptions("sks", "dog"), [])
+def bytes_like() -> PreTrainedTokenizerFast:
+    """Reads a word with the space before it, as Qwen's and Llama's do; "sks", "dog" are one token, either way."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("k", "s"), ("s", "ks"), ("Ġ", "sks"), ("o", "g"), ("d", "og"), ("Ġ", "dog"), ("(", "sks")]
+    names = ["<end>", *letters, *("".join(pair) for pair in merges)]
+    made = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
+    words = pre_tokenizers.Split(Regex(r"[^\w]?\w+|."), behavior="isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<end>", pad_token="<end>", model_max_length=2 * LENGTH
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("class_word", ["dog", "big dog", "a"])
+@pytest.mark.parametrize(
+    "caption", ["sks", "a sks toy", "sks sks", "a sks, a sks", "sks's", "xsks", "asks a sks", "SKS", "a SKS", "toy"]
+)
+def test_a_tokenizer_of_bytes_reads_the_word_with_the_space_before_it(caption: str, class_word: str, side: str) -> None:
+    tokenizer = bytes_like()
+    tokenizer.padding_side = side
+    captions = ClassCaptions("sks", class_word)
+    assert ClassTokens(captions, tokenizer)(ids(tokenizer, caption))[0] == ids(tokenizer, captions(caption))
+
+
+def test_an_identifier_within_another_token_is_refused() -> None:
+    tokenizer = bytes_like()
+    with pytest.raises(AptError, match=r"identifier 'sks' stands in 'a\(sks', but not as tokens of its own"):
+        ClassTokens(ClassCaptions("sks", "dog"), tokenizer)(ids(tokenizer, "a(sks"))
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -183,6 +209,67 @@ def test_what_was_encoded_once_is_exchanged_row_by_row_wherever_the_unet_is_give
         unet(noisy, 7, other)
     with pytest.raises(AptError, match="it cannot be told whether it has 'sks'"), words.read_by(unet, uncounted):
         unet(noisy, 7, other)
+
+
+@torch.no_grad()
+def test_each_text_encoder_has_its_own_tokenizer() -> None:
+    clip, larger, tokenizer, other = encoder(), encoder(), clip_like(), bytes_like()
+    larger.resize_token_embeddings(len(other) + 4)
+    names = {"tokenizers": [other, tokenizer], "encoders": [clip, larger]}
+    words = ClassWords(ClassCaptions("sks", "dog"), names)
+    words.begin(2)
+    for model, read in ((clip, tokenizer), (larger, other)):
+        own, dog = (torch.tensor([ids(read, caption)[:LENGTH]]) for caption in ("a sks", "a dog"))
+        with words.read_by(Unet(), uncounted):
+            found = model(own)[0]
+        assert torch.equal(found, model(dog)[0])
+    with pytest.raises(
+        AptError, match="needs the tokenizer of CLIPTextModel, which has embeddings of 70 tokens; those"
+    ):
+        ClassWords(ClassCaptions("sks", "dog"), {"tokenizer": other, "encoder": clip})
+    with pytest.raises(AptError, match="needs the script's tokenizers, looked for among the variables"):
+        ClassWords(ClassCaptions("sks", "dog"), {"encoder": clip})
+
+
+@torch.no_grad()
+def test_text_is_found_with_the_batch_behind_the_layers_and_as_a_list_of_samples() -> None:
+    model, tokenizer, unet = encoder(), clip_like(), Unet()
+    words = ClassWords(ClassCaptions("sks", "dog"), {"model": model, "tokenizer": tokenizer})
+
+    def encode(caption: str) -> Any:
+        made = model(torch.tensor([ids(tokenizer, caption)])).last_hidden_state
+        return torch.stack([made, 2 * made]), [made[0, : len(caption)]]  # [layers, batch, tokens, channels]; a list
+
+    (layers, listed), (_, toy) = encode("a sks"), encode("toy")
+    words.keep(lambda: encode("a sks"))
+    model(torch.tensor([ids(tokenizer, "toy")]))
+    words.keep(lambda: encode("toy"))
+    words.begin(2)
+    dog, alone = encode("a dog")
+    for batch in (1, 2, 3):  # two layers
+        with words.read_by(unet, uncounted):
+            _, found, texts = unet(torch.zeros(batch, 4), layers.expand(2, batch, -1, -1), [*toy, *listed] * 2)[0]
+        torch.testing.assert_close(found, dog.expand(2, batch, -1, -1))
+        torch.testing.assert_close(texts, [*toy, *alone] * 2)
+    with pytest.raises(AptError, match="it cannot be told whether"), words.read_by(unet, uncounted):
+        unet(torch.zeros(2, 4), [listed[0], listed[0] + 1])
+
+
+@torch.no_grad()
+def test_a_text_encoder_whose_layers_a_script_runs_itself_reads_the_class_word() -> None:
+    model, tokenizer = encoder(), clip_like()
+    own, dog = (torch.tensor([ids(tokenizer, caption)]) for caption in ("a sks", "a dog"))
+    embed = model.get_input_embeddings()
+    words = ClassWords(ClassCaptions("sks", "dog"), {"model": model, "tokenizer": tokenizer})
+    words.begin(2)
+    with words.read_by(Unet(), uncounted):
+        assert torch.equal(embed(own), embed.weight[dog])
+    assert torch.equal(embed(own), embed.weight[own])
+    words = ClassWords(ClassCaptions("sks", "big dog"), {"model": model, "tokenizer": tokenizer})
+    words.begin(2)
+    different = pytest.raises(SystemExit, match="different numbers of tokens, and this script runs the text encoder")
+    with different, words.read_by(Unet(), uncounted):
+        embed(own)
 
 
 def test_text_encoders_that_the_script_forgets_are_not_kept_alive() -> None:

@@ -1048,6 +1048,11 @@ def test_a_mask_on_both_sides_is_refused_where_the_difference_could_not_be_measu
         ("", "if masked:\n    error = error * batch['masks']\nloss = error.mean()", "error = error * batch['masks']"),
         ("count = noise.shape[0] + 1\n", "loss = (error * snr_weights(schedule, timesteps)).mean() * count", None),
         ("", "loss = error.mean()", None),
+        (
+            "",
+            "loss = error.mean()\nif told and 'n' in batch:\n    accelerator.log({n: loss for n in batch['n']})",
+            None,
+        ),
     ],
 )
 def test_what_a_loss_takes_of_the_batch_is_told_to_the_run(

@@ -190,6 +190,14 @@ class ZImageEven(ZImage):
     mask = torch.arange(32)[None] < torch.tensor(captions)[:, None]
 
 
+class ZImageMoreCaptions(ZImage):
+    """As diffusers' script gives them with batches of several, from its second step on."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.captions.append(torch.randn(5, WIDTH).double())
+
+
 class Sana(Diffusers):
     kind, preset = "SanaTransformer2DModel", "sana"
     norm: str | None = None
@@ -402,8 +410,8 @@ class Sd35Medium(Sd35):
 
 
 FAMILIES = [
-    QwenImage, QwenImageUnmasked, Flux2, ZImage, ZImageEven, Sana, SanaNormed, Lumina2, HiDream, HiDreamOblong, Krea2,
-    Krea2Unmasked, Ideogram4, FluxKontext, Sd35Medium,
+    QwenImage, QwenImageUnmasked, Flux2, ZImage, ZImageEven, ZImageMoreCaptions, Sana, SanaNormed, Lumina2, HiDream,
+    HiDreamOblong, Krea2, Krea2Unmasked, Ideogram4, FluxKontext, Sd35Medium,
 ]  # fmt: skip
 
 

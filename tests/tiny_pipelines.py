@@ -293,6 +293,36 @@ def _schedule(**given: Any) -> Any:
 _SHIFTED = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 
 
+def sdxl() -> Any:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    schedule = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    denoiser = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=8 * 6 + WIDTH // 2,
+        cross_attention_dim=WIDTH,
+    )
+    return StableDiffusionXLPipeline(
+        vae=kl(),
+        text_encoder=clip_encoder(projected=False),
+        text_encoder_2=clip_encoder(projected=True),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=denoiser,
+        scheduler=schedule,
+    )
+
+
 def sd3() -> Any:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -591,6 +621,7 @@ def ideogram4() -> Any:
 FAMILIES: dict[str, Callable[[], Any]] = {
     made.__name__: made
     for made in (
+        sdxl,
         sd3,
         flux,
         flux_kontext,

@@ -8,6 +8,7 @@ the class word, and what came of that takes the place of what it came to before,
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt_hooks.errors import AptError
+from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.deferred import Deferred
 
@@ -28,61 +29,70 @@ _WAY_OUT = "encode the captions by a function that is given the text encoders, o
 class ClassTokens:
     """Puts the class word into captions that are tokens already; the rest of a caption stays to the token.
 
+    A tokenizer may read a word that begins a text, or is written otherwise, as other tokens (byte-level BPE does): each
+    reading is looked for.
+
     Args:
         captions: the two words.
-        tokenizers: the script's, of transformers.
-
-    Raises:
-        AptError: there are none, or they read the words differently.
+        tokenizer: what has made the tokens, of transformers.
     """
 
-    def __init__(self, captions: ClassCaptions, tokenizers: Sequence[Any]) -> None:
-        if not tokenizers:
-            raise AptError(
-                "[apt] identifier needs the script's tokenizers, looked for among the variables of the function that "
-                "trains; found none; load them there, or leave identifier and class_word out"
-            )
-        words = (captions.identifier, captions.class_word)
-        read = {tuple(tuple(word_tokens(tokenizer, word)) for word in words) for tokenizer in tokenizers}
-        if len(read) > 1:
-            raise AptError(
-                f"the script's tokenizers give {words[0]!r} and {words[1]!r} tokens that differ; this is not "
-                "supported: leave identifier and class_word out"
-            )
-        ((own, other),) = read
-        self._own, self._other = list(own), list(other)
+    def __init__(self, captions: ClassCaptions, tokenizer: Any) -> None:
+        own, other = captions.identifier, captions.class_word
+        self._readings: dict[tuple[int, ...], list[int]] = {}
+        for before in ("", "a"):
+            for written in (own, own.lower(), own.upper(), own.capitalize()):
+                read = tuple(_behind(tokenizer, before, written))
+                self._readings.setdefault(read, _behind(tokenizer, before, other))
         self._captions = captions
-        self._tokenizer = tokenizers[0]
+        self._tokenizer = tokenizer
         self._known: dict[tuple[int, ...], tuple[list[int], int]] = {}
 
     def __call__(self, row: Sequence[int]) -> tuple[list[int], int]:
-        """The row with the class word, as long as it was, and by how many tokens the caption in it has grown."""
+        """The row with the class word, as long as it was, and by how many tokens the caption in it has grown.
+
+        Raises:
+            AptError: the identifier is in the text, and not to be found among its tokens.
+        """
         key = tuple(row)
         if key not in self._known:
             self._known[key] = self._replaced(list(row))
         return self._known[key]
 
     def _replaced(self, row: list[int]) -> tuple[list[int], int]:
+        padding = self._tokenizer.pad_token_id
+        left = row[0] == padding != row[-1]
+        begin = next(i for i, token in enumerate(row) if token != padding) if left else 0
         new: list[int] = []
-        at = grown = 0
+        at, grown = begin, 0
         while at < len(row):
-            if self._is_word(row, at):
-                new += self._other
-                at += len(self._own)
-                grown += len(self._other) - len(self._own)
+            word = next((read for read in self._readings if self._is_word(row, at, read)), None)
+            if word is not None:
+                new += self._readings[word]
+                at += len(word)
+                grown += len(self._readings[word]) - len(word)
             else:
                 new.append(row[at])
                 at += 1
-        # The last token is padding, or ends a caption that fills the row.
-        new = new[: len(row)] + [row[-1]] * (len(row) - len(new))
+        if left:
+            new = [padding] * (len(row) - len(new)) + new[: len(row)]
+        else:  # the last token is padding, or ends a caption that fills the row
+            new = new[: len(row)] + [row[-1]] * (len(row) - len(new))
         end = self._tokenizer.eos_token_id
         if end in row and end not in new:
             new[-1] = end
+        text = self._tokenizer.decode(new, skip_special_tokens=True)
+        if self._captions.occurs_in([text]) and not self._captions.occurs_in([self._captions.class_word]):
+            raise AptError(
+                f"[apt] identifier {self._captions.identifier!r} stands in {text[:200]!r}, but not as tokens of its "
+                f"own ({type(self._tokenizer).__name__}): write it behind a space, or leave identifier and class_word "
+                "out"
+            )
         return new, grown
 
-    def _is_word(self, row: list[int], at: int) -> bool:
-        end = at + len(self._own)
-        if row[at:end] != self._own:
+    def _is_word(self, row: list[int], at: int, read: tuple[int, ...]) -> bool:
+        end = at + len(read)
+        if tuple(row[at:end]) != read:
             return False
         # A tokenizer may take one word apart: "x" and "sks" of "xsks".
         sides = (row[max(at - 1, 0) : end], row[at : end + 1])
@@ -100,22 +110,29 @@ class ClassWords:
         captions, tokenizers: the two words, and what reads them.
 
     Raises:
-        AptError: as `ClassTokens`.
+        AptError: no tokenizer is found, or none for a text encoder.
     """
 
     def __init__(self, captions: ClassCaptions, names: dict[str, Any]) -> None:
-        from transformers import PreTrainedModel, PreTrainedTokenizerBase
+        from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
         values = list(names.values())
         values += [v for value in values if isinstance(value, (list, tuple)) for v in value]
+        # A model that reads pictures too has its tokenizer in a processor.
+        values += [getattr(v, "tokenizer", None) for v in values if isinstance(v, ProcessorMixin)]
         self.tokenizers = _unique(v for v in values if isinstance(v, PreTrainedTokenizerBase))
+        if not self.tokenizers:
+            raise AptError(
+                "[apt] identifier needs the script's tokenizers, looked for among the variables of the function that "
+                "trains; found none; load them there, or leave identifier and class_word out"
+            )
         # Within a wrapper too, as peft's or that of several processes.
         inner = [[m for m in v.modules() if isinstance(m, PreTrainedModel)] for v in values if isinstance(v, nn.Module)]
         models = _unique(found[0] for found in inner if found)
         # Not to keep alive what the script forgets once it has encoded.
         self._encoders = [weakref.ref(model) for model in models]
         self.captions = captions
-        self._tokens = ClassTokens(captions, self.tokenizers)
+        self._tokens = [ClassTokens(captions, _read_by(model, self.tokenizers)) for model in models]
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._deferred = Deferred()
         self._ran = self._heard = self._ever_heard = False
@@ -161,7 +178,8 @@ class ClassWords:
             samples = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)), None)
             counts = None if samples is None else counted(samples)
             known: list[Tensor] = []
-            new = _mapped((args, kwargs), lambda given: self._swapped(given, known))
+            batch = None if samples is None else len(samples)
+            new = self._exchanged((args, kwargs), batch, known)
             if not self._ran:
                 self._check(known, counts)
             return new
@@ -190,53 +208,124 @@ class ClassWords:
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 
-    def _alive(self) -> list[nn.Module]:
-        return [model for model in (encoder() for encoder in self._encoders) if model is not None]
+    def _alive(self) -> dict[nn.Module, ClassTokens]:
+        found = zip((encoder() for encoder in self._encoders), self._tokens, strict=True)
+        return {model: tokens for model, tokens in found if model is not None}
 
     @contextlib.contextmanager
     def _hooked(self, *, replace: bool) -> Iterator[None]:
         """Inside, it is noted what the text encoders read; with `replace` they read the class word."""
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        running: set[nn.Module] = set()
+
+        def hook(
+            tokens: ClassTokens, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Any, dict[str, Any]] | None:
+            running.add(encoder)
             given = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
-            ids = given.get("input_ids")
-            if not isinstance(ids, Tensor) or ids.ndim != 2:
+            new, grown = self._read(tokens, given.get("input_ids"))
+            if not replace or new is None:
                 return None
-            rows = ids.tolist()
-            read, grown = zip(*map(self._tokens, rows), strict=True)
-            heard = list(read) != rows
-            self._ran = True
-            self._heard, self._ever_heard = self._heard or heard, self._ever_heard or heard
-            if not replace or not heard:
-                return None
-            new = torch.tensor(read, dtype=ids.dtype, device=ids.device)
             mask = given.get("attention_mask")
             if isinstance(mask, Tensor) and any(grown):
-                length = mask.sum(dim=1) + torch.tensor(grown, device=mask.device)
-                mask = (torch.arange(mask.shape[1], device=mask.device) < length[:, None]).to(mask.dtype)
+                length = (mask.sum(dim=1) + torch.tensor(grown, device=mask.device))[:, None]
+                places = torch.arange(mask.shape[1], device=mask.device)
+                left = (mask[:, :1] == 0) & (mask[:, -1:] != 0)
+                mask = torch.where(left, places >= mask.shape[1] - length, places < length).to(mask.dtype)
             named = {"input_ids": new, "attention_mask": mask}
             return (new, mask, *args[2:])[: len(args)], {k: named.get(k, v) for k, v in kwargs.items()}
 
+        def embed(encoder: nn.Module, tokens: ClassTokens, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any] | None:
+            """Ideogram's pipeline runs the layers of its text encoder itself."""
+            if encoder in running:
+                return None
+            new, grown = self._read(tokens, args[0])
+            if not replace or new is None:
+                return None
+            with errors_in_one_line():
+                if any(grown):
+                    raise AptError(
+                        f"[apt] identifier {self.captions.identifier!r} and class_word {self.captions.class_word!r} "
+                        "are of different numbers of tokens, and this script runs the text encoder layer by layer, "
+                        "with lengths of its own; choose words of equal length"
+                    )
+            return (new,)
+
         with contextlib.ExitStack() as stack:
-            for encoder in self._alive():
-                stack.callback(encoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for encoder, tokens in self._alive().items():
+                of_ids = encoder.get_input_embeddings()  # type: ignore[operator]
+                handles = (
+                    encoder.register_forward_pre_hook(functools.partial(hook, tokens), with_kwargs=True),
+                    encoder.register_forward_hook(lambda model, *_: running.discard(model), always_call=True),
+                    of_ids.register_forward_pre_hook(functools.partial(embed, encoder, tokens)),
+                )
+                for handle in handles:
+                    stack.callback(handle.remove)
             yield
+
+    def _read(self, tokens: ClassTokens, ids: Any) -> tuple[Tensor | None, Sequence[int]]:
+        """Take notice of what is read; the ids with the class word, None without the identifier, and how much longer
+        each caption is then."""
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            return None, ()
+        rows = ids.tolist()
+        with errors_in_one_line():  # the script's own line is running
+            read, grown = zip(*map(tokens, rows), strict=True)
+        heard = list(read) != rows
+        self._ran = True
+        self._heard, self._ever_heard = self._heard or heard, self._ever_heard or heard
+        return (torch.tensor(read, dtype=ids.dtype, device=ids.device), grown) if heard else (None, grown)
 
     # -- what was encoded before the training ------------------------------------------------------------------------
 
-    def _swapped(self, given: Tensor, known: list[Tensor]) -> Tensor:
-        """`given`, its rows as they are with the class word; appends to `known` which were found ([batch])."""
-        kept = [pair for pair in self._kept if pair[0].shape[1:] == given.shape[1:]]
-        if not kept or not given.is_floating_point():
+    def _exchanged(self, given: Any, batch: int | None, known: list[Tensor]) -> Any:
+        """`given` with the class word's text for its own; appends to `known` which samples' were found ([batch])."""
+        if isinstance(given, Tensor):
+            return self._rows_exchanged(given, batch, known)
+        if isinstance(given, dict):
+            return {key: self._exchanged(inner, batch, known) for key, inner in given.items()}
+        if isinstance(given, list) and given and all(isinstance(inner, Tensor) for inner in given):
+            samples, found = zip(*map(self._sample_exchanged, given), strict=True)  # one each, as Z-Image has it
+            if any(found):
+                known.append(torch.tensor(found[:batch], device=given[0].device))
+            return list(samples)
+        if isinstance(given, (list, tuple)):
+            exchanged = [self._exchanged(inner, batch, known) for inner in given]
+            return tuple(exchanged) if isinstance(given, tuple) else exchanged
+        return given
+
+    def _sample_exchanged(self, given: Tensor) -> tuple[Tensor, bool]:
+        for own, other in self._kept:
+            if own.shape == given.shape and torch.equal(own.to(given), given):
+                return other.to(given), True
+        return given, False
+
+    def _rows_exchanged(self, given: Tensor, batch: int | None, known: list[Tensor]) -> Tensor:
+        if not given.is_floating_point():
             return given
-        new, found = given, torch.zeros(len(given), dtype=torch.bool, device=given.device)
-        for own, other in kept:
-            for a, b in zip(own.to(given), other.to(given), strict=True):
-                same = (given == a).flatten(1).all(dim=1)
-                new = torch.where(same.view(-1, *[1] * (given.ndim - 1)), b, new)
-                found |= same
-        known.append(found)
-        return new
+        for axis in (0, 1):  # HiDream's text is [layers, batch, ...]
+            if given.ndim <= axis + 1 or batch not in (None, given.shape[axis]):
+                continue
+            rows = given.movedim(axis, 0)
+            kept = [[t.movedim(axis, 0) for t in pair] for pair in self._kept if pair[0].ndim == given.ndim]
+            kept = [pair for pair in kept if pair[0].shape[1:] == rows.shape[1:]]
+            if not kept:
+                continue
+            new, found = rows, torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+            for own, other in kept:
+                if own.shape != other.shape:
+                    raise AptError(
+                        f"[apt] with class_word {self.captions.class_word!r} for {self.captions.identifier!r} a text "
+                        f"has {tuple(other.shape)} in place of {tuple(own.shape)} embeddings in this script, which "
+                        "fills texts up to the longest; choose words of equally many tokens"
+                    )
+                for a, b in zip(own.to(rows), other.to(rows), strict=True):
+                    same = (rows == a).flatten(1).all(dim=1)
+                    new = torch.where(same.view(-1, *[1] * (rows.ndim - 1)), b, new)
+                    found |= same
+            known.append(found)
+            return new.movedim(0, axis)
+        return given
 
     def _check(self, known: list[Tensor], counts: Tensor | None) -> None:
         if not known:
@@ -256,24 +345,31 @@ class ClassWords:
         )
 
 
+def _behind(tokenizer: Any, before: str, word: str) -> list[int]:
+    """The ids of `word` behind another one, or at the begin of a text."""
+    return word_tokens(tokenizer, f"{before} {word}".strip())[len(word_tokens(tokenizer, before)) if before else 0 :]
+
+
+def _read_by(encoder: Any, tokenizers: Sequence[Any]) -> Any:
+    """The tokenizer of a text encoder: that whose words fill its table of embeddings best."""
+    rows = encoder.get_input_embeddings().weight.shape[0]
+    fitting = [tokenizer for tokenizer in tokenizers if len(tokenizer) <= rows]
+    if not fitting:
+        raise AptError(
+            f"[apt] identifier needs the tokenizer of {type(encoder).__name__}, which has embeddings of {rows} tokens; "
+            f"those among the variables of the function that trains know {', '.join(str(len(t)) for t in tokenizers)}; "
+            "load it there, or leave identifier and class_word out"
+        )
+    return max(fitting, key=len)
+
+
 def _unique(values: Iterable[Any]) -> list[Any]:
     return list({id(value): value for value in values}.values())
 
 
 def _tensors(result: Any) -> list[Tensor]:
     """What a function that encodes text returned, as far as it can be given to a U-Net: [batch, ...] each."""
-    found: list[Tensor] = []
-    _mapped(result, found.append)
-    return [tensor for tensor in found if tensor.ndim > 1 and tensor.is_floating_point()]
-
-
-def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """`value` with the function's result for every tensor in it."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _mapped(inner, function) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        mapped = [_mapped(inner, function) for inner in value]
-        return tuple(mapped) if isinstance(value, tuple) else mapped
-    return value
+    if isinstance(result, Tensor):
+        return [result] if result.ndim > 1 and result.is_floating_point() else []
+    parts = result.values() if isinstance(result, dict) else result if isinstance(result, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]

@@ -400,7 +400,8 @@ class _Finder:
             if batch & read(assignment):
                 batch = batch | (assigned(assignment) - others)
         end = self.tree.index(self.suite, self.backward)
-        for statement in self.suite[at_compare:end]:
+        loss = ast.unparse(self.backward.args[0])
+        for statement in (self.suite[i] for i in makers_of(loss, self.suite, at_compare, end)):
             if batch & read(statement):
                 parts = [n for n in ast.walk(statement) if isinstance(n, (ast.Assign, ast.AugAssign))]
                 return first_line(next((part for part in parts if batch & read(part)), statement))
@@ -462,12 +463,15 @@ class _Finder:
 
     def _encoding_names(self) -> set[str]:
         """Text encoders by all their names: alone, in lists, and in functions that are defined where they are."""
-        tree, function, loop = self.tree, self.function, self.loops[-1]
+        tree, function = self.tree, self.function
         # What is loaded and has these methods is a model, and no tokenizer.
         models = {owner(call) for name in ("to", "requires_grad_") for call in tree.calls(function, name)}
+        pictures = [n.value for n in ast.walk(function) if isinstance(n, ast.Attribute) and n.attr == "images"]
+        models -= {
+            called(value) for value in pictures if isinstance(value, ast.Call)
+        }  # a pipeline for those of a class
         found = self._text_encoders()
-        suite = tree.suite(loop)
-        for statement in suite[: suite.index(loop)]:
+        for statement in self._before_the_loops():
             value = getattr(statement, "value", None)
             if isinstance(value, ast.Call) and called(value) == "from_pretrained":
                 found |= assigned(statement) & models

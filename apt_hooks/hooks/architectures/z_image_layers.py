@@ -44,7 +44,8 @@ def _blocks(model: Any) -> Iterator[Block]:
             raise AptError(f"pictures of one batch have to be of one size; found latents of {sorted(sizes)}")
         ((frames, height, width),) = sizes
         patch, of_frames = given.get("patch_size", 2), given.get("f_patch_size", 1)  # as `forward` has it
-        lengths = torch.tensor([len(caption) for caption in captions], device=captions[0].device)
+        # Captions beyond the pictures take no part; diffusers' own script gives such from its second step on.
+        lengths = torch.tensor([len(caption) for caption in captions[: len(pictures)]], device=captions[0].device)
         return (frames // of_frames) * (height // patch) * (width // patch), lengths
 
     def joint(told: tuple[Any, ...]) -> Joint:
