@@ -13,6 +13,7 @@ from ..config import AptConfig
 from ..errors import AptError
 from ..hooks.capture import FeatureCapture
 from ..hooks.frozen import AdaptersOff
+from ..hooks.frozen_rows import FrozenRows
 from ..hooks.layout import Layout
 from ..hooks.lora_pairs import lora_pairs
 from ..method.augmentation import Placement, ZoomOutRotate, covered_at
@@ -73,6 +74,7 @@ class AptObjective:
         self.config = config
         self._deferred = Deferred()
         self.reference = Reference(config.reference, (unet, *also_frozen), adapters_off, trained, self._deferred)
+        self.frozen_rows = FrozenRows()
         self.indicator = OverfittingIndicator(
             config.num_bins, num_train_timesteps, config.ema_alpha, config.indicator_scale, bin_of=bin_of
         )

@@ -96,17 +96,26 @@ class Passes:
         return self.instances is None or bool(self.instances.any())
 
     @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Inside, the model is the reference, and is read."""
-        objective = self._objective
+    def frozen(self, counted: Callable[[Tensor], Tensor | None] | None = None) -> Iterator[None]:
+        """Inside, the model is the reference, and is read.
+
+        Args:
+            counted: tells of the model's first argument which samples count, as `instances`, so that the others need
+                no pass (`FrozenRows`); their prediction is 0. None: the pass is of all.
+        """
+        objective, rows = self._objective, self._objective.frozen_rows
         if not self.due:
             raise AptError(f"no frozen pass is due in this batch (frozen_every = {objective.config.frozen_every})")
         with objective.reference.frozen(), contextlib.ExitStack() as stack:
+            if counted is not None:
+                stack.enter_context(rows.passes_of(objective.reference.modules[0], counted))
             if objective.capture is not None:
                 config = objective.config
-                reduce = frozen_reduction(config.regularizer, config.attention_impl, self._weights)
+                reduce = frozen_reduction(config.regularizer, config.attention_impl, self._weights, rows)
                 self._features = stack.enter_context(objective.capture.record(reduce))
             yield
+            if self._features is not None:
+                self._features.masks = {i: rows.restored(mask) for i, mask in self._features.masks.items()}
 
     def begin_tuned(self, frozen_prediction: Tensor) -> contextlib.ExitStack:
         """From here on, up to `end_tuned`, the pass is the one that is differentiated, and is compared.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import AptError
 from ..hooks.capture import AttentionPoint, Features
+from ..hooks.frozen_rows import FrozenRows
 from ..hooks.gradients import Contribution, Factors, Kind
 from ..method.augmentation import covered_at
 from ..method.ops.attention_alignment import sum_and_gradients
@@ -21,15 +22,20 @@ from ..method.ops.precision import full_precision
 
 
 def frozen_reduction(
-    regularizer: Literal["separate", "joint"], impl: Impl, weights: Weights | None = None
+    regularizer: Literal["separate", "joint"],
+    impl: Impl,
+    weights: Weights | None = None,
+    rows: FrozenRows | None = None,
 ) -> Callable[[Kind, Tensor], Tensor]:
-    """What a frozen pass keeps of each place (`FeatureCapture.record`): where statistics are compared, those alone
-    of a hidden state, by its positions' weights."""
+    """What a frozen pass, of these rows, keeps of each place (`FeatureCapture.record`): where statistics are compared,
+    those alone of a hidden state, by its positions' weights."""
+    rows = rows or FrozenRows()  # of all
 
     def reduce(kind: Kind, output: Tensor) -> Tensor:
         if (kind, regularizer) != ("hidden", "separate"):
-            return output
-        return mean_and_deviation(output, None if weights is None else weights.of(output), impl=impl)
+            return rows.restored(output)  # type: ignore[no-any-return]
+        found = mean_and_deviation(output, None if weights is None else weights.of(output, rows.rows), impl=impl)
+        return rows.restored(found, axis=1)  # type: ignore[no-any-return]
 
     return reduce
 
@@ -45,10 +51,10 @@ class Weights:
         self._covered = covered
         self._known: dict[torch.Size, Tensor] = {}
 
-    def of(self, output: Tensor) -> Tensor:
-        """As `covered_at` its shape, on its device."""
+    def of(self, output: Tensor, rows: Tensor | None = None) -> Tensor:
+        """As `covered_at` its shape, on its device; it is of these rows, None: of all."""
         if output.shape not in self._known:
-            weights = covered_at(self._covered, output.shape)
+            weights = covered_at(self._covered if rows is None else self._covered[rows], output.shape)
             self._known[output.shape] = weights.to(output.device, non_blocking=True)
         return self._known[output.shape]
 

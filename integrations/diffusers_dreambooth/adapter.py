@@ -238,7 +238,7 @@ class DreamBoothRun:
                     handle = encoder.register_forward_pre_hook(lambda module, _: called.add(module))
                     stack.callback(handle.remove)
                 self._passes = self._run.objective.passes(covered=self._covered)
-                stack.enter_context(self._passes.frozen())
+                stack.enter_context(self._passes.frozen(self._instances if self._prior else None))
                 if self._words is not None:
                     unet = self._run.objective.reference.modules[0]
                     stack.enter_context(self._words.read_by(unet, self._instances))

@@ -186,7 +186,8 @@ class ClassWords:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._hooked(replace=True))
-            stack.callback(unet.register_forward_pre_hook(swap, with_kwargs=True).remove)
+            # Before other hooks: it is told the whole batch.
+            stack.callback(unet.register_forward_pre_hook(swap, with_kwargs=True, prepend=True).remove)
             yield
         if self._passes is not None:
             self._passes += 1

@@ -1,0 +1,105 @@
+"""Passes of some rows of a batch alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apt_hooks.hooks.frozen_rows import FrozenRows
+
+
+class Denoiser(nn.Module):
+    """Takes what denoisers take, row by row; keeps how many rows it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, noisy: Tensor, time: Any, *, layers: Tensor, texts: list[Tensor], more: dict[str, Tensor]) -> Any:
+        self.seen.append(len(noisy))
+        text = torch.stack([text.sum() for text in texts])
+        of_text = layers.sum(dim=(0, 2)) + text + more["pooled"].sum(dim=1) + time
+        return (noisy * more["scale"] + of_text[:, None, None, None],)
+
+
+def given(batch: int, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    g = torch.Generator().manual_seed(seed)
+    more = {"pooled": normal(batch, 3), "scale": normal(1, 3, 1, 1)}
+    texts = [normal(5 + i, 2) for i in range(batch)]
+    return (normal(batch, 3, 4, 4), normal(batch)), {"layers": normal(7, batch, 3), "texts": texts, "more": more}
+
+
+def first_half(samples: Tensor) -> Tensor:
+    return torch.arange(len(samples)) < len(samples) // 2
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_later_passes_are_of_the_rows_that_are_asked_for(batch: int, caplog: pytest.LogCaptureFixture) -> None:
+    model, rows = Denoiser(), FrozenRows()
+    for i in range(3):
+        args, kwargs = given(batch, i)
+        (wanted,) = model(*args, **kwargs)
+        model.seen.clear()
+        with rows.passes_of(model, first_half):
+            (found,) = model(*args, **kwargs)
+            assert (rows.rows is None) == (i == 0)
+        assert model.seen == ([batch, batch // 2] if i == 0 else [batch // 2])
+        assert found.shape == wanted.shape
+        torch.testing.assert_close(found[: batch // 2], wanted[: batch // 2])
+        assert i == 0 or not found[batch // 2 :].any()
+    assert rows.rows is None and not model._forward_hooks and not model._forward_pre_hooks and not caplog.records
+
+
+def test_any_rows_may_be_asked_for_and_none_or_all_change_nothing() -> None:
+    model, rows = Denoiser(), FrozenRows()
+    args, kwargs = given(4)
+    for asked, count in (([True, False, True, False], 4), ([False, False, False, True], 1), ([True] * 4, 4)):
+        model.seen.clear()
+        with rows.passes_of(model, lambda _, asked=asked: torch.tensor(asked)):
+            (found,) = model(*args, **kwargs)
+        assert model.seen[0] == count
+        torch.testing.assert_close(found[torch.tensor(asked)], model(*args, **kwargs)[0][torch.tensor(asked)])
+    with rows.passes_of(model, lambda _: None):
+        assert torch.equal(model(*args, **kwargs)[0], model(*args, **kwargs)[0])
+
+
+@pytest.mark.parametrize("kind", ["wrong", "error"])
+def test_a_model_whose_rows_depend_on_each_other_gets_all_of_them(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Mixing(Denoiser):
+        def forward(self, noisy: Tensor) -> Any:  # type: ignore[override]
+            self.seen.append(len(noisy))
+            if kind == "error" and len(noisy) < 4:
+                raise ValueError("four\nand no less")
+            return noisy + noisy.mean()
+
+    model, rows, noisy = Mixing(), FrozenRows(), given(4)[0][0]
+    with caplog.at_level(logging.WARNING, "apt_hooks"):
+        for _ in range(2):
+            with rows.passes_of(model, first_half):
+                assert torch.equal(model(noisy), noisy + noisy.mean())
+    assert model.seen[:3] == [4, 2, 4]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("apt-hooks: class images go through the base model's pass as well (")
+    assert ("ValueError: four)" if kind == "error" else "predictions differ by") in told
+
+
+def test_what_is_read_in_the_pass_and_lists_of_samples_have_zeros_for_the_others() -> None:
+    class Listing(nn.Module):
+        def forward(self, pictures: list[Tensor], time: Tensor) -> Any:
+            return {"sample": [2 * picture for picture in pictures]}
+
+    model, rows = Listing(), FrozenRows()
+    pictures = list(given(4)[0][0])
+    for _ in range(2):
+        with rows.passes_of(model, first_half):
+            found = model(pictures, torch.zeros(4))["sample"]
+            statistics = rows.restored(torch.ones(2, 2 if rows.rows is not None else 4, 3), axis=1)
+    assert len(found) == 4 and torch.equal(found[1], 2 * pictures[1]) and not found[2].any()
+    assert statistics[:, :, 0].tolist() == [[1, 1, 0, 0]] * 2
