@@ -231,13 +231,38 @@ def test_the_base_model_reads_the_class_word(train: Train) -> None:
     assert_same(found, train("flow", *arguments, patched=False))
 
 
+@pytest.mark.parametrize("arguments", [(), ("--cache_latents",)], ids=["images", "cache"])
+@pytest.mark.parametrize("apart", [False, True], ids=["in one statement", "apart"])
+def test_a_second_picture_such_as_one_to_edit_is_moved_alike(
+    train: Train, arguments: tuple[str, ...], apart: bool
+) -> None:
+    def edit(source: str) -> str:
+        cached = "model_input = latents_cache[step].sample()"
+        encoded = "model_input = vae.encode(pixel_values).latent_dist.sample()"
+        scaled = "                model_input = (model_input - shift_factor) * scaling_factor\n"
+        added = "                noisy_model_input = (1.0"
+        assert all(source.count(line) == 1 for line in (cached, encoded, scaled, added))
+        beside = "other = vae.encode(pixel_values * 1.0).latent_dist.mode()"
+        source = source.replace("latent_dist.sample()", "latent_dist.mode()").replace(
+            "[step].sample()", "[step].mode()"
+        )
+        encoded, cached = encoded.replace("sample", "mode"), cached.replace("sample", "mode")
+        if apart:
+            second = cached.replace("model_input", "other")
+            both = f"                if args.cache_latents:\n                    {second}\n"
+            both += f"                else:\n                    {beside}\n"
+            source = source.replace(scaled, both + scaled)
+        else:
+            for line, second in ((cached, cached.replace("model_input", "other")), (encoded, beside)):
+                source = source.replace(line, f"{line}\n                    {second}")
+        source = source.replace(scaled, scaled + scaled.replace("model_input", "other"))
+        return source.replace(added, f"                assert torch.equal(other, model_input)\n{added}")
+
+    found = train("flow", *arguments, config=EAGER, edit=edit)
+    assert max(line["augmented"] for line in found.lines) > 0.0
+
+
 REFUSED = {
-    "two pictures": (
-        "                model_input = (model_input - shift_factor)",
-        '                other = vae.encode(batch["pixel_values"]).latent_dist.mode()\n'
-        "                model_input = (model_input - shift_factor)",
-        "the step encodes several images",
-    ),
     "level of the latents": (
         "                noisy_model_input = (1.0",
         "                sigmas = sigmas * model_input.abs().mean().clamp(max=1)\n"

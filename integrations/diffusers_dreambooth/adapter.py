@@ -214,7 +214,7 @@ class DreamBoothRun:
                         "so it is not known what black looks like in them; set [apt] augmentation = false"
                     )
                 fill = self._black.latent.to(images)
-            self._encoded = True
+            self._encoded = self._encoded or not latents
             placement = self._placement
             if placement is None:
                 raise AptError(_NOT_MOVED)

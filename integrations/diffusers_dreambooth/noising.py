@@ -109,23 +109,21 @@ def again(step: StepBlock, tree: Tree, noising: Noising, encodings: list[ast.Cal
     """
     suite, first = step.suite, step.at_encode
     end = min(tree.index(suite, expression) for expression in noising.expressions)
-    images = {ast.unparse(without_casts(call.args[0])) if call.args else "" for call in encodings}
-    own = tree.statement(encodings[0])
-    latents = assigned(own)
-    if len(images) > 1:
-        return Again(refused=f"the step encodes several images, {', '.join(sorted(images))}")
-    if len(latents) != 1 or not isinstance(own, (ast.Assign, ast.AnnAssign)) or end <= first:
-        return Again(refused=f"looked for one name for what `{first_line(own)}` encodes, before the noise is added")
-    chosen, names = [first], assigned(suite[first])
-    for i in range(first + 1, end):
-        if any(name in names and _asks_values(suite[i], name) for name in read(suite[i])):
+    encoding = {i: [call for call in encodings if tree.index(suite, call) == i] for i in range(first, len(suite))}
+    encoding = {i: calls for i, calls in encoding.items() if calls}
+    for own in map(tree.statement, encodings):
+        if len(assigned(own)) != 1 or not isinstance(own, (ast.Assign, ast.AnnAssign)) or max(encoding) >= end:
+            return Again(refused=f"looked for one name for what `{first_line(own)}` encodes, before the noise is added")
+    chosen, names = [], set[str]()
+    for i in range(first, end):
+        if i in encoding or any(name in names and _asks_values(suite[i], name) for name in read(suite[i])):
             chosen.append(i)
             names = names | assigned(suite[i])
     made = [suite[i] for i in chosen]
     if not noising.clean & assigned(*made):
         return Again(refused=f"`{min(noising.clean)}` is not made of what is encoded")
     if any(statement in made for statement in _makers(suite[first:end], read(ast.parse(level)))):
-        return Again(refused=f"`{level}` is made of `{min(latents)}`")
+        return Again(refused=f"`{level}` is made of `{min(assigned(tree.statement(encodings[0])))}`")
     for at in chosen:
         between = [suite[i] for i in range(at + 1, end) if i not in chosen]
         before = assigned(*(suite[i] for i in chosen if i < at))
@@ -133,9 +131,10 @@ def again(step: StepBlock, tree: Tree, noising: Noising, encodings: list[ast.Cal
         lost = (needs([suite[at]]) & (assigned(*between) | changed(*between))) | (again_changed - before)
         if lost:
             return Again(refused=f"`{first_line(suite[at])}` runs once more, and `{min(lost)}` changes")
-    (name,) = latents
-    moving = ast.parse(f"{name} = {moved}({name}, latents=True)").body
-    return Again((*_moving_images(suite[first], own, encodings, moved), *moving, *made[1:]))
+    statements: list[ast.stmt] = []
+    for i in chosen:
+        statements += _moving(suite[i], encoding[i], tree, moved) if i in encoding else [suite[i]]
+    return Again(tuple(statements))
 
 
 def _overwritten(statement: ast.stmt) -> set[str]:
@@ -150,15 +149,17 @@ def _overwritten(statement: ast.stmt) -> set[str]:
     return overwritten([Without().visit(copy.deepcopy(statement))])
 
 
-def _moving_images(statement: ast.stmt, own: ast.stmt, encodings: list[ast.Call], moved: str) -> list[ast.stmt]:
-    """The statement, which holds `own`, with the images moved where they are encoded; or before it, where another path
-    takes the images as they are."""
-    images = without_casts(encodings[0].args[0])
-    if isinstance(images, ast.Name) and images.id not in assigned(statement):
-        others = [n for n in ast.walk(statement) if isinstance(n, ast.Assign) and n is not own]
-        if any(images.id in read(other) for other in others):
-            return [*ast.parse(f"{images.id} = {moved}({images.id})").body, statement]
-    places = {(call.lineno, call.col_offset) for call in encodings}
+def _moving(statement: ast.stmt, encodings: list[ast.Call], tree: Tree, moved: str) -> list[ast.stmt]:
+    """The statement, which holds the encodings, with the images moved where they are encoded; or before it, where
+    another path takes them as they are. Then what it encoded is, unless images were.
+
+    Of several pictures, such as one to edit beside the target, all are moved alike.
+    """
+    own = [tree.statement(call) for call in encodings]
+    others = read(*(n for n in ast.walk(statement) if isinstance(n, ast.Assign) and n not in own))
+    images = {call: without_casts(call.args[0]) for call in encodings}
+    taken = {image.id for image in images.values() if isinstance(image, ast.Name)} & others - assigned(statement)
+    places = {(c.lineno, c.col_offset) for c, i in images.items() if not (isinstance(i, ast.Name) and i.id in taken)}
 
     class Insert(ast.NodeTransformer):
         def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -167,7 +168,16 @@ def _moving_images(statement: ast.stmt, own: ast.stmt, encodings: list[ast.Call]
                 return node
             return self.generic_visit(node)
 
-    return [Insert().visit(copy.deepcopy(statement))]
+    latents = sorted(assigned(*own))
+    lines = [f"{name} = {moved}({name}, latents=True)" for name in latents]
+    if len(latents) > 1:  # whether a sample has a second picture is known in the run
+        lines = [f"if '{name}' in locals():\n    {line}" for name, line in zip(latents, lines, strict=True)]
+    before = [f"{name} = {moved}({name})" for name in sorted(taken)]
+    return [
+        *ast.parse("\n".join(before)).body,
+        Insert().visit(copy.deepcopy(statement)),
+        *ast.parse("\n".join(lines)).body,
+    ]
 
 
 def _makers(statements: Suite, names: set[str]) -> list[ast.stmt]:
