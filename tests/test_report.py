@@ -25,7 +25,7 @@ from apt_hooks.results.report.figures import (
     bin_color,
     gamma_plot,
     loss_plot,
-    loss_top,
+    loss_span,
     points_for,
     run_color,
     value_plot,
@@ -215,7 +215,7 @@ def test_a_long_curve_shows_a_band_from_lowest_to_highest(run: RunLog) -> None:
 def test_plots_are_what_plotly_accepts(run: RunLog) -> None:
     go = pytest.importorskip("plotly.graph_objects")
     for points in (10, 1000):
-        plots = [gamma_plot(run, 100, points), loss_plot(run, 100, loss_top([run]), points)]
+        plots = [gamma_plot(run, 100, points), loss_plot(run, 100, loss_span([run]), points)]
         for plot in [*plots, value_plot("delta_noise", [run, run], 100, points, "delta noise")]:
             assert len(go.Figure(plot).data) == len(plot["data"])
 
@@ -295,7 +295,7 @@ def test_pictures_of_a_run_are_found_by_name_and_made_small(tmp_path: Path) -> N
     draw(log, "e000009_00_20261122230000")
     found = read_samples(log)
     assert found is not None and found.notes == []
-    assert found.moments == [("epoch", 1), ("epoch", 2)] and found.prompts == [0, 1]
+    assert found.moments == [("epoch", 1), ("epoch", 2)] and list(found.prompts) == [0, 1]
     assert set(found.pictures) == {(("epoch", 1), 0), (("epoch", 1), 1), (("epoch", 2), 0)}
     assert shown(found.pictures[("epoch", 1), 0]).size == (SIDE, SIDE // 2)
     assert read_samples(tmp_path / "last-apt.jsonl").moments == [("epoch", 9)]  # type: ignore[union-attr]
@@ -345,7 +345,7 @@ def test_of_many_pictures_an_even_part_is_shown_and_said(tmp_path: Path) -> None
             draw(log, f"a_e{number:06d}_{prompt:02d}_20261122{number:06d}", size=(8, 8))
     found = read_samples(log)
     assert found is not None and [count for _, count in found.moments] == [1, 3, 5, 7, 9, 11, 13, 15]
-    assert found.prompts == [0, 2, 3, 5]
+    assert list(found.prompts) == [0, 2, 3, 5]
     assert found.notes == [
         "8 of 15 moments are shown, evenly chosen.",
         "4 of 6 prompts are shown, evenly chosen.",

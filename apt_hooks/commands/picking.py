@@ -13,6 +13,7 @@ from apt_hooks.results.verdict import Verdict
 
 app = typer.Typer()
 
+
 @app.command(epilog="Example: `apt-hooks pick out/`")
 def pick(
     run: Annotated[

@@ -260,6 +260,8 @@ def _start(about: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("no start of a run")
     if not all(isinstance(about.get(part, {}), dict) for part in ("config", "overrides", "dropout")):
         raise ValueError("no config")
+    if not isinstance(about.get("sample_prompts", []), list):
+        raise ValueError("no prompts")
     return about
 
 

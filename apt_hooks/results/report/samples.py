@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 from apt_hooks.errors import AptError
 from apt_hooks.results.read_steplog import run_name
 
+from .saved import Moment, Saved
+
 MOST_MOMENTS, MOST_PROMPTS = 8, 4
 SIDE = 256  # pixels, of what is shown
 DEFAULT_NAME = "last"  # a run that was given no name is called so, but not in its pictures' names
 
-_Moment = tuple[str, int]  # "epoch" or "step", and which
 _Any = TypeVar("_Any")
 
 
@@ -28,24 +29,26 @@ class Samples:
 
     Attributes:
         moments: the columns, such as ("epoch", 2), from early to late.
-        prompts: the rows: the prompts' numbers.
+        prompts: the rows: the prompts' numbers, and the prompts themselves, empty where the log does not know them.
         pictures: data: URIs by moment and prompt; some may be missing.
         notes: what was left out, and why.
     """
 
-    moments: list[_Moment]
-    prompts: list[int]
-    pictures: dict[tuple[_Moment, int], str]
+    moments: list[Moment]
+    prompts: dict[int, str]
+    pictures: dict[tuple[Moment, int], str]
     notes: list[str]
 
 
-def read_samples(log: Path, starts: Sequence[dict[str, Any]] = ()) -> Samples | None:
+def read_samples(log: Path, starts: Sequence[dict[str, Any]] = (), saved: Saved | None = None) -> Samples | None:
     """The sample pictures of a log's run, evenly chosen where there are many; None where it has none.
 
     Args:
         log: the step log, beside which they are looked for.
         starts: what it says of its run, `RunLog.starts`: by them steps are the log's, also where the trainer that drew
-            the pictures counted from 1 again. Without, they are the trainer's.
+            the pictures counted from 1 again. Without, they are the trainer's. The last one's `sample_prompts` are
+            the prompts.
+        saved: the run's checkpoints; the pictures of the picked one are among those that are chosen.
 
     Raises:
         AptError: there are some, and Pillow is missing.
@@ -59,6 +62,12 @@ def read_samples(log: Path, starts: Sequence[dict[str, Any]] = ()) -> Samples | 
         raise AptError(f'sample pictures need Pillow ({error}): pip install "apt-hooks[report]"') from error
     moments, prompts = sorted({moment for moment, _ in files}), sorted({prompt for _, prompt in files})
     chosen, rows = _evenly(moments, MOST_MOMENTS), _evenly(prompts, MOST_PROMPTS)
+    picked = saved.picked_among(moments) if saved else None
+    if picked is not None and picked not in chosen:  # in place of its neighbour, neither the first nor the last
+        place = moments.index(picked)
+        instead = min(range(1, len(chosen) - 1), key=lambda i: abs(moments.index(chosen[i]) - place))
+        chosen[instead] = picked
+        chosen.sort(key=moments.index)
     if len(chosen) < len(moments):
         notes.append(f"{len(chosen)} of {len(moments)} moments are shown, evenly chosen.")
     if len(rows) < len(prompts):
@@ -71,17 +80,19 @@ def read_samples(log: Path, starts: Sequence[dict[str, Any]] = ()) -> Samples | 
             # What Pillow raises at broken pictures, by their kind.
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 notes.append(f"{files[place].name} is left out, it cannot be read ({error}).")
-    return Samples(chosen, rows, pictures, notes)
+    texts = starts[-1].get("sample_prompts") or [] if starts else []
+    known = {row: str(texts[row]) if row < len(texts) else "" for row in rows}
+    return Samples(chosen, known, pictures, notes)
 
 
-def _find(log: Path, starts: Sequence[dict[str, Any]]) -> tuple[dict[tuple[_Moment, int], Path], list[str]]:
+def _find(log: Path, starts: Sequence[dict[str, Any]]) -> tuple[dict[tuple[Moment, int], Path], list[str]]:
     """Pictures by moment and prompt; of several the newest, and none that an earlier run of that name left behind."""
     name = run_name(log)
     prefix = f"(?:{re.escape(name)}_)" + ("?" if name == DEFAULT_NAME else "")
     pattern = re.compile(
         rf"{prefix}(?P<epoch>e?)(?P<number>\d{{6,}})_(?P<prompt>\d{{2,}})_(?P<time>\d{{14}})(_-?\d+)?\.png"
     )
-    found: dict[tuple[_Moment, int], tuple[str, Path]] = {}
+    found: dict[tuple[Moment, int], tuple[str, Path]] = {}
     begun = _begun(starts)
     newest: dict[tuple[str, int], str] = {}
     kept, older = {}, 0
@@ -120,7 +131,7 @@ def _begun(starts: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]
     return [(time.strftime("%Y%m%d%H%M%S"), start) for time, start in zip(times, starts, strict=True)]
 
 
-def _in_the_log(moment: _Moment, start: dict[str, Any]) -> _Moment:
+def _in_the_log(moment: Moment, start: dict[str, Any]) -> Moment:
     """A moment as the log counts it, of a picture drawn by a run that began so."""
     kind, number = moment
     step = start.get("resumed_from", 0)

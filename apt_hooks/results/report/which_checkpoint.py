@@ -1,0 +1,118 @@
+"""The page's first section: which checkpoint of each run, by what was measured of it, and by its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import escape
+
+from apt_hooks.results.checkpoint_table import checkpoint_table, what_is_missing
+from apt_hooks.results.read_steplog import RunLog, run_name
+from apt_hooks.training.checkpoints import ENDING
+
+from . import figures
+from .figures import Plot
+from .markup import key, note
+from .samples import Samples
+from .saved import Moment, Saved
+from .summary import fixed
+
+_PLOTS = {
+    "gap": ("What was learned", "Gap: how far ahead of the base model on its own pictures."),
+    "drift": ("What it cost", "Drift: how far other prompts have moved; 1: as far as a prompt moves a picture."),
+}
+_Figure = Callable[[str, str, str, Plot], str]  # of id, title, subtitle and plot
+
+
+def which_checkpoint(
+    number: int, run: RunLog, saved: Saved | None, samples: Samples | None, last_step: int, figure: _Figure
+) -> str:
+    """A run's verdict, its checkpoints' plots and table, and its pictures; `figure` puts a plot on the page."""
+    parts = [f'<h3 style="--run: {figures.run_color(number)}">{escape(run.name)}</h3>']
+    if saved is None:
+        lines = run_name(run.path) + ENDING
+        parts.append(note(f"No verdict: beside its log there is no {lines}, a line of which tells of each saved LoRA."))
+    else:
+        parts += [_verdict(saved), _plots(number, saved, last_step, figure), _table(saved)]
+    return f'<article class="run">{"".join(parts)}{_strip(run, saved, samples) if samples else ""}</article>'
+
+
+def drift_key(saved: list[Saved | None]) -> str:
+    """The legend of the drifts that any run has."""
+    found = [one for each in saved if each for one in each.run.checkpoints]
+    names = [name for name in figures.DRIFTS if any(name in one.drifts for one in found)]
+    lines = [(f"checkpoint-{name}", color, what) for name in names for what, color in [figures.DRIFTS[name]]]
+    return key("checkpoint", "drift of", lines) if lines else ""
+
+
+def _verdict(saved: Saved) -> str:
+    missing = what_is_missing(saved.run)
+    kind = "" if saved.verdict.picked else " unsure"
+    said = f'<p class="verdict{kind}">{escape(str(saved.verdict))}</p>'
+    return said + (note(f"{missing[0].upper()}{missing[1:]}.") if missing else "")
+
+
+def _plots(number: int, saved: Saved, last_step: int, figure: _Figure) -> str:
+    if len(saved.run.checkpoints) < 2:
+        return ""
+    plots = figures.checkpoint_plots(saved.run.checkpoints, saved.verdict.picked, last_step)
+    shown = "".join(figure(f"{name}-{number}", *_PLOTS[name], plot) for name, plot in plots.items())
+    return f'<div class="panels">{shown}</div>'
+
+
+def _table(saved: Saved) -> str:
+    names, rows = checkpoint_table(saved.run)
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    body = "".join(
+        f"<tr{' class=picked' if one is saved.verdict.picked else ''}>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for one, cells in zip(saved.run.checkpoints, rows, strict=True)
+    )
+    table = f'<div class="scroll numbers"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f"<details><summary>{len(rows)} checkpoint{'s' if len(rows) > 1 else ''} in numbers</summary>{table}</details>"
+    )
+
+
+def _strip(run: RunLog, saved: Saved | None, samples: Samples) -> str:
+    """The pictures, a row a prompt and a column a moment."""
+    picked = saved.picked_among(samples.moments) if saved else None
+    mark = {moment: " class=picked" if moment == picked else "" for moment in samples.moments}
+    head = "".join(
+        f'<th scope="col"{mark[moment]}>{_moment(run, saved, moment, moment == picked)}</th>'
+        for moment in samples.moments
+    )
+    rows = []
+    for prompt, text in samples.prompts.items():
+        cells = []
+        for moment in samples.moments:
+            uri = samples.pictures.get((moment, prompt))
+            alt = escape(f"{run.name}, {moment[0]} {moment[1]}, prompt {prompt:02d}")
+            picture = f'<img src="{uri}" alt="{alt}">' if uri else "\u2013"
+            cells.append(f"<td{mark[moment]}>{picture}</td>")
+        title = f"<b>{prompt:02d}</b> {escape(text)}" if text else f"<b>{prompt:02d}</b>"
+        across = f'<th scope="rowgroup" colspan="{len(samples.moments)}"><span>{title}</span></th>'
+        rows.append(f"<tbody><tr>{across}</tr><tr>{''.join(cells)}</tr></tbody>")
+    unknown = (
+        []
+        if all(samples.prompts.values())
+        else ["The log does not know the prompts: rows have the numbers in the pictures' names, 00 the first."]
+    )
+    notes = "".join(map(note, [*unknown, *samples.notes]))
+    return f'{notes}<div class="scroll samples"><table><thead><tr>{head}</tr></thead>{"".join(rows)}</table></div>'
+
+
+def _moment(run: RunLog, saved: Saved | None, moment: Moment, picked: bool) -> str:
+    """A column's head: when its pictures were drawn, the checkpoint nearest to that, and mean gamma at that step."""
+    kind, count = moment
+    said = ["before training" if not count else f"{kind} {count}"]
+    nearest = saved.nearest(moment) if saved else None
+    if nearest is not None:
+        step = saved.step_of(moment) if saved else None
+        said.append(f"<code>{'' if step == nearest.step else 'near '}{escape(nearest.file)}</code>")
+    if kind == "step" and int(run.steps[0]) <= count <= int(run.steps[-1]):
+        line = int((run.steps - count).abs().argmin())
+        said.append(f"gamma {fixed(float(run.gammas[line][run.seen[line]].mean()))}")
+    return ("<i>picked</i>" if picked else "") + "<br>".join(said)
