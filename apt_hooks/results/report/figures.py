@@ -123,7 +123,7 @@ def trainer_plot(tag: str, runs: Sequence[tuple[str, str, str, TrainerLog]], las
         found[-1]["mode"] = "lines+markers" if len(steps) <= _FEW else "lines"
         traces += found
         bold.append(values)
-    layout = _layout(last_step, tag, [])
+    layout = _layout(last_step, "loss", [])
     layout["yaxis"]["range"] = _span(bold)
     return {"data": traces, "layout": layout}
 

@@ -23,7 +23,7 @@ from .samples import read_samples
 from .saved import read_saved
 from .summary import fixed, how_trained, in_words, number, summarize
 from .tables import results_table, settings_table
-from .which_checkpoint import drift_key, which_checkpoint
+from .which_checkpoint import which_checkpoint
 
 _TERMS = {
     "loss_weight": ("Factor of the loss", "1: as without APT; near 0: what the LoRA is overfitted to hardly counts."),
@@ -104,7 +104,6 @@ class _Page:
             "style": _part("page.css"),
             "made": f"Made by apt-hooks {escape(version())} at {datetime.datetime.now():%Y-%m-%d %H:%M}.",
             "notes": "".join(map(note, notes)),
-            "checkpoint_key": drift_key(self.saved),
             "checkpoints": self._checkpoints(),
             "cards": "".join(self._card(i) for i in range(len(self.runs))),
             "comparison": self._comparison(),

@@ -61,15 +61,10 @@ def read_samples(log: Path, starts: Sequence[dict[str, Any]] = (), saved: Saved 
     except ImportError as error:
         raise AptError(f'sample pictures need Pillow ({error}): pip install "apt-hooks[report]"') from error
     moments, prompts = sorted({moment for moment, _ in files}), sorted({prompt for _, prompt in files})
-    chosen, rows = _evenly(moments, MOST_MOMENTS), _evenly(prompts, MOST_PROMPTS)
-    picked = saved.picked_among(moments) if saved else None
-    if picked is not None and picked not in chosen:  # in place of its neighbour, neither the first nor the last
-        place = moments.index(picked)
-        instead = min(range(1, len(chosen) - 1), key=lambda i: abs(moments.index(chosen[i]) - place))
-        chosen[instead] = picked
-        chosen.sort(key=moments.index)
+    chosen, rows = _chosen(moments, saved), _evenly(prompts, MOST_PROMPTS)
     if len(chosen) < len(moments):
-        notes.append(f"{len(chosen)} of {len(moments)} moments are shown, evenly chosen.")
+        how = "those of checkpoints, " if saved else ""
+        notes.append(f"{len(chosen)} of {len(moments)} moments are shown, {how}evenly chosen.")
     if len(rows) < len(prompts):
         notes.append(f"{len(rows)} of {len(prompts)} prompts are shown, evenly chosen.")
     pictures = {}
@@ -140,6 +135,19 @@ def _in_the_log(moment: Moment, start: dict[str, Any]) -> Moment:
         return kind, number + step - (counted if isinstance(counted, int) else step)
     # Of "epoch 0", before the first step, a resumed run's is what the state had come to.
     return ("step", step) if step and not number else moment
+
+
+def _chosen(moments: Sequence[Moment], saved: Saved | None) -> list[Moment]:
+    """At most `MOST_MOMENTS`; of many those of checkpoints, and the picked one's in any case."""
+    if saved is None or len(moments) <= MOST_MOMENTS:
+        return _evenly(moments, MOST_MOMENTS)
+    of_checkpoints, picked = saved.near_checkpoints(moments), saved.picked_among(moments)
+    chosen = _evenly(of_checkpoints, MOST_MOMENTS)
+    if picked is not None and picked not in chosen:  # so it is one within, and has a neighbour that gives way
+        place = of_checkpoints.index(picked)
+        near = min(range(1, len(chosen) - 1), key=lambda i: abs(of_checkpoints.index(chosen[i]) - place))
+        chosen[near] = picked
+    return chosen
 
 
 def _evenly(items: Sequence[_Any], most: int) -> list[_Any]:

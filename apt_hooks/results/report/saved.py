@@ -45,6 +45,15 @@ class Saved:
         step = self.step_of(moment)
         return None if not step else min(self.run.checkpoints, key=lambda one: abs(one.step - step), default=None)
 
+    def near_checkpoints(self, moments: Sequence[Moment]) -> list[Moment]:
+        """The moments before the training, and the nearest to each checkpoint; all of them where that is not known."""
+        steps = {moment: step for moment in moments if (step := self.step_of(moment)) is not None}
+        if len(steps) < len(moments) or not self.run.checkpoints:
+            return list(moments)
+        near = {min(moments, key=lambda moment: abs(steps[moment] - one.step)) for one in self.run.checkpoints}
+        near.add(self.picked_among(moments) or moments[0])
+        return [moment for moment in moments if moment in near or not steps[moment]]
+
     def picked_among(self, moments: Sequence[Moment]) -> Moment | None:
         """The moment that is nearest to the picked checkpoint; None where each is nearer to another one."""
         picked = self.verdict.picked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from html import escape
+from pathlib import Path
 
 from apt_hooks.results.checkpoint_table import checkpoint_table, what_is_missing
 from apt_hooks.results.read_steplog import RunLog, run_name
@@ -33,15 +34,13 @@ def which_checkpoint(
         parts.append(note(f"No verdict: beside its log there is no {lines}, a line of which tells of each saved LoRA."))
     else:
         parts += [_verdict(saved), _plots(number, saved, last_step, figure), _table(saved)]
-    return f'<article class="run">{"".join(parts)}{_strip(run, saved, samples) if samples else ""}</article>'
+    if samples:
+        parts.append(_strip(run, saved, samples))
+    return f'<article class="run" id="{_id(number)}">{"".join(parts)}</article>'
 
 
-def drift_key(saved: list[Saved | None]) -> str:
-    """The legend of the drifts that any run has."""
-    found = [one for each in saved if each for one in each.run.checkpoints]
-    names = [name for name in figures.DRIFTS if any(name in one.drifts for one in found)]
-    lines = [(f"checkpoint-{name}", color, what) for name in names for what, color in [figures.DRIFTS[name]]]
-    return key("checkpoint", "drift of", lines) if lines else ""
+def _id(number: int) -> str:
+    return f"checkpoint-{number}"
 
 
 def _verdict(saved: Saved) -> str:
@@ -56,7 +55,13 @@ def _plots(number: int, saved: Saved, last_step: int, figure: _Figure) -> str:
         return ""
     plots = figures.checkpoint_plots(saved.run.checkpoints, saved.verdict.picked, last_step)
     shown = "".join(figure(f"{name}-{number}", *_PLOTS[name], plot) for name, plot in plots.items())
-    return f'<div class="panels">{shown}</div>'
+    drifts = [
+        (f"checkpoint-{name}", color, what)
+        for name, (what, color) in figures.DRIFTS.items()
+        if any(name in one.drifts for one in saved.run.checkpoints)
+    ]
+    legend = key(_id(number), "drift of", drifts) if drifts else ""
+    return f'<div class="panels small">{shown}</div>{legend}'
 
 
 def _table(saved: Saved) -> str:
@@ -111,7 +116,7 @@ def _moment(run: RunLog, saved: Saved | None, moment: Moment, picked: bool) -> s
     nearest = saved.nearest(moment) if saved else None
     if nearest is not None:
         step = saved.step_of(moment) if saved else None
-        said.append(f"<code>{'' if step == nearest.step else 'near '}{escape(nearest.file)}</code>")
+        said.append(f"<code>{'' if step == nearest.step else 'near '}{escape(Path(nearest.file).stem)}</code>")
     if kind == "step" and int(run.steps[0]) <= count <= int(run.steps[-1]):
         line = int((run.steps - count).abs().argmin())
         said.append(f"gamma {fixed(float(run.gammas[line][run.seen[line]].mean()))}")
