@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
@@ -75,11 +76,13 @@ def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None])
     if not runs:
         raise AptError(f"{', '.join(empty)}: no step yet; a run writes a line a step")
     notes += [f"{path}: no step yet, left out." for path in empty]
-    write_atomically(out, _Page(runs, trainers).html(notes, get_plotlyjs()).encode(errors="replace"))
+    page = _Page(runs, trainers)
+    write_atomically(out, page.html(notes, get_plotlyjs()).encode(errors="replace"))
     steps = sum(run.total for run in runs)
     counts = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {steps} {'step' if steps == 1 else 'steps'}"
+    others = f", losses of {page.others} other{'s' if page.others > 1 else ''}" if page.others else ""
     left_out = f"; no step yet in {', '.join(empty)}" if empty else ""
-    say(f"{out}: {counts}{left_out}")
+    say(f"{out}: {counts}{others}{left_out}")
 
 
 class _Page:
@@ -92,6 +95,7 @@ class _Page:
         self.trainers = list(_named_and_colored(runs, trainers))
         logged = [int(steps.max()) for log in trainers for steps, _ in log.scalars.values()]
         self.last_step = max(1, *(one.last for one in self.found), *logged)
+        self.others = len({run for run, *_ in self.trainers} - {f"run-{i}" for i in range(len(runs))})
         self.points = figures.points_for(len(runs))
         self.plots: dict[str, Plot] = {}
 
@@ -191,7 +195,8 @@ class _Page:
             panels += self._figure(
                 f"trainer-{i}", tag, "", figures.trainer_plot(tag, having, self.last_step, self.points)
             )
-        silent = [run.name for run in self.runs if run.name not in {name for _, _, name, _ in self.trainers}]
+        logged = {trainer[0] for trainer in self.trainers}
+        silent = [run.name for i, run in enumerate(self.runs) if f"run-{i}" not in logged]
         missing = note(f"No event files of {', '.join(silent)} were found: name its logging_dir too.") if silent else ""
         legend = key("trainer-losses", "runs", [trainer[:3] for trainer in self.trainers])
         return Template(_part("trainer_losses.html")).substitute(missing=missing, key=legend, panels=panels)
@@ -237,11 +242,15 @@ def _named_and_colored(
     runs: Sequence[RunLog], trainers: Sequence[TrainerLog]
 ) -> Iterator[tuple[str, str, str, TrainerLog]]:
     """A trainer's logs with the key, color and name of the step log's run, where they are of one of these."""
-    others = len(runs)
+    names, others = [run.name for run in runs], itertools.count(len(runs))
     for log in trainers:
-        found = next((i for i, run in enumerate(runs) if log.is_of(run)), None)
-        place, others = (others, others + 1) if found is None else (found, others)
-        yield f"run-{place}", figures.run_color(place), log.name if found is None else runs[found].name, log
+        place = next((i for i, run in enumerate(runs) if log.is_of(run)), None)
+        if place is not None:
+            yield f"run-{place}", figures.run_color(place), names[place], log
+            continue
+        place = next(others)
+        name = f"{log.name} (TensorBoard)" if log.name in names else log.name
+        yield f"run-{place}", figures.run_color(place), name, log
 
 
 def _part(name: str) -> str:

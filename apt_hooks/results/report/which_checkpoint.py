@@ -97,7 +97,7 @@ def _strip(run: RunLog, saved: Saved | None, samples: Samples) -> str:
             alt = escape(f"{run.name}, {moment[0]} {moment[1]}, prompt {prompt:02d}")
             picture = f'<img src="{uri}" alt="{alt}">' if uri else "\u2013"
             cells.append(f"<td{mark[moment]}>{picture}</td>")
-        title = f"<b>{prompt:02d}</b> {escape(text)}" if text else f"<b>{prompt:02d}</b>"
+        title = f"<strong>{prompt:02d}</strong> {escape(text)}" if text else f"<strong>{prompt:02d}</strong>"
         across = f'<th scope="rowgroup" colspan="{len(samples.moments)}"><span>{title}</span></th>'
         rows.append(f"<tbody><tr>{across}</tr><tr>{''.join(cells)}</tr></tbody>")
     unknown = (
