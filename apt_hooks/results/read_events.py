@@ -111,7 +111,8 @@ def _by_epoch(tag: str) -> bool:
 
 
 def _column(events: Sequence[Any], clock: Sequence[tuple[float, int]]) -> tuple[Tensor, Tensor]:
-    """Steps and values; with a clock, times and steps, each at the last step up to its time."""
+    """Steps and values, NaN for what is no finite number; with a clock, times and steps, at the last step by then."""
     times = [time for time, _ in clock]
     steps = [clock[max(0, bisect.bisect_right(times, e.wall_time) - 1)][1] if clock else e.step for e in events]
-    return torch.tensor(steps, dtype=torch.long), torch.tensor([e.value for e in events], dtype=torch.float64)
+    values = torch.tensor([e.value for e in events], dtype=torch.float64)
+    return torch.tensor(steps, dtype=torch.long), values.masked_fill(~values.isfinite(), math.nan)

@@ -91,17 +91,16 @@ def checkpoint_plots(checkpoints: Sequence[Checkpoint], picked: Checkpoint | Non
     for label, lines in (("gap", [("gap", *LEARNED)]), ("drift", drifts)):
         traces = []
         for name, title, color in lines:
-            known = [(one.step, getattr(one, name)) for one in checkpoints if not math.isnan(getattr(one, name))]
+            known = [(one.step, getattr(one, name)) for one in checkpoints if math.isfinite(getattr(one, name))]
             if known:
                 x, y = torch.tensor(known, dtype=torch.float64).unbind(1)
                 hover = f"{title}<br>checkpoint of step %{{x}}: %{{y:.3g}}"
                 traces.append(_line(x.long(), y, title, f"checkpoint-{name}", {"color": color, "width": 2}, hover))
-                traces[-1] |= {"mode": "lines+markers", "marker": {"size": 7}}
+                traces[-1] |= {"mode": "lines+markers", "marker": {"size": 7}, "cliponaxis": False}
         if not traces:
             continue
         layout = _layout(last_step, label, [])
         layout["yaxis"]["rangemode"] = "tozero"
-        layout["xaxis"]["range"] = [0, 1.03 * last_step]  # the last marker is not to be cut
         if picked is not None:
             layout["shapes"] = [_vertical(picked.step, PICKED_COLOR, "solid")]
             layout["annotations"] = [_label(picked.step, "picked", PICKED_COLOR)]
@@ -115,16 +114,15 @@ def trainer_plot(tag: str, runs: Sequence[tuple[str, str, str, TrainerLog]], las
 
     The axis is about the bold lines, as for `loss_plot`.
     """
-    traces, bold = [], []
+    traces: list[dict[str, Any]] = []
     for key, color, name, log in runs:
         steps, values = log.scalars[tag]
         name = escape(shortened(name), quote=False)
-        found = _noisy(steps, values, name, key, color, points)
-        found[-1]["mode"] = "lines+markers" if len(steps) <= _FEW else "lines"
-        traces += found
-        bold.append(values)
+        traces += _noisy(steps, values, name, key, color, points)
+        if len(steps) <= _FEW:
+            traces[-1] |= {"mode": "lines+markers", "cliponaxis": False}
     layout = _layout(last_step, "loss", [])
-    layout["yaxis"]["range"] = _span(bold)
+    layout["yaxis"]["range"] = _span([log.scalars[tag][1] for *_, log in runs])
     return {"data": traces, "layout": layout}
 
 

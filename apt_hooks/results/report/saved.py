@@ -14,8 +14,6 @@ from apt_hooks.training.checkpoints import ENDING
 
 Moment = tuple[str, int]  # "epoch" or "step", and which
 
-_EPOCH = re.compile(r"-(\d{6})\.[^.]+")  # how sd-scripts ends the name of an epoch's LoRA
-
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
@@ -32,9 +30,8 @@ class Saved:
         kind, number = moment
         if kind == "step" or not number:  # epoch 0 is before the training
             return number
-        known = {
-            int(found[1]): one.step for one in self.run.checkpoints if (found := _EPOCH.search(one.file)) is not None
-        }
+        by_epoch = re.compile(rf"{re.escape(self.run.name)}-(\d{{6}})\.[^.]+")  # how sd-scripts calls an epoch's LoRA
+        known = {int(named[1]): one.step for one in self.run.checkpoints if (named := by_epoch.fullmatch(one.file))}
         if number in known or not known:
             return known.get(number)
         epoch, step = max(known.items())

@@ -100,13 +100,13 @@ def _strip(run: RunLog, saved: Saved | None, samples: Samples) -> str:
         title = f"<strong>{prompt:02d}</strong> {escape(text)}" if text else f"<strong>{prompt:02d}</strong>"
         across = f'<th scope="rowgroup" colspan="{len(samples.moments)}"><span>{title}</span></th>'
         rows.append(f"<tbody><tr>{across}</tr><tr>{''.join(cells)}</tr></tbody>")
-    unknown = (
-        []
-        if all(samples.prompts.values())
-        else ["The log does not know the prompts: rows have the numbers in the pictures' names, 00 the first."]
-    )
-    notes = "".join(map(note, [*unknown, *samples.notes]))
-    return f'{notes}<div class="scroll samples"><table><thead><tr>{head}</tr></thead>{"".join(rows)}</table></div>'
+    notes = list(samples.notes)
+    if not all(samples.prompts.values()):
+        notes.append(
+            "A row without its prompt, which the log does not know: by the number in the pictures' names, from 00."
+        )
+    table = f"<table><thead><tr>{head}</tr></thead>{''.join(rows)}</table>"
+    return f'{"".join(map(note, notes))}<div class="scroll samples">{table}</div>'
 
 
 def _moment(run: RunLog, saved: Saved | None, moment: Moment, picked: bool) -> str:
