@@ -104,7 +104,7 @@ def checkpoint_plots(checkpoints: Sequence[Checkpoint], picked: Checkpoint | Non
         if picked is not None:
             layout["shapes"] = [_vertical(picked.step, PICKED_COLOR, "solid")]
             layout["annotations"] = [_label(picked.step, "picked", PICKED_COLOR)]
-            layout["margin"]["t"] = 24
+            layout["margin"]["t"] = 42  # below the buttons that a mouse brings
         plots[label] = {"data": traces, "layout": layout}
     return plots
 
