@@ -654,12 +654,21 @@ def test_a_run_without_apt_stands_beside_one_with_it(tmp_path: Path, logged: Any
     assert "trainer-losses" not in page
 
 
-def test_another_runs_losses_are_not_taken_for_a_logs(tmp_path: Path, logged: Any) -> None:
-    run = read(write(tmp_path / "a-apt.jsonl", [step(i) for i in range(1, 7)]))
-    same = [(float(i), i, step(i)["loss_tuned"]) for i in range(1, 7)]
-    runs = {"same": same, "other": [*same[:5], (6.0, 6, 0.5)], "later": [(0.0, 9, 0.5)], "none": [(0.0, 1, NAN)]}
+def test_losses_are_of_the_run_whose_log_agrees(tmp_path: Path, logged: Any) -> None:
+    lines = [*(step(i) for i in range(1, 5)), start(4, trainer_step=0), *(step(i) for i in range(5, 8))]
+    run = read(write(tmp_path / "a-apt.jsonl", [start(), *lines]))
+    same = [(float(i), i, step(i)["loss_tuned"]) for i in range(1, 8)]
+    resumed = [(float(i), i - 4, step(i)["loss_tuned"]) for i in range(5, 8)]
+    other = [(t, i, value if i == 1 else 0.5) for t, i, value in same]  # of one seed, which is why they begin alike
+    runs = {"same": same, "resumed": resumed, "other": other, "none": [(0.0, 1, NAN)], "later": [(0.0, 9, 0.5)]}
     place = logged(tmp_path / "p", **{name: {"apt/loss_tuned": v, "loss/current": LOSSES} for name, v in runs.items()})
-    assert [log.name for log in read_events(find_events([place])) if log.is_of(run)] == ["p/same"]
+    found = {log.name.removeprefix("p/"): log.agreement(run) for log in read_events(find_events([place]))}
+    assert found == {"same": (1, 0), "resumed": (1, 4), "other": (1 / 7, 0), "none": (0, 0), "later": (0, 0)}
+    page, said = report([tmp_path], tmp_path / "report.html")
+    assert said[0].endswith("losses of 3 others") and page.count("Resumed behind step 4.") == 1
+    plots = json.loads(page.partition('id="plots">')[2].partition("</script>")[0])
+    drawn = [max(line["x"]) for line in plots["plot-trainer-0"]["data"] if line["legendgroup"] == "run-0"]
+    assert sorted(drawn) == [6, 10] and page.count('data-line="run-0" data-within="trainer-losses"') == 1
 
 
 def test_event_files_alone_are_refused_and_without_tensorboard_told(

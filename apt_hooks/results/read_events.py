@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apt_hooks.errors import AptError
 
-from .read_steplog import ENDING, RunLog
+from .read_steplog import ENDING, RunLog, steps_ahead
 
 PATTERN = "*events.out.tfevents.*"
 _LOSSES = "loss/"
@@ -40,12 +40,21 @@ class TrainerLog:
     scalars: dict[str, tuple[Tensor, Tensor]]
     own: tuple[Tensor, Tensor]
 
-    def is_of(self, run: RunLog) -> bool:
-        """Whether a step log is of the same run: they agree in every loss of the steps that both have."""
+    def agreement(self, run: RunLog) -> tuple[float, int]:
+        """Of the steps that a step log has too, the share that has the same loss there, and by how many its steps are
+        ahead of the trainer's, which counts from 1 again where it is resumed."""
         logged = dict(zip(run.steps.tolist(), run.values["loss_tuned"].float().tolist(), strict=True))
-        pairs = [(value, logged.get(step, math.nan)) for step, value in zip(*map(Tensor.tolist, self.own), strict=True)]
-        both = [(one, other) for one, other in pairs if one == one and other == other]  # not NaN
-        return bool(both) and all(math.isclose(one, other, rel_tol=1e-6) for one, other in both)
+        found = []
+        for ahead in dict.fromkeys([0, *map(steps_ahead, run.starts)]):
+            own = zip(*map(Tensor.tolist, self.own), strict=True)
+            pairs = [(value, logged.get(step + ahead, math.nan)) for step, value in own]
+            same = [math.isclose(one, other, rel_tol=1e-6) for one, other in pairs if one == one and other == other]
+            found.append((sum(same) / max(1, len(same)), ahead))
+        return max(found, key=lambda share_and_ahead: share_and_ahead[0])
+
+    def later(self, steps: int) -> TrainerLog:
+        """The same, its steps counted from an earlier one on."""
+        return dataclasses.replace(self, scalars={tag: (at + steps, v) for tag, (at, v) in self.scalars.items()})
 
 
 def find_events(places: Sequence[Path]) -> dict[Path, Path]:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +176,13 @@ def check_next(path: Path, number: int, before: LoggedStep, step: LoggedStep) ->
 def resumptions(starts: Sequence[dict[str, Any]]) -> list[int]:
     """The steps behind which a run was resumed, from what its log says of its starts."""
     return [start["resumed_from"] for start in starts if start.get("resumed_from")]
+
+
+def steps_ahead(start: Mapping[str, Any]) -> int:
+    """By how many the log's steps are ahead of the trainer's own, in what this start of a run begins."""
+    step: int = start.get("resumed_from", 0)
+    counted = start.get("trainer_step", step)
+    return step - counted if isinstance(counted, int) else 0
 
 
 class _Chosen:

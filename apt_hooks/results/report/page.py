@@ -93,7 +93,7 @@ class _Page:
         self.saved = [read_saved(run.path) for run in runs]
         self.found = [summarize(run) for run in runs]
         self.trainers = list(_named_and_colored(runs, trainers))
-        logged = [int(steps.max()) for log in trainers for steps, _ in log.scalars.values()]
+        logged = [int(steps.max()) for *_, log in self.trainers for steps, _ in log.scalars.values()]
         self.last_step = max(1, *(one.last for one in self.found), *logged)
         self.others = len({run for run, *_ in self.trainers} - {f"run-{i}" for i in range(len(runs))})
         self.points = figures.points_for(len(runs))
@@ -198,7 +198,7 @@ class _Page:
         logged = {trainer[0] for trainer in self.trainers}
         silent = [run.name for i, run in enumerate(self.runs) if f"run-{i}" not in logged]
         missing = note(f"No event files of {', '.join(silent)} were found: name its logging_dir too.") if silent else ""
-        legend = key("trainer-losses", "runs", [trainer[:3] for trainer in self.trainers])
+        legend = key("trainer-losses", "runs", list(dict.fromkeys(trainer[:3] for trainer in self.trainers)))
         return Template(_part("trainer_losses.html")).substitute(missing=missing, key=legend, panels=panels)
 
     def _term_panels(self) -> str:
@@ -244,13 +244,14 @@ def _named_and_colored(
     """A trainer's logs with the key, color and name of the step log's run, where they are of one of these."""
     names, others = [run.name for run in runs], itertools.count(len(runs))
     for log in trainers:
-        place = next((i for i, run in enumerate(runs) if log.is_of(run)), None)
-        if place is not None:
-            yield f"run-{place}", figures.run_color(place), names[place], log
-            continue
-        place = next(others)
-        name = f"{log.name} (TensorBoard)" if log.name in names else log.name
-        yield f"run-{place}", figures.run_color(place), name, log
+        found = [log.agreement(run) for run in runs]
+        place = max(range(len(runs)), key=lambda i: found[i][0])
+        share, ahead = found[place]
+        name = names[place]
+        if share <= 0.5:  # of a run that was resumed from an earlier step some are not in its log any more
+            place, ahead = next(others), 0
+            name = f"{log.name} (TensorBoard)" if log.name in names else log.name
+        yield f"run-{place}", figures.run_color(place), name, log.later(ahead)
 
 
 def _part(name: str) -> str:

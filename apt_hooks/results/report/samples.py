@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apt_hooks.errors import AptError
-from apt_hooks.results.read_steplog import run_name
+from apt_hooks.results.read_steplog import run_name, steps_ahead
 
 from .saved import Moment, Saved
 
@@ -129,11 +129,10 @@ def _begun(starts: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]
 def _in_the_log(moment: Moment, start: dict[str, Any]) -> Moment:
     """A moment as the log counts it, of a picture drawn by a run that began so."""
     kind, number = moment
-    step = start.get("resumed_from", 0)
     if kind == "step":
-        counted = start.get("trainer_step", step)
-        return kind, number + step - (counted if isinstance(counted, int) else step)
+        return kind, number + steps_ahead(start)
     # Of "epoch 0", before the first step, a resumed run's is what the state had come to.
+    step = start.get("resumed_from", 0)
     return ("step", step) if step and not number else moment
 
 
