@@ -605,7 +605,7 @@ class NetworkTrainer:
 
 def setup_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
-    for name in ("config_file", "dataset_config", "resume", "mixed_precision", "blocks"):
+    for name in ("config_file", "dataset_config", "resume", "mixed_precision", "blocks", "sample_prompts"):
         parser.add_argument(f"--{name}", default=None)
     for name, default in {"output_dir": "out", "output_name": "lora", "network_module": "networks.lora"}.items():
         parser.add_argument(f"--{name}", default=default)

@@ -36,6 +36,19 @@ def step(number: int, gammas: Sequence[float] = (0.9, 0.5, 0.1), **changes: Any)
     return {"step": number, "gamma": list(gammas), "gap": gaps, **values, **terms, **changes}
 
 
+def checkpoint(number: int, gap: float, drift: float, **changes: Any) -> dict[str, Any]:
+    """The line of a saved LoRA."""
+    measured = {"delta_noise": 0.02, "class_drift": drift, "free_drift": drift / 2, "text_drift": None}
+    return {
+        "step": number,
+        "file": f"lora-step{number:08d}.safetensors",
+        "gamma": [0.5, 0.7],
+        "gap": [gap, gap],
+        **measured,
+        **changes,
+    }
+
+
 def write(path: Path, lines: Sequence[dict[str, Any]], end: str = "") -> Path:
     """The lines as a file, and `end` behind them, such as the piece of a line."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,12 @@ def test_the_knee_of_learning_against_drift_is_picked() -> None:
     assert len(found.sentences) == 2
 
 
+def test_of_the_last_one_nothing_behind_it_is_said() -> None:
+    found = verdict(run(drifts=(0.1, 0.2, 0.2, 0.19, 0.15, 0.1)))
+    assert found.picked is not None and found.picked.step == 600 and found.sure
+    assert found.sentences[1].startswith("Before it less is learned, and it is the last: a longer training may")
+
+
 def test_the_unit_of_gaps_and_drifts_is_no_matter() -> None:
     one, other = verdict(run()), verdict(run([7 * gap for gap in GAPS], [30 * drift for drift in DRIFTS]))
     assert one.benefits == pytest.approx(other.benefits)

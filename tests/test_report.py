@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import dataclasses
 import functools
 import importlib
 import io
@@ -12,30 +13,37 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from step_logs import start, step, write
+from step_logs import checkpoint, start, step, write
 
 from apt_hooks import AptError
+from apt_hooks.results.read_checkpoints import Checkpoint, SavedRun
+from apt_hooks.results.read_events import find_events, read_events
 from apt_hooks.results.read_steplog import RunLog, find_logs, read_run
 from apt_hooks.results.report.curves import downsample, fold_bins, smooth, timesteps_of
 from apt_hooks.results.report.figures import (
     bin_color,
+    checkpoint_plots,
     gamma_plot,
     loss_plot,
-    loss_top,
+    loss_span,
     points_for,
     run_color,
     value_plot,
 )
 from apt_hooks.results.report.samples import SIDE, read_samples
+from apt_hooks.results.report.saved import Saved, read_saved
 from apt_hooks.results.report.summary import in_words, summarize
+from apt_hooks.results.verdict import verdict
 from apt_hooks.training.step import AptStep
 from apt_hooks.training.steplog import StepLog
 
 NAN = math.nan
+GAPS, DRIFTS = (0.02, 0.04, 0.05, 0.052, 0.054, 0.055), (0.2, 0.25, 0.3, 0.5, 0.8, 1.2)  # the third is picked
 
 
 def read(path: Path, **options: Any) -> RunLog:
@@ -47,6 +55,15 @@ def read(path: Path, **options: Any) -> RunLog:
 def words(path: Path) -> str:
     run = read(path)
     return " ".join(in_words(run, summarize(run)))
+
+
+def saved(folder: Path, name: str = "lora") -> Saved:
+    """Six checkpoints beside a log, 100 steps from one to the next."""
+    lines = [checkpoint(100 * k, gap, drift) for k, (gap, drift) in enumerate(zip(GAPS, DRIFTS, strict=True), 1)]
+    write(folder / f"{name}-checkpoints.jsonl", [{"run": {"class": "a photo of a dog"}}, *lines])
+    found = read_saved(folder / f"{name}-apt.jsonl")
+    assert found is not None
+    return found
 
 
 # -- finding and reading -----------------------------------------------------------------------------------------------
@@ -212,10 +229,31 @@ def test_a_long_curve_shows_a_band_from_lowest_to_highest(run: RunLog) -> None:
     assert bold["y"] == [0.5] * 10 and "lora &lt;i&gt;" in bold["hovertemplate"]
 
 
+def test_the_axis_of_losses_is_about_the_distance_of_the_bold_lines(tmp_path: Path) -> None:
+    # Single steps from 0.1 to 0.9, and 0.01 between both.
+    lines = [step(i, loss_tuned=0.1 + 0.8 * (i % 2), loss_frozen=0.11 + 0.8 * (i % 2)) for i in range(1, 401)]
+    low, high = loss_span([read(write(tmp_path / "a-apt.jsonl", lines))])
+    assert 0.4 < low < 0.5 and 0.51 < high < 0.6
+    flat = [step(i, loss_tuned=0.5, loss_frozen=0.5) for i in (1, 2)]
+    low, high = loss_span([read(write(tmp_path / "b-apt.jsonl", flat))])
+    assert low < 0.5 < high
+
+
+def test_checkpoints_have_a_plot_of_the_gap_and_one_of_the_drifts_that_there_are(tmp_path: Path) -> None:
+    found = saved(tmp_path)
+    plots = checkpoint_plots(found.run.checkpoints, found.verdict.picked, 600)
+    assert [trace["y"] for trace in plots["gap"]["data"]] == [list(GAPS)]
+    assert [trace["y"] for trace in plots["drift"]["data"]] == [list(DRIFTS), [drift / 2 for drift in DRIFTS]]
+    assert [shape["x0"] for plot in plots.values() for shape in plot["layout"]["shapes"]] == [300, 300]
+    assert not checkpoint_plots(found.run.checkpoints, None, 600)["gap"]["layout"]["shapes"]
+    without = [dataclasses.replace(one, class_drift=NAN, free_drift=NAN) for one in found.run.checkpoints]
+    assert list(checkpoint_plots(without, None, 600)) == ["gap"]
+
+
 def test_plots_are_what_plotly_accepts(run: RunLog) -> None:
     go = pytest.importorskip("plotly.graph_objects")
     for points in (10, 1000):
-        plots = [gamma_plot(run, 100, points), loss_plot(run, 100, loss_top([run]), points)]
+        plots = [gamma_plot(run, 100, points), loss_plot(run, 100, loss_span([run]), points)]
         for plot in [*plots, value_plot("delta_noise", [run, run], 100, points, "delta noise")]:
             assert len(go.Figure(plot).data) == len(plot["data"])
 
@@ -295,7 +333,7 @@ def test_pictures_of_a_run_are_found_by_name_and_made_small(tmp_path: Path) -> N
     draw(log, "e000009_00_20261122230000")
     found = read_samples(log)
     assert found is not None and found.notes == []
-    assert found.moments == [("epoch", 1), ("epoch", 2)] and found.prompts == [0, 1]
+    assert found.moments == [("epoch", 1), ("epoch", 2)] and list(found.prompts) == [0, 1]
     assert set(found.pictures) == {(("epoch", 1), 0), (("epoch", 1), 1), (("epoch", 2), 0)}
     assert shown(found.pictures[("epoch", 1), 0]).size == (SIDE, SIDE // 2)
     assert read_samples(tmp_path / "last-apt.jsonl").moments == [("epoch", 9)]  # type: ignore[union-attr]
@@ -345,7 +383,7 @@ def test_of_many_pictures_an_even_part_is_shown_and_said(tmp_path: Path) -> None
             draw(log, f"a_e{number:06d}_{prompt:02d}_20261122{number:06d}", size=(8, 8))
     found = read_samples(log)
     assert found is not None and [count for _, count in found.moments] == [1, 3, 5, 7, 9, 11, 13, 15]
-    assert found.prompts == [0, 2, 3, 5]
+    assert list(found.prompts) == [0, 2, 3, 5]
     assert found.notes == [
         "8 of 15 moments are shown, evenly chosen.",
         "4 of 6 prompts are shown, evenly chosen.",
@@ -362,6 +400,52 @@ def test_a_picture_that_is_half_written_or_none_is_noted(tmp_path: Path) -> None
     found = read_samples(log)
     assert found is not None and list(found.pictures) == [(("epoch", 3), 0)]
     assert [note.split(" is left out, it cannot be read (")[0] for note in found.notes] == [half.name, none.name]
+
+
+def test_rows_have_their_prompts_where_the_log_knows_them(tmp_path: Path) -> None:
+    log = tmp_path / "a-apt.jsonl"
+    for prompt in (0, 2):
+        draw(log, f"a_000010_{prompt:02d}_20261122230000", size=(8, 8))
+    found = read_samples(log, [start(sample_prompts=["of old"])["run"], start(sample_prompts=["one", "two"])["run"]])
+    assert found is not None and found.prompts == {0: "one", 2: ""}
+
+
+def test_of_many_pictures_those_of_checkpoints_are_shown_and_the_picked_ones(tmp_path: Path) -> None:
+    log, found = tmp_path / "lora-apt.jsonl", saved(tmp_path)
+    for number in range(0, 601, 50):
+        draw(log, f"lora_{number:06d}_00_20261122{number:06d}", size=(8, 8))
+    shown = read_samples(log, (), found)
+    assert shown is not None and shown.moments == [("step", number) for number in range(0, 601, 100)]
+    many = [dataclasses.replace(found.run.checkpoints[0], step=10 * k) for k in range(1, 61)]
+    for picked in (many[0], many[1], many[32], many[58], many[59]):
+        of_many = Saved(
+            dataclasses.replace(found.run, checkpoints=many), dataclasses.replace(found.verdict, picked=picked)
+        )
+        for number in range(10, 601, 10):
+            draw(log, f"lora_{number:06d}_00_20261122{number:06d}", size=(8, 8))
+        shown = read_samples(log, (), of_many)
+        assert shown is not None and len(shown.moments) == 8 and ("step", picked.step) in shown.moments
+        assert shown.moments == sorted(shown.moments)
+        assert shown.notes == ["8 of 61 moments are shown, those of checkpoints, evenly chosen."]
+
+
+def epochs(*files: tuple[int, str]) -> Saved:
+    checkpoints = [Checkpoint(step, file, 0.5, 0.1, NAN, 10, 0, 0.02, 0.1, 0.1, NAN) for step, file in files]
+    return Saved(SavedRun("lora", Path("lora-checkpoints.jsonl"), {}, checkpoints), verdict(checkpoints))
+
+
+def test_a_picture_is_of_the_nearest_checkpoint(tmp_path: Path) -> None:
+    found = saved(tmp_path)
+    steps = {0: None, 10: 100, 149: 100, 151: 200, 900: 600}
+    assert {number: (one := found.nearest(("step", number))) and one.step for number in steps} == steps
+    assert found.nearest(("epoch", 1)) is None and found.nearest(("epoch", 0)) is None
+    assert found.picked_among([("step", 260), ("step", 290), ("step", 400)]) == ("step", 290)
+    assert found.picked_among([("step", 100), ("step", 400)]) is None
+    by_epoch = epochs((40, "lora-000002.safetensors"), (80, "lora-000004.safetensors"), (100, "lora.safetensors"))
+    assert [by_epoch.step_of(("epoch", number)) for number in (0, 2, 4, 5)] == [0, 40, 80, 100]
+    assert [one.file for number in (1, 4, 5) if (one := by_epoch.nearest(("epoch", number)))] == [
+        "lora-000002.safetensors", "lora-000004.safetensors", "lora.safetensors",
+    ]  # fmt: skip
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -396,6 +480,30 @@ def test_the_page_tells_results_settings_and_how_it_was_read(tmp_path: Path) -> 
     assert "Their indicator_scale" not in page
 
 
+def test_the_page_begins_with_the_verdict_of_pick(tmp_path: Path) -> None:
+    log = write(tmp_path / "lora-apt.jsonl", [start(sample_prompts=["a <dog>"]), *(step(i) for i in range(1, 601))])
+    found = saved(tmp_path)
+    for number in range(100, 700, 100):
+        draw(log, f"lora_{number:06d}_00_20261122{number:06d}", size=(8, 8))
+    page, _ = report([log], tmp_path / "report.html")
+    first, _, rest = page.partition("Did it overfit?")
+    assert f'<p class="verdict">{found.verdict}</p>' in first and "Step 300" in str(found.verdict)
+    assert "<tr class=picked><td>300</td><td>0.60</td><td>0.05</td><td>0.02</td><td>0.30</td><td>0.15</td>" in first
+    assert 'id="plot-gap-0"' in first and 'id="plot-drift-0"' in first and "No class drift" not in first
+    assert "<i>picked</i>step 300<br><code>lora-step00000300</code>" in first and first.count("<td class=picked>") == 1
+    assert "<strong>00</strong> a &lt;dog&gt;" in first and "<img" not in rest
+
+
+def test_without_a_verdict_the_page_says_why(tmp_path: Path) -> None:
+    write(tmp_path / "none-apt.jsonl", [start(), step(1)])
+    write(tmp_path / "few-apt.jsonl", [start(), step(1)])
+    write(tmp_path / "few-checkpoints.jsonl", [{"run": {"off": "drifts = false"}}, checkpoint(60, 0.1, 0.1)])
+    page, _ = report([tmp_path], tmp_path / "report.html")
+    assert "No verdict: beside its log there is no none-checkpoints.jsonl" in page
+    assert '<p class="verdict unsure">Cannot tell from 1 checkpoint: ' in page and "No drifts: drifts = false." in page
+    assert "plot-gap" not in page and "1 checkpoint in numbers" in page
+
+
 def test_runs_of_another_scale_are_not_compared_by_gamma(tmp_path: Path) -> None:
     for name, scale in (("a", 1000.0), ("b", 100.0)):
         write(tmp_path / f"{name}-apt.jsonl", [start(config={"indicator_scale": scale}), step(1)])
@@ -428,6 +536,7 @@ def test_pictures_are_on_the_page_with_the_gamma_of_their_step(tmp_path: Path) -
     draw(log, "a_000005_00_20261122230000")
     page, _ = report([log], tmp_path / "report.html")
     assert page.count('<img src="data:image/jpeg;base64,') == 1 and 'alt="a, step 5, prompt 00"' in page
+    assert "A row without its prompt, which the log does not know" in page
     assert "step 5<br>gamma 0.50" in page
 
 
@@ -469,7 +578,132 @@ def test_missing_packages_are_named_with_what_installs_them(tmp_path: Path, monk
             run_report([log], tmp_path / "r.html", say=print)
 
 
-@pytest.mark.parametrize("module", ["curves", "figures", "page", "samples", "summary", "tables", "watch"])
+# -- what trainers logged ----------------------------------------------------------------------------------------------
+
+
+class Accumulator:
+    """TensorBoard's reader, of `LOGGED`: times, steps and values by folder and tag."""
+
+    LOGGED: ClassVar[dict[str, dict[str, list[tuple[float, int, float]]]]] = {}
+
+    def __init__(self, folder: str, size_guidance: dict[str, int]) -> None:
+        assert size_guidance == {"scalars": 0}
+        self.scalars = self.LOGGED[Path(folder).parent.name]
+
+    def Reload(self) -> None:
+        pass
+
+    def Tags(self) -> dict[str, list[str]]:
+        return {"scalars": list(self.scalars)}
+
+    def Scalars(self, tag: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(wall_time=t, step=step, value=value) for t, step, value in self.scalars[tag]]
+
+
+LOSSES = [(float(i), i, 0.05 + 0.001 * i) for i in range(1, 7)]
+PLAIN = {
+    "loss/current": [*LOSSES[:5], (6.0, 6, math.inf)],
+    "loss/epoch_average": [(3.5, 1, 0.052), (9.0, 2, 0.055)],
+    "lr/unet": LOSSES,
+}
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Event files of two runs, by the names of their folders; what is in them is `Accumulator.LOGGED`."""
+    name = "tensorboard.backend.event_processing.event_accumulator"
+    for part in ("tensorboard", "tensorboard.backend", "tensorboard.backend.event_processing", name):
+        monkeypatch.setitem(sys.modules, part, ModuleType(part))
+    vars(sys.modules[name])["EventAccumulator"] = Accumulator
+
+    def logged(logging_dir: Path, **runs: Any) -> Path:
+        for run, scalars in runs.items():
+            folder = logging_dir / run / "network_train"
+            folder.mkdir(parents=True)
+            (folder / "events.out.tfevents.1795747022.host.1.0").touch()
+            monkeypatch.setitem(Accumulator.LOGGED, run, scalars)
+        return logging_dir
+
+    return logged
+
+
+def test_losses_stand_at_training_steps_and_runs_are_called_by_their_places(tmp_path: Path, logged: Any) -> None:
+    place = logged(tmp_path / "plain", first=PLAIN, second=PLAIN, empty={"lr/unet": LOSSES})
+    one, two = read_events(find_events([place]))
+    assert (one.name, two.name) == ("plain/first", "plain/second") and list(one.scalars) == list(PLAIN)[:2]
+    assert [column.tolist() for column in one.scalars["loss/epoch_average"]] == [[3, 6], [0.052, 0.055]]
+    (file,) = (place / "first").rglob("events*")
+    for single in (place / "first", file, file.parent):
+        assert [log.name for log in read_events(find_events([single]))] == ["first"]
+    assert not find_events([tmp_path / "no"]) and read_events({}) == []
+
+
+def test_a_run_without_apt_stands_beside_one_with_it(tmp_path: Path, logged: Any) -> None:
+    write(tmp_path / "out/own-apt.jsonl", [start(), *(step(i) for i in range(1, 7))])
+    own = [(float(i), i, step(i)["loss_tuned"] * (1 + 1e-8)) for i in range(1, 7)]
+    logged(tmp_path / "out/logs", itsown={"apt/loss_tuned": own, "loss/current": LOSSES})
+    plain = logged(tmp_path / "plain", one=PLAIN)
+    page, said = report([tmp_path / "out", plain], tmp_path / "report.html")
+    assert said[0].endswith("1 run, 6 steps, losses of 1 other")
+    section = page.partition('id="trainer-losses"')[2].partition("</section>")[0]
+    assert re.findall(r'data-line="(.*?)".*?<span>(.*?)</span>', section) == [("run-0", "own"), ("run-1", "plain")]
+    assert re.findall("<h3>(.*?)</h3>", section) == ["loss/current", "loss/epoch_average"] and "No event" not in section
+    page, _ = report([tmp_path / "out/own-apt.jsonl", plain], tmp_path / "report.html")
+    assert "No event files of own were found: name its logging_dir too." in page
+    page, _ = report([tmp_path / "out/own-apt.jsonl"], tmp_path / "report.html")
+    assert "trainer-losses" not in page
+
+
+def test_losses_are_of_the_run_whose_log_agrees(tmp_path: Path, logged: Any) -> None:
+    lines = [*(step(i) for i in range(1, 5)), start(4, trainer_step=0), *(step(i) for i in range(5, 8))]
+    run = read(write(tmp_path / "a-apt.jsonl", [start(), *lines]))
+    same = [(float(i), i, step(i)["loss_tuned"]) for i in range(1, 8)]
+    resumed = [(float(i), i - 4, step(i)["loss_tuned"]) for i in range(5, 8)]
+    other = [(t, i, value if i == 1 else 0.5) for t, i, value in same]  # of one seed, which is why they begin alike
+    runs = {"same": same, "resumed": resumed, "other": other, "none": [(0.0, 1, NAN)], "later": [(0.0, 9, 0.5)]}
+    place = logged(tmp_path / "p", **{name: {"apt/loss_tuned": v, "loss/current": LOSSES} for name, v in runs.items()})
+    found = {log.name.removeprefix("p/"): log.agreement(run) for log in read_events(find_events([place]))}
+    assert found == {"same": (1, 0), "resumed": (1, 4), "other": (1 / 7, 0), "none": (0, 0), "later": (0, 0)}
+    page, said = report([tmp_path], tmp_path / "report.html")
+    assert said[0].endswith("losses of 3 others") and page.count("Resumed behind step 4.") == 1
+    plots = json.loads(page.partition('id="plots">')[2].partition("</script>")[0])
+    drawn = [max(line["x"]) for line in plots["plot-trainer-0"]["data"] if line["legendgroup"] == "run-0"]
+    assert sorted(drawn) == [6, 10] and page.count('data-line="run-0" data-within="trainer-losses"') == 1
+
+
+def test_event_files_alone_are_refused_and_without_tensorboard_told(
+    tmp_path: Path, logged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, out = logged(tmp_path / "plain", one=PLAIN), tmp_path / "report.html"
+    with pytest.raises(
+        AptError, match=r"plain: has event files of TensorBoard, and no \*-apt.jsonl; name a run with APT"
+    ):
+        report([place], out)
+    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
+    log = write(tmp_path / "a-apt.jsonl", [step(1)])
+    with pytest.raises(AptError, match=r"event files are read by the package tensorboard .*: pip install tensorboard"):
+        report([log, place], out)
+    page, _ = report([tmp_path], out)  # it has a log, and the event files are beside the matter
+    assert "Left out: " in page and "pip install tensorboard" in page
+
+
+def test_what_tensorboard_writes_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "plain")) as writer:
+        for number in (1, 2, 3):
+            writer.add_scalar("loss/current", 0.25 * number, number)
+        writer.add_scalar("loss/validation/epoch_average", 0.5, 1)
+    (log,) = read_events(find_events([tmp_path]))
+    assert [column.tolist() for column in log.scalars["loss/current"]] == [[1, 2, 3], [0.25, 0.5, 0.75]]
+    assert [column.tolist() for column in log.scalars["loss/validation/epoch_average"]] == [[3], [0.5]]
+
+
+MODULES = ["curves", "figures", "page", "samples", "saved", "summary", "tables", "watch", "which_checkpoint"]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_optional_packages_are_imported_where_they_are_needed_only(module: str) -> None:
     path = importlib.import_module(f"apt_hooks.results.report.{module}").__file__ or ""
     source = Path(path).read_text(encoding="utf-8")

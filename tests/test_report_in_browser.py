@@ -8,22 +8,26 @@ from typing import Any
 
 import browser
 import pytest
-from step_logs import start, step, write
+from step_logs import checkpoint, start, step, write
 
 BINS = (0.9, 0.7, 0.5, 0.2)
+GAPS, DRIFTS = (0.02, 0.04, 0.05, 0.052, 0.054, 0.055), (0.2, 0.25, 0.3, 0.5, 0.8, 1.2)  # the third is picked
+PROMPTS = ["a photo of sks dog on a mountain trail in thick fog, seen from far away, with a river deep below"]
 RUNS = ("lora", "plain <b>&", "a_name_without_an_end_" * 4)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs, one resumed and with sample pictures, one older."""
+    """Three runs, one resumed and with checkpoints and sample pictures, one older."""
     pytest.importorskip("plotly")
     image = pytest.importorskip("PIL.Image")
     from apt_hooks.results.report.page import run_report
 
     folder = tmp_path_factory.mktemp("runs")
     steps = [step(i, [gamma * i / 60 for gamma in BINS]) for i in range(1, 61)]
-    write(folder / f"{RUNS[0]}-apt.jsonl", [start(), *steps[:30], start(30), *steps[30:]])
+    write(folder / f"{RUNS[0]}-apt.jsonl", [start(), *steps[:30], start(30, sample_prompts=PROMPTS), *steps[30:]])
+    saved = [checkpoint(10 * k, gap, drift) for k, (gap, drift) in enumerate(zip(GAPS, DRIFTS, strict=True), 1)]
+    write(folder / f"{RUNS[0]}-checkpoints.jsonl", [{"run": {"class": "a photo of a dog"}}, *saved])
     write(folder / f"{RUNS[1]}-apt.jsonl", [start(config={"objective": "dreambooth"}), *steps])
     write(folder / f"{RUNS[2]}-apt.jsonl", steps[:40])
     (folder / "sample").mkdir()
@@ -96,16 +100,17 @@ def test_a_line_is_drawn_for_each_run_and_bin(page: Any) -> None:
 
 def test_headings_name_questions_and_runs_as_text(page: Any) -> None:
     assert texts(page, "h2") == [
+        "Which checkpoint?",
         "Did it overfit?",
         "Gamma: where and when it overfits",
         "Delta noise: how far it has moved from the base model",
-        "Which checkpoint?",
         "Losses",
         "What APT did",
         "How they were trained",
     ]
     names = sorted(RUNS)
     assert texts(page, "#gamma h3") == texts(page, "#summary h3") == texts(page, "#losses h3") == names
+    assert texts(page, ".run > h3") == names
     assert texts(page, "#delta-noise .key button") == names
     assert texts(page, "b") == []
 
@@ -121,7 +126,29 @@ def test_sample_pictures_are_shown(page: Any) -> None:
         "return [...document.images].map(picture => [picture.complete, picture.naturalWidth, picture.naturalHeight])"
     )
     assert page.execute_script(script) == [[True, 192, 256]] * 6
-    assert texts(page, "#samples th")[:2] == ["step 10gamma 0.10", "step 20gamma 0.19"]
+    assert texts(page, ".samples thead th")[1:3] == [
+        "step 20lora-step00000020gamma 0.19",
+        "pickedstep 30lora-step00000030gamma 0.29",
+    ]
+    assert texts(page, ".samples tbody th") == [f"00 {PROMPTS[0]}"]
+
+
+def test_the_picked_checkpoint_is_marked_in_plots_table_and_pictures(page: Any) -> None:
+    assert texts(page, ".verdict")[0].startswith("Step 30 (lora-step00000030.safetensors): ")
+    for plot, count in (("#plot-gap-1", 1), ("#plot-drift-1", 2)):  # class drift and free drift
+        assert len(lines(page, plot)) == count and texts(page, f"{plot} .annotation-text") == ["picked"]
+        assert len(page.find_elements("css selector", f"{plot} .shapelayer path")) == 1
+    assert texts(page, "tr.picked td")[0] == "30" and len(texts(page, ".numbers tbody tr")) == 6
+    assert len(page.find_elements("css selector", ".samples td.picked img")) == 1
+
+
+@pytest.mark.parametrize("page", [390], indirect=True)
+def test_on_a_phone_the_picked_pictures_and_the_prompt_are_in_sight(page: Any) -> None:
+    script = """
+return [...document.querySelectorAll('.samples td.picked, .samples tbody th span')]
+  .map(element => element.getBoundingClientRect()).map(place => [place.left, place.right])"""
+    places = page.execute_script(script)
+    assert len(places) == 2 and all(left >= 0 and right <= 390 for left, right in places)
 
 
 def test_nothing_is_fetched_and_nothing_complained_about(page: Any) -> None:

@@ -1096,6 +1096,22 @@ def test_dropout_is_told_at_start_and_in_the_log(train: Train, caplog: pytest.Lo
     assert "dropout" not in about and "dropout" not in caplog.text
 
 
+@pytest.mark.parametrize("place", ["library.sampling", "library.train_util"])
+def test_the_log_has_the_prompts_of_the_pictures(train: Train, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def load_prompts(path: str) -> list[dict[str, Any]]:
+        if path != "p.txt":
+            raise FileNotFoundError(path)
+        return [{"prompt": "a dog at sea", "enum": 0}, {"enum": 1}]
+
+    module = sys.modules.get(place) or ModuleType(place)
+    monkeypatch.setitem(sys.modules, place, module)
+    monkeypatch.setattr(module, "load_prompts", load_prompts, raising=False)
+    for path, prompts in (("p.txt", ["a dog at sea", ""]), ("missing.txt", None), (None, None)):
+        run = train({}, name=str(path), sample_prompts=path)
+        about = json.loads((run.folder / "lora-apt.jsonl").read_text().splitlines()[0])["run"]
+        assert about.get("sample_prompts") == prompts
+
+
 def test_log_pictures_and_report_of_a_resumed_run_agree(train: Train) -> None:
     pytest.importorskip("PIL.Image")
     options = {"ema_alpha": 0.5}, {"sample_every_n_steps": 1}

@@ -70,14 +70,18 @@ def evaluate(
     )
 
 
-@app.command(epilog="Example: `apt-hooks report out/ dreambooth/lora-apt.jsonl --out report.html`")
+@app.command(epilog="Example: `apt-hooks report out/ other/lora-apt.jsonl plain-logs/ --out report.html`")
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Logs, RUN-apt.jsonl, or folders that hold some.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Logs, RUN-apt.jsonl, or folders that hold some; of TensorBoard's files too, for runs without APT.",
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="PAGE.html", help="Where to write the page.")] = Path("report.html"),
 ) -> None:
-    """Show runs side by side on one page: indicator, losses, sample pictures, settings. Also while they go on."""
+    """Show runs on one page: which checkpoint and why, sample pictures, indicator, losses. Also while they go on."""
     from apt_hooks.results.report.page import run_report
 
     run_report(runs, out, say=typer.echo)

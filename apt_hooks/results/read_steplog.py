@@ -9,7 +9,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,6 +178,13 @@ def resumptions(starts: Sequence[dict[str, Any]]) -> list[int]:
     return [start["resumed_from"] for start in starts if start.get("resumed_from")]
 
 
+def steps_ahead(start: Mapping[str, Any]) -> int:
+    """By how many the log's steps are ahead of the trainer's own, in what this start of a run begins."""
+    step: int = start.get("resumed_from", 0)
+    counted = start.get("trainer_step", step)
+    return step - counted if isinstance(counted, int) else 0
+
+
 class _Chosen:
     """Takes the lines of a log, and keeps every first, second, fourth, ... step, so that `most` suffice.
 
@@ -260,6 +267,8 @@ def _start(about: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("no start of a run")
     if not all(isinstance(about.get(part, {}), dict) for part in ("config", "overrides", "dropout")):
         raise ValueError("no config")
+    if not isinstance(about.get("sample_prompts", []), list):
+        raise ValueError("no prompts")
     return about
 
 

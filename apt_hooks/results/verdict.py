@@ -110,6 +110,8 @@ def _shares(values: Sequence[float]) -> list[float] | None:
 
 
 def _beside(checkpoints: Sequence[Checkpoint], benefits: Sequence[float], best: int, sure: bool) -> str:
+    if sure and best == len(checkpoints) - 1:
+        return "Before it less is learned, and it is the last: a longer training may give one that is better still."
     if sure:
         return "Before it less is learned, and behind it drift grows faster than what is learned."
     close = [one.step for one, b in zip(checkpoints, benefits, strict=True) if benefits[best] - b <= CLEAR]

@@ -34,6 +34,7 @@ from .conditioning import FrozenConditioning, TextEncoders, WithClassCaptions
 from .denoiser import FirstCall, prepare_block_swap
 from .lora import LoraSwitch, dropout
 from .probe import Prompts, TrainerProbe
+from .sample_prompts import sample_prompts
 from .trainer_functions import FlowNoising, LossMask, noising_of
 
 logger = logging.getLogger("apt_hooks")
@@ -240,6 +241,8 @@ class AptTrainer:
             trainer="sd-scripts",
             target=self._noising.target(args),
         )
+        if prompts := sample_prompts(getattr(args, "sample_prompts", None)):
+            self.apt.log.add_about("sample_prompts", prompts)
         if getattr(args, "skip_until_initial_step", False):
             self.apt.step = getattr(args, "initial_step", None) or 0  # until a state is loaded that knows better
         if accelerator.is_main_process:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt_hooks.results.read_checkpoints import Checkpoint
+from apt_hooks.results.read_events import TrainerLog
 from apt_hooks.results.read_steplog import RunLog
 
 from .curves import downsample, fold_bins, smooth, timesteps_of
@@ -19,8 +21,16 @@ MEAN_COLOR = "#1b1f24"
 TUNED_COLOR, FROZEN_COLOR = "#0072b2", "#8a5a00"
 _RUN_COLORS = ("#0072b2", "#d55e00", "#00805e", "#b3478f", "#6a51a3", "#7a6400", "#1b1f24", "#2a9fd6")
 _BIN_COLORS = ("#0d0887", "#7e03a8", "#cc4778", "#f0804e", "#e6a817")  # from low to high noise, dark enough on white
+PICKED_COLOR = "#0b5cad"
+DRIFTS = {  # of a checkpoint: what it is of, and its line's color
+    "class_drift": ("the class alone", "#b3478f"),
+    "free_drift": ("neither class nor subject", "#00805e"),
+    "text_drift": ("unrelated words, by the text encoders", "#7a6400"),
+}
+LEARNED = ("its own pictures", TUNED_COLOR)
 _GRID = "#e6e8eb"
 _SMOOTHED_OVER = 20  # the bold lines are means of a twentieth of the run
+_FEW = 40  # points that are shown as such, beside the line through them
 
 Plot = dict[str, Any]
 
@@ -70,22 +80,68 @@ def gamma_plot(run: RunLog, last_step: int, points: int) -> Plot:
     return {"data": traces, "layout": layout}
 
 
-def loss_plot(run: RunLog, last_step: int, top: float, points: int) -> Plot:
-    """Losses of the LoRA and of the base model; `top` ends the axis, see `loss_top`."""
+def checkpoint_plots(checkpoints: Sequence[Checkpoint], picked: Checkpoint | None, last_step: int) -> dict[str, Plot]:
+    """What was learned, and what it cost elsewhere, both from checkpoint to checkpoint; a line marks the picked one.
+
+    Returns:
+        `gap`, and `drift` with those that were measured; none of them without a line.
+    """
+    drifts = [(name, *about) for name, about in DRIFTS.items()]
+    plots: dict[str, Plot] = {}
+    for label, lines in (("gap", [("gap", *LEARNED)]), ("drift", drifts)):
+        traces = []
+        for name, title, color in lines:
+            known = [(one.step, getattr(one, name)) for one in checkpoints if math.isfinite(getattr(one, name))]
+            if known:
+                x, y = torch.tensor(known, dtype=torch.float64).unbind(1)
+                hover = f"{title}<br>checkpoint of step %{{x}}: %{{y:.3g}}"
+                traces.append(_line(x.long(), y, title, f"checkpoint-{name}", {"color": color, "width": 2}, hover))
+                traces[-1] |= {"mode": "lines+markers", "marker": {"size": 7}, "cliponaxis": False}
+        if not traces:
+            continue
+        layout = _layout(last_step, label, [])
+        layout["yaxis"]["rangemode"] = "tozero"
+        if picked is not None:
+            layout["shapes"] = [_vertical(picked.step, PICKED_COLOR, "solid")]
+            layout["annotations"] = [_label(picked.step, "picked", PICKED_COLOR)]
+            layout["margin"]["t"] = 42  # below the buttons that a mouse brings
+        plots[label] = {"data": traces, "layout": layout}
+    return plots
+
+
+def trainer_plot(tag: str, runs: Sequence[tuple[str, str, str, TrainerLog]], last_step: int, points: int) -> Plot:
+    """A scalar that trainers logged, of all runs that have it: each with its key, color, name and log.
+
+    The axis is about the bold lines, as for `loss_plot`.
+    """
+    traces: list[dict[str, Any]] = []
+    for key, color, name, log in runs:
+        steps, values = log.scalars[tag]
+        name = escape(shortened(name), quote=False)
+        traces += _noisy(steps, values, name, key, color, points)
+        if len(steps) <= _FEW:
+            traces[-1] |= {"mode": "lines+markers", "cliponaxis": False}
+    layout = _layout(last_step, "loss", [])
+    layout["yaxis"]["range"] = _span([log.scalars[tag][1] for *_, log in runs])
+    return {"data": traces, "layout": layout}
+
+
+def loss_plot(run: RunLog, last_step: int, span: list[float], points: int) -> Plot:
+    """Losses of the LoRA and of the base model; `span` is the axis, see `loss_span`."""
     traces = []
     for name, color, title in (
         ("loss_frozen", FROZEN_COLOR, "base model"),
         ("loss_tuned", TUNED_COLOR, "with the LoRA"),
     ):
-        traces += _noisy(run, run.values[name], title, name, color, points)
+        traces += _noisy(run.steps, run.values[name], title, name, color, points)
     layout = _layout(last_step, "mean squared error", [("#555b63", run.resumptions)])
-    layout["yaxis"]["range"] = [0, top]
+    layout["yaxis"]["range"] = span
     return {"data": traces, "layout": layout}
 
 
-def loss_top(runs: Sequence[RunLog]) -> float:
-    """Where the axis of losses ends, the same for all runs."""
-    return _top([run.values[name] for run in runs for name in ("loss_tuned", "loss_frozen")])
+def loss_span(runs: Sequence[RunLog]) -> list[float]:
+    """The axis of losses, the same for all runs: about their bold lines, whose distance is what counts."""
+    return _span([run.values[name] for run in runs for name in ("loss_tuned", "loss_frozen")])
 
 
 def value_plot(name: str, runs: Sequence[RunLog], last_step: int, points: int, label: str) -> Plot:
@@ -93,7 +149,7 @@ def value_plot(name: str, runs: Sequence[RunLog], last_step: int, points: int, l
     traces = []
     for i, run in enumerate(runs):
         traces += _noisy(
-            run, run.values[name], escape(shortened(run.name), quote=False), f"run-{i}", run_color(i), points
+            run.steps, run.values[name], escape(shortened(run.name), quote=False), f"run-{i}", run_color(i), points
         )
     layout = _layout(last_step, label, [(run_color(i), run.resumptions) for i, run in enumerate(runs)])
     layout["yaxis"]["range"] = [0, _top([run.values[name] for run in runs])]
@@ -105,11 +161,11 @@ def shortened(name: str) -> str:
     return name if len(name) <= 32 else f"{name[:15]}\u2026{name[-15:]}"
 
 
-def _noisy(run: RunLog, values: Tensor, name: str, key: str, color: str, points: int) -> list[dict[str, Any]]:
+def _noisy(steps: Tensor, values: Tensor, name: str, key: str, color: str, points: int) -> list[dict[str, Any]]:
     """A value that jumps from step to step: pale as it is, or from its lowest to its highest, and bold its mean."""
     logged = ~values.isnan()
-    curve = downsample(run.steps[logged], values[logged][:, None], points)
-    window = math.ceil(len(curve.steps) / _SMOOTHED_OVER)
+    curve = downsample(steps[logged], values[logged][:, None], points)
+    window = _window(len(curve.steps))
     traces = []
     if curve.each > 1:
         around = torch.cat([curve.steps, curve.steps.flip(0)])
@@ -133,9 +189,22 @@ def _top(columns: Sequence[Tensor]) -> float:
     for column in columns:
         found = column[~column.isnan()]
         if len(found):
-            window = math.ceil(len(found) / _SMOOTHED_OVER)
-            tops += [float(found.quantile(0.98)), float(smooth(found[:, None], window).max())]
+            tops += [float(found.quantile(0.98)), float(smooth(found[:, None], _window(len(found))).max())]
     return 1.08 * max(tops)
+
+
+def _span(columns: Sequence[Tensor]) -> list[float]:
+    """An axis about the smoothed lines, with a little air; single steps may lie outside."""
+    lines = [smooth(column[~column.isnan()][:, None], _window(int((~column.isnan()).sum()))) for column in columns]
+    known = torch.cat([line.flatten() for line in lines if len(line)] or [torch.zeros(1, dtype=torch.float64)])
+    low, high = float(known.min()), float(known.max())
+    air = 0.15 * (high - low) or 0.1 * abs(high) or 1e-12
+    return [low - air, high + air]
+
+
+def _window(steps: int) -> int:
+    """Over so many of a run's steps a bold line's points are means."""
+    return math.ceil(steps / _SMOOTHED_OVER)
 
 
 def _line(x: Tensor, y: Tensor, name: str, key: str, line: dict[str, Any], hover: str) -> dict[str, Any]:
@@ -163,10 +232,16 @@ def _layout(last_step: int, label: str, resumed: Sequence[tuple[str, Sequence[in
         "plot_bgcolor": "#ffffff",
         "showlegend": False,
         "hovermode": "closest",
-        "shapes": [_resumption(step, color) for color, steps in resumed for step in steps],
+        "shapes": [_vertical(step, color, "dash") for color, steps in resumed for step in steps],
     }
 
 
-def _resumption(step: int, color: str) -> dict[str, Any]:
-    line = {"color": color, "width": 1, "dash": "dash"}
+def _label(step: int, text: str, color: str) -> dict[str, Any]:
+    """Above the plot, at a step."""
+    place = {"xref": "x", "yref": "paper", "x": step, "y": 1, "yanchor": "bottom", "showarrow": False}
+    return {**place, "text": text, "font": {"color": color}}
+
+
+def _vertical(step: int, color: str, dash: str) -> dict[str, Any]:
+    line = {"color": color, "width": 1 if dash == "dash" else 1.5, "dash": dash}
     return {"type": "line", "xref": "x", "yref": "paper", "x0": step, "x1": step, "y0": 0, "y1": 1, "line": line}

@@ -34,6 +34,12 @@ for (const button of document.querySelectorAll("button[data-line]")) {
   });
 }
 
+// A phone shows two or three columns of pictures: begin with the picked one among them.
+for (const head of document.querySelectorAll(".samples th.picked")) {
+  const scroll = head.closest(".scroll");
+  scroll.scrollLeft = head.offsetLeft - (scroll.clientWidth - head.offsetWidth) / 2;
+}
+
 // Paper is narrower than most windows, and plots are as wide as they were drawn.
 function fitAll(sizeOf) {
   for (const id of Object.keys(plots)) {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -12,14 +13,18 @@ from string import Template
 
 from apt_hooks.errors import AptError
 from apt_hooks.files import write_atomically
-from apt_hooks.results.read_steplog import RunLog, find_logs, read_run
+from apt_hooks.results.read_events import TrainerLog, find_events, has_events_alone, read_events
+from apt_hooks.results.read_steplog import ENDING, RunLog, find_logs, read_run
 from apt_hooks.training.run import version
 
 from . import figures
 from .figures import Plot
-from .samples import Samples, read_samples
+from .markup import key, note
+from .samples import read_samples
+from .saved import read_saved
 from .summary import fixed, how_trained, in_words, number, summarize
 from .tables import results_table, settings_table
+from .which_checkpoint import which_checkpoint
 
 _TERMS = {
     "loss_weight": ("Factor of the loss", "1: as without APT; near 0: what the LoRA is overfitted to hardly counts."),
@@ -36,13 +41,14 @@ def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None])
     """Write the page for some runs, side by side.
 
     Args:
-        places: step logs, and folders in and below which all `*-apt.jsonl` are taken.
+        places: step logs, and folders in and below which all `*-apt.jsonl` are taken. Of event files of TensorBoard, in
+            the same places or others, the losses are shown too: so runs without APT stand beside those with it.
         out: the page, an .html file.
         say: takes the one line of text for the user.
 
     Raises:
-        AptError: no log there, a log that is broken, plotly is missing (or Pillow, where there are sample pictures),
-            or the page cannot be written.
+        AptError: no step log there, a log that is broken, plotly is missing (or Pillow, where there are sample
+            pictures, or tensorboard, where a place has nothing but event files), or the page cannot be written.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise AptError(f"--out must name an .html file; found {out}")
@@ -50,39 +56,59 @@ def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None])
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise AptError(f'the report needs plotly ({error}): pip install "apt-hooks[report]"') from error
-    logs = find_logs(places)
+    bare = [place for place in places if has_events_alone(place)]
+    if bare and len(bare) == len(places):
+        raise AptError(
+            f"{', '.join(map(str, bare))}: has event files of TensorBoard, and no *{ENDING}; name a run with APT too, "
+            "beside which their losses are shown"
+        )
+    logs = find_logs([place for place in places if place not in bare])
+    trainers, notes = [], []
+    try:
+        trainers = read_events(find_events(places))
+    except AptError as error:  # tensorboard is missing
+        if bare:
+            raise
+        notes.append(f"Left out: {error}.")
     read = {name: read_run(path, name) for name, path in logs.items()}
     runs = [run for run in read.values() if run is not None]
     empty = [str(logs[name]) for name, run in read.items() if run is None]
     if not runs:
         raise AptError(f"{', '.join(empty)}: no step yet; a run writes a line a step")
-    page = _Page(runs, [read_samples(run.path, run.starts) for run in runs])
-    write_atomically(out, page.html(empty, get_plotlyjs()).encode(errors="replace"))
+    notes += [f"{path}: no step yet, left out." for path in empty]
+    page = _Page(runs, trainers)
+    write_atomically(out, page.html(notes, get_plotlyjs()).encode(errors="replace"))
     steps = sum(run.total for run in runs)
     counts = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {steps} {'step' if steps == 1 else 'steps'}"
+    others = f", losses of {page.others} other{'s' if page.others > 1 else ''}" if page.others else ""
     left_out = f"; no step yet in {', '.join(empty)}" if empty else ""
-    say(f"{out}: {counts}{left_out}")
+    say(f"{out}: {counts}{others}{left_out}")
 
 
 class _Page:
     """What fills the gaps of page.html; `plots` collects what its script is to draw, by the ids of their places."""
 
-    def __init__(self, runs: list[RunLog], samples: list[Samples | None]) -> None:
-        self.runs, self.samples = runs, samples
+    def __init__(self, runs: list[RunLog], trainers: Sequence[TrainerLog]) -> None:
+        self.runs = runs
+        self.saved = [read_saved(run.path) for run in runs]
         self.found = [summarize(run) for run in runs]
-        self.last_step = max(1, *(one.last for one in self.found))
+        self.trainers = list(_named_and_colored(runs, trainers))
+        logged = [int(steps.max()) for *_, log in self.trainers for steps, _ in log.scalars.values()]
+        self.last_step = max(1, *(one.last for one in self.found), *logged)
+        self.others = len({run for run, *_ in self.trainers} - {f"run-{i}" for i in range(len(runs))})
         self.points = figures.points_for(len(runs))
         self.plots: dict[str, Plot] = {}
 
-    def html(self, empty: Sequence[str], plotly: str) -> str:
-        """The whole page; `empty` names logs that have no step yet."""
+    def html(self, notes: Sequence[str], plotly: str) -> str:
+        """The whole page; `notes` say what was left out."""
         names = [run.name for run in self.runs[:4]] + ["\u2026"] * (len(self.runs) > 4)
         delta_noise = figures.value_plot("delta_noise", self.runs, self.last_step, self.points, "delta noise")
         parts = {
             "title": escape(f"Training with APT: {', '.join(names)}"),
             "style": _part("page.css"),
             "made": f"Made by apt-hooks {escape(version())} at {datetime.datetime.now():%Y-%m-%d %H:%M}.",
-            "notes": "".join(_note(f"{path}: no step yet, left out.") for path in empty),
+            "notes": "".join(map(note, notes)),
+            "checkpoints": self._checkpoints(),
             "cards": "".join(self._card(i) for i in range(len(self.runs))),
             "comparison": self._comparison(),
             "results": results_table(self.runs, self.found),
@@ -90,9 +116,9 @@ class _Page:
             "gamma_panels": self._gamma_panels(),
             "delta_key": self._run_key("delta-noise"),
             "delta_panel": self._figure("delta", "", "", delta_noise),
-            "samples": self._sample_grids(),
             "loss_key": _loss_key(),
             "loss_panels": self._loss_panels(),
+            "trainer_losses": self._trainer_losses(),
             "terms_key": self._run_key("terms"),
             "terms_panels": self._term_panels(),
             "settings": self._settings(),
@@ -137,6 +163,14 @@ class _Page:
         ends = " They ended at different steps." if len({one.last for one in self.found}) > 1 else ""
         return f"<p>Of these runs, {escape('; '.join(said))}.{ends}{other}</p>"
 
+    def _checkpoints(self) -> str:
+        samples = [read_samples(run.path, run.starts, saved) for run, saved in zip(self.runs, self.saved, strict=True)]
+        none = "None of these runs has pictures in a folder sample beside its log, as sd-scripts saves them."
+        return "".join(
+            which_checkpoint(i, run, saved, pictures, self.last_step, self._figure)
+            for i, (run, saved, pictures) in enumerate(zip(self.runs, self.saved, samples, strict=True))
+        ) + ("" if any(samples) else note(none))
+
     def _gamma_panels(self) -> str:
         return "".join(
             self._figure(f"gamma-{i}", run.name, how_trained(run), figures.gamma_plot(run, self.last_step, self.points))
@@ -144,11 +178,28 @@ class _Page:
         )
 
     def _loss_panels(self) -> str:
-        top = figures.loss_top(self.runs)
+        span = figures.loss_span(self.runs)
         return "".join(
-            self._figure(f"loss-{i}", run.name, "", figures.loss_plot(run, self.last_step, top, self.points))
+            self._figure(f"loss-{i}", run.name, "", figures.loss_plot(run, self.last_step, span, self.points))
             for i, run in enumerate(self.runs)
         )
+
+    def _trainer_losses(self) -> str:
+        """What the trainers logged, a plot a scalar; nothing where they logged nothing that was found."""
+        if not self.trainers:
+            return ""
+        tags = sorted({tag for *_, log in self.trainers for tag in log.scalars}, key=lambda tag: (tag.count("/"), tag))
+        panels = ""
+        for i, tag in enumerate(tags):
+            having = [trainer for trainer in self.trainers if tag in trainer[-1].scalars]
+            panels += self._figure(
+                f"trainer-{i}", tag, "", figures.trainer_plot(tag, having, self.last_step, self.points)
+            )
+        logged = {trainer[0] for trainer in self.trainers}
+        silent = [run.name for i, run in enumerate(self.runs) if f"run-{i}" not in logged]
+        missing = note(f"No event files of {', '.join(silent)} were found: name its logging_dir too.") if silent else ""
+        legend = key("trainer-losses", "runs", list(dict.fromkeys(trainer[:3] for trainer in self.trainers)))
+        return Template(_part("trainer_losses.html")).substitute(missing=missing, key=legend, panels=panels)
 
     def _term_panels(self) -> str:
         return "".join(
@@ -157,22 +208,13 @@ class _Page:
             if any(bool((~run.values[name].isnan()).any()) for run in self.runs)
         )
 
-    def _sample_grids(self) -> str:
-        grids = [_grid(run, found) for run, found in zip(self.runs, self.samples, strict=True) if found]
-        if not grids:
-            return _note("None of these runs has pictures in a folder sample beside its log, as sd-scripts saves them.")
-        return (
-            "<p>Rows are the prompts, by the number in the pictures' names (00 is the first). "
-            "Gamma, where it is given, is the mean of the bins at that step.</p>" + "".join(grids)
-        )
-
     def _settings(self) -> str:
         silent, told = ([run for run in self.runs if bool(run.starts) is known] for known in (False, True))
-        note = _note(f"The config is not in the log: {', '.join(run.name for run in silent)}.") if silent else ""
+        unknown = note(f"The config is not in the log: {', '.join(run.name for run in silent)}.") if silent else ""
         if not told:
-            return note
+            return unknown
         shading = " Shaded: not the same in all runs." if len(told) > 1 else ""
-        return f"{note}<p>(own): given beside the preset, or not the default.{shading}</p>{settings_table(told)}"
+        return f"{unknown}<p>(own): given beside the preset, or not the default.{shading}</p>{settings_table(told)}"
 
     def _figure(self, name: str, title: str, subtitle: str, plot: Plot) -> str:
         self.plots[f"plot-{name}"] = plot
@@ -181,56 +223,35 @@ class _Page:
         return f'<figure>{caption}<div class="chart" id="plot-{name}"></div></figure>'
 
     def _run_key(self, within: str) -> str:
-        return _key(within, "runs", [(f"run-{i}", figures.run_color(i), run.name) for i, run in enumerate(self.runs)])
+        return key(within, "runs", [(f"run-{i}", figures.run_color(i), run.name) for i, run in enumerate(self.runs)])
 
 
 def _gamma_key(bins: int) -> str:
     ranges = figures.bin_ranges(bins)
     lines = [(f"gamma-{bins}-{i}", figures.bin_color(i, len(ranges)), name) for i, name in enumerate(ranges)]
     folded = f", means of neighbours among the {bins} bins" if len(ranges) < bins else ""
-    return _key("gamma", f"timesteps{folded}", [*lines, (f"gamma-{bins}-mean", figures.MEAN_COLOR, "mean of the bins")])
+    return key("gamma", f"timesteps{folded}", [*lines, (f"gamma-{bins}-mean", figures.MEAN_COLOR, "mean of the bins")])
 
 
 def _loss_key() -> str:
     lines = [("loss_tuned", figures.TUNED_COLOR, "with the LoRA"), ("loss_frozen", figures.FROZEN_COLOR, "base model")]
-    return _key("losses", "loss", lines)
+    return key("losses", "loss", lines)
 
 
-def _key(within: str, what: str, lines: Sequence[tuple[str, str, str]]) -> str:
-    """A legend: buttons that hide lines in the section `within`. `lines`: the legendgroup, color and name of each."""
-    buttons = "".join(
-        f'<button type="button" data-line="{group}" data-within="{within}" aria-pressed="true">'
-        f'<i style="background: {color}"></i><span>{escape(name)}</span></button>'
-        for group, color, name in lines
-    )
-    return f'<div class="key"><span class="soft">{escape(what)}:</span>{buttons}</div>'
-
-
-def _grid(run: RunLog, found: Samples) -> str:
-    head = "".join(f'<th scope="col">{kind} {count}{_gamma_at(run, kind, count)}</th>' for kind, count in found.moments)
-    rows = []
-    for prompt in found.prompts:
-        cells = []
-        for moment in found.moments:
-            uri = found.pictures.get((moment, prompt))
-            alt = escape(f"{run.name}, {moment[0]} {moment[1]}, prompt {prompt:02d}")
-            cells.append(f'<td><img src="{uri}" alt="{alt}"></td>' if uri else "<td>\u2013</td>")
-        rows.append(f'<tr><th scope="row">{prompt:02d}</th>{"".join(cells)}</tr>')
-    notes = "".join(map(_note, found.notes))
-    table = f'<div class="scroll samples"><table><tr><td></td>{head}</tr>{"".join(rows)}</table></div>'
-    return f"<h3>{escape(run.name)}</h3>{notes}{table}"
-
-
-def _gamma_at(run: RunLog, kind: str, count: int) -> str:
-    """Mean gamma when a picture was drawn; of an epoch the log does not know the step."""
-    if kind != "step" or not int(run.steps[0]) <= count <= int(run.steps[-1]):
-        return ""
-    line = int((run.steps - count).abs().argmin())
-    return f"<br>gamma {fixed(float(run.gammas[line][run.seen[line]].mean()))}"
-
-
-def _note(text: str) -> str:
-    return f'<p class="soft note">{escape(text)}</p>'
+def _named_and_colored(
+    runs: Sequence[RunLog], trainers: Sequence[TrainerLog]
+) -> Iterator[tuple[str, str, str, TrainerLog]]:
+    """A trainer's logs with the key, color and name of the step log's run, where they are of one of these."""
+    names, others = [run.name for run in runs], itertools.count(len(runs))
+    for log in trainers:
+        found = [log.agreement(run) for run in runs]
+        place = max(range(len(runs)), key=lambda i: found[i][0])
+        share, ahead = found[place]
+        name = names[place]
+        if share <= 0.5:  # of a run that was resumed from an earlier step some are not in its log any more
+            place, ahead = next(others), 0
+            name = f"{log.name} (TensorBoard)" if log.name in names else log.name
+        yield f"run-{place}", figures.run_color(place), name, log.later(ahead)
 
 
 def _part(name: str) -> str:
