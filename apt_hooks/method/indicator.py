@@ -80,6 +80,10 @@ class OverfittingIndicator:
         # Of the step that has not ended: per bin the sums of both losses, and how many samples they are of.
         self._pending: Tensor | None = None
 
+    def like(self, *, ema_alpha: float) -> OverfittingIndicator:
+        """Another one of the same bins, which has seen nothing; with an alpha of 1 it has a step's own means."""
+        return OverfittingIndicator(self.num_bins, self.num_train_timesteps, ema_alpha, self.scale, bin_of=self._bin_of)
+
     def update(self, timesteps: Tensor, loss_tuned: Tensor, loss_frozen: Tensor) -> None:
         """A step of one batch: `add` and `end_step`."""
         self.add(timesteps, loss_tuned, loss_frozen)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import AptConfig, read_toml
 from ..integrations.peft import adapters_off, unload_adapters
 from ..method.augmentation import Placement
+from ..training.held_out import HeldOut
 from ..training.objective import AptObjective
 from ..training.run import AptRun
 from .concepts import Concept
@@ -64,11 +65,14 @@ def method_config(
     return AptConfig.from_mapping({**preset, **overrides, **METHODS[name].keys})
 
 
-def reference_pictures(concept: Concept, seed: int = 0) -> Tensor:
-    """The pictures that a person would have of a concept: [pictures, 3, 64, 64], from 0 to 1, one background."""
+def reference_pictures(concept: Concept, seed: int = 0, take: str = "") -> Tensor:
+    """The pictures that a person would have of a concept: [pictures, 3, 64, 64], from 0 to 1, one background.
+
+    Another `take` is other pictures before the same one.
+    """
     return torch.stack(
         [
-            render(scene, random.Random(f"{seed}/{i}"), background_rng=random.Random(f"{seed}"))
+            render(scene, random.Random(f"{seed}/{take}{i}"), background_rng=random.Random(f"{seed}"))
             for i, scene in enumerate(concept.scenes())
         ]
     )
@@ -145,8 +149,11 @@ def train(
     bin_of, off = denoiser.bin_of(config.num_bins), functools.partial(adapters_off, module)
     of_class = _ClassTerms(method, samples, captions, off, seed)
     objective = AptObjective(config, module, off, bin_of=bin_of)
+    held_out = None
     run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed, trainer="tinyworld")
     if saving is not None:
+        if saving.held_out is not None:
+            run.held_out = held_out = _HeldOut(pipeline, saving.held_out, captions, objective)
         run.watch_checkpoints(saving.checkpoints(pipeline, run))
     trained = Trained(config, [], [])
     module.train()
@@ -174,6 +181,8 @@ def train(
             if step in checkpoints or saves:
                 module.eval()
                 with average.in_place():
+                    if held_out is not None and saves:
+                        held_out.measure()
                     if saves:
                         saving.save(pipeline, run, step, training.steps)  # type: ignore[union-attr]
                     if step in checkpoints:
@@ -284,6 +293,28 @@ class _ClassTerms:
             missed = self._prior.prediction(rows, clean, timesteps, noise)() - self._denoiser.target(clean, noise)
             total = total + self._method.prior_preservation * missed.square().mean()
         return total
+
+
+class _HeldOut(HeldOut):
+    """Of these pictures, each at fixed timesteps and noise; captions are those that are trained with."""
+
+    def __init__(self, pipeline: Any, pictures: Tensor, captions: list[str], objective: AptObjective) -> None:
+        super().__init__(objective)
+        samples = _Samples(pipeline, pictures, captions[:1] * len(pictures), 1, 0)
+        denoiser, module = denoiser_and_module(pipeline)
+        self._timesteps = torch.arange(50, 1000, 100).repeat_interleave(len(pictures))
+        rows = torch.arange(len(self._timesteps)) % len(pictures)
+        clean = samples.latents(rows)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+        self._target, self._scale = denoiser.target(clean, noise), denoiser.error_scale(self._timesteps)
+        self._predict = samples.prediction(rows, clean, self._timesteps, noise)
+        with torch.no_grad(), adapters_off(module):
+            self._frozen = self._predict()
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        self.add(self._predict(), self._frozen, self._target, self._timesteps, error_scale=self._scale)
+        self.end_pass()
 
 
 class _DeltaNoise:

@@ -27,12 +27,14 @@ class Saving:
         folder, name: where, and how the files begin.
         every: steps between two of them; the last step's is saved in any case.
         kind: the concept's, for the class drift.
+        held_out: [pictures, 3, 64, 64], from 0 to 1, of the concept, that are not trained on; None: no held-out gap.
     """
 
     folder: Path
     name: str
     every: int
     kind: str
+    held_out: Tensor | None = None
 
     def checkpoints(self, pipeline: Any, run: AptRun) -> Checkpoints:
         """Of a run on the pipeline's denoiser."""

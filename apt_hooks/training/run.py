@@ -21,6 +21,7 @@ from ..method.augmentation import Placement
 from ..method.units import FLOW, check_target
 from .checkpoints import Checkpoints
 from .drifts import Drifts
+from .held_out import HeldOut
 from .objective import AptObjective
 from .step import AptStep
 from .steplog import VALUES, StepLog
@@ -66,6 +67,7 @@ class AptRun:
         self.step = 0
         self.log = StepLog(log_path, self._about(trainer))
         self.checkpoints: Checkpoints | None = None
+        self.held_out: HeldOut | None = None
         self._checkpoint: dict[str, Any] = {}  # the last one's line, until the trackers have it
         self._resumed = False
         self._begun_at: int | None = None  # the step behind which this process's first one stands
@@ -156,6 +158,8 @@ class AptRun:
         """
         assert self.checkpoints is not None  # `watch_checkpoints` comes first
         self.log.flush()
+        if self.held_out is not None:
+            more[HeldOut.NAME] = self.held_out.gaps()
         indicator = self.objective.indicator
         self._checkpoint = self.checkpoints.measure(
             self.step, indicator.gammas.tolist(), indicator.gaps.tolist(), **more
