@@ -13,10 +13,10 @@ of what `ideal` has (the same scenes drawn by code), identity below 0 as 0:
     score = 2 T I / (T + I),   T = mean text / ideal text,   I = mean identity / ideal identity
 
 Harmonic, as a LoRA is for both: the base model has all of the prompt and none of the subject, a collapsed one the
-subject and no prompt, and neither shall be made good by the other. "Best by judges" is the highest score of the run. Its
-standard error is the jackknife's over the prompts, and a choice hits where its score is at most that error below the
-best one (the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3). No
-choice is a miss.
+subject and no prompt, and neither shall be made good by the other. "Best by judges" is the highest score of the run.
+Its standard error is the jackknife's over the prompts, and a choice hits where its score is at most that error below
+the best one (the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3).
+No choice is a miss.
 
 Rivals: `last`, the end of the training; `middle`, half of it; `random`, what a blind choice comes to; `held out`, the
 largest held-out gap, which needs pictures that are not trained on. `short of the best` is the mean difference of scores

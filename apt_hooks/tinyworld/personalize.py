@@ -149,12 +149,13 @@ def train(
     bin_of, off = denoiser.bin_of(config.num_bins), functools.partial(adapters_off, module)
     of_class = _ClassTerms(method, samples, captions, off, seed)
     objective = AptObjective(config, module, off, bin_of=bin_of)
-    held_out = None
     run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed, trainer="tinyworld")
     if saving is not None:
+        held_out = None
         if saving.held_out is not None:
-            run.held_out = held_out = _HeldOut(pipeline, saving.held_out, captions, objective)
-        run.watch_checkpoints(saving.checkpoints(pipeline, run))
+            unseen = _Samples(pipeline, saving.held_out, captions[:1] * len(saving.held_out), training.batch, seed)
+            held_out = HeldOut(objective, _Compared(unseen))
+        run.watch_checkpoints(saving.checkpoints(pipeline, run, held_out))
     trained = Trained(config, [], [])
     module.train()
     try:
@@ -181,8 +182,6 @@ def train(
             if step in checkpoints or saves:
                 module.eval()
                 with average.in_place():
-                    if held_out is not None and saves:
-                        held_out.measure()
                     if saves:
                         saving.save(pipeline, run, step, training.steps)  # type: ignore[union-attr]
                     if step in checkpoints:
@@ -295,15 +294,13 @@ class _ClassTerms:
         return total
 
 
-class _HeldOut(HeldOut):
-    """Of these pictures, each at fixed timesteps and noise; captions are those that are trained with."""
+class _Compared:
+    """Both models on pictures, each at fixed timesteps and noise."""
 
-    def __init__(self, pipeline: Any, pictures: Tensor, captions: list[str], objective: AptObjective) -> None:
-        super().__init__(objective)
-        samples = _Samples(pipeline, pictures, captions[:1] * len(pictures), 1, 0)
-        denoiser, module = denoiser_and_module(pipeline)
-        self._timesteps = torch.arange(50, 1000, 100).repeat_interleave(len(pictures))
-        rows = torch.arange(len(self._timesteps)) % len(pictures)
+    def __init__(self, samples: _Samples) -> None:
+        denoiser, module = denoiser_and_module(samples.pipeline)
+        self._timesteps = torch.arange(50, 1000, 100).repeat_interleave(len(samples.clean))
+        rows = torch.arange(len(self._timesteps)) % len(samples.clean)
         clean = samples.latents(rows)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
         self._target, self._scale = denoiser.target(clean, noise), denoiser.error_scale(self._timesteps)
@@ -311,10 +308,8 @@ class _HeldOut(HeldOut):
         with torch.no_grad(), adapters_off(module):
             self._frozen = self._predict()
 
-    @torch.no_grad()
-    def measure(self) -> None:
-        self.add(self._predict(), self._frozen, self._target, self._timesteps, error_scale=self._scale)
-        self.end_pass()
+    def __call__(self, held_out: HeldOut) -> None:
+        held_out.add(self._predict(), self._frozen, self._target, self._timesteps, error_scale=self._scale)
 
 
 class _DeltaNoise:
