@@ -209,7 +209,7 @@ def test_a_line_has_the_held_out_gap_a_rule_may_name_it_and_what_breaks_it_ends_
         held_out.add(TUNED, FROZEN, TARGET, TIMES)
 
     path, rule = tmp_path / "lora-checkpoints.jsonl", "held_out_gap < -1"  # a mean of 4 and -8
-    with pytest.raises(AptError, match=r"stop may name held_out_gap .* found none, and stop = 'held_out_gap < -1'"):
+    with pytest.raises(AptError, match=r"stop names held_out_gap, .*; found stop = 'held_out_gap < -1' without"):
         Checkpoints(path, rule=rule)
     checkpoints = Checkpoints(path, held_out=held_out_of(compare)[0], rule=rule)
     assert "held-out gap" in checkpoints.in_words()

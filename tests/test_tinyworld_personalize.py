@@ -231,7 +231,7 @@ def test_the_held_out_gap_leaves_the_lora_as_it_is_and_is_zero_where_nothing_is_
         found[name] = weights, line["held_out_gap"]
     assert all(map(torch.equal, found["on"][0], found["off"][0])) and found["off"][1] is None
     assert found["zero"][1] == [0] * 10 and len(found["on"][1]) == 10 and all(found["on"][1])
-    with lora(pipeline, TRAINING.rank, 0), pytest.raises(AptError, match="stop may name held_out_gap"):
+    with lora(pipeline, TRAINING.rank, 0), pytest.raises(AptError, match="stop names held_out_gap"):
         config = method_config("apt", {"stop": "held_out_gap < 0"}, denoiser)
         saving = Saving(tmp_path, "none", 3, CONCEPT.subject.kind)
         train(pipeline, PICTURES, CONCEPT.captions(), config, TRAINING, seed=0, saving=saving)

@@ -9,8 +9,10 @@ Name = TypeVar("Name")
 
 
 def front(points: Mapping[Name, tuple[float, float]]) -> dict[Name, Name | None]:
-    """Of each point None where it is on the Pareto front, else one of the front that is as good by both and better by
-    one; higher is better. Of those that beat it, the one with the largest sum."""
+    """Of each point None where it is on the Pareto front, else the one of those that beat it with the largest sum.
+
+    Another beats it by being as high in both scores and higher in one; the one with the largest sum is on the front.
+    """
     beaten: dict[Name, Name | None] = {}
     for name, (x, y) in points.items():
         better = [(a + b, other) for other, (a, b) in points.items() if a >= x and b >= y and (a, b) != (x, y)]

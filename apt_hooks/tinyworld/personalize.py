@@ -152,7 +152,7 @@ def train(
     run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed, trainer="tinyworld")
     if saving is not None:
         held_out = None
-        if saving.held_out is not None:
+        if saving.held_out is not None and config.drifts:
             unseen = _Samples(pipeline, saving.held_out, captions[:1] * len(saving.held_out), training.batch, seed)
             held_out = HeldOut(objective, _Compared(unseen))
         run.watch_checkpoints(saving.checkpoints(pipeline, run, held_out))

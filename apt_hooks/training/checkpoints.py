@@ -65,8 +65,8 @@ class Checkpoints:
         self._rule = None if rule is None else StopRule(rule)
         if self._rule is not None and held_out is None and HeldOut.NAME in self._rule.names:
             raise AptError(
-                f"[apt] stop may name {HeldOut.NAME} where there are pictures that are not trained on; found none, and "
-                f"stop = {self._rule.text!r}: set a validation split, or leave {HeldOut.NAME} out of the rule"
+                f"[apt] stop names {HeldOut.NAME}, which needs a validation split, pictures that are not trained on, "
+                f"and drifts = true; found stop = {self._rule.text!r} without: add them, or leave {HeldOut.NAME} out"
             )
         self._gammas: list[float] = []
         self._delta_noise: list[float] = []
