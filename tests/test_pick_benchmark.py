@@ -20,18 +20,22 @@ IDEAL = {"text": [1.0, 1.0], "identity": [0.8, 0.6]}
 
 
 def test_the_score_is_the_harmonic_mean_of_shares_of_the_ideals() -> None:
-    value, _ = pick.score({"text": [1.0, 0.5], "identity": [0.2, 0.5]}, IDEAL)
-    assert value == pytest.approx(2 * 0.75 * 0.5 / (0.75 + 0.5))
-    assert pick.score({"text": [1.0, 1.0], "identity": [-0.1, -0.2]}, IDEAL) == (0, 0)
-    assert pick.score(IDEAL, IDEAL)[0] == 1
+    found = pick.Score({"text": [1.0, 0.5], "identity": [0.2, 0.5]}, IDEAL)
+    assert found.value == pytest.approx(2 * 0.75 * 0.5 / (0.75 + 0.5))
+    none = pick.Score({"text": [1.0, 1.0], "identity": [-0.1, -0.2]}, IDEAL)
+    assert (none.value, none.error) == (0, 0)
+    assert pick.Score(IDEAL, IDEAL).value == 1
 
 
 def test_the_error_is_the_standard_error_where_the_score_is_a_mean() -> None:
     """With both scores alike the harmonic mean is their share: the jackknife's error is then that of the mean."""
     values, ideal = [0.2, 0.4, 0.9, 0.5], {"text": [1.0] * 4, "identity": [1.0] * 4}
-    value, error = pick.score({"text": values, "identity": values}, ideal)
-    assert value == pytest.approx(0.5)
-    assert error == pytest.approx((sum((v - 0.5) ** 2 for v in values) / 3 / 4) ** 0.5)
+    one = pick.Score({"text": values, "identity": values}, ideal)
+    assert one.value == pytest.approx(0.5)
+    assert one.error == pytest.approx((sum((v - 0.5) ** 2 for v in values) / 3 / 4) ** 0.5)
+    lower = [v - 0.1 for v in values]
+    other = pick.Score({"text": lower, "identity": lower}, ideal)
+    assert other.short_of(one) == pytest.approx((0.1, 0))  # the same prompts: what they differ by is no error
 
 
 def line(step: int, gap: float, drift: float, held_out: float) -> dict[str, Any]:
@@ -52,12 +56,15 @@ def test_the_table_counts_what_is_within_the_error_of_the_best(tmp_path: Path) -
         {"concept": 4, "seed": 0, "judged": {"ideal": IDEAL, **judged}},
         {"concept": 5, "seed": 0, "judged": {"ideal": IDEAL, "100": judged["100"], "200": judged["200"]}},
     ]
-    *_, four, five, hits, short = ([cell.strip() for cell in row.split("|")] for row in pick.table(tmp_path, rows))
-    best, error = pick.score(judged["100"], IDEAL)
-    shorter = best - pick.score(judged["200"], IDEAL)[0]
-    assert shorter < error  # 200 is as good as 100, the others are not
-    assert four[3:5] == ["100", f"{best:.3f} ± {error:.3f}"]
+    *_, four, five, hits, paired, short = (
+        [cell.strip() for cell in row.split("|")] for row in pick.table(tmp_path, rows)
+    )
+    best = pick.Score(judged["100"], IDEAL)
+    shorter, error = pick.Score(judged["200"], IDEAL).short_of(best)
+    assert shorter < min(error, best.error)  # 200 is as good as 100, the others are not
+    assert four[3:5] == ["100", f"{best.value:.3f} ± {best.error:.3f}"]
     assert four[5:-1] == ["200", "400 (no)", "200", "2 of 4", "100"]
     assert five[5:-1] == ["none", "200", "100", "2 of 2", "100"]
     assert hits[5:-1] == ["1 of 2", "1 of 2", "2 of 2", "1.5 of 2", "2 of 2"]
+    assert paired[5:-1] == hits[5:-1]
     assert short[5] == f"{shorter:.3f}" and short[9] == "0.000"
