@@ -58,6 +58,11 @@ class StopRule:
         groups = re.split(r"\s+or\s+", text.strip())
         self._groups = [[_term(text, part) for part in re.split(r"\s+and\s+", group)] for group in groups]
 
+    @property
+    def names(self) -> set[str]:
+        """Of `MEASURES`, those that it is about."""
+        return {term.name for group in self._groups for term in group}
+
     def met(self, gammas: Sequence[float], line: Mapping[str, Any]) -> str | None:
         """The part of the rule that holds, None where none does.
 

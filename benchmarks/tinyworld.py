@@ -252,9 +252,15 @@ def _draw_curves(path: Path, found: Mapping[str, Scores]) -> None:
         if rows:
             steps = sorted(map(int, set.intersection(*map(set, rows))))
             curves[NAMES[name]] = {
-                step: {key: [row[str(step)][key] for row in rows] for key in ("text", "identity")} for step in steps
+                step: {key: _mean_and_error([row[str(step)][key] for row in rows]) for key in ("text", "identity")}
+                for step in steps
             }
     draw_curves(path, curves)
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
 
 
 def _differences(scores: Scores, reference: Scores) -> Scores:
@@ -282,8 +288,8 @@ def cell(values: list[float], style: str, sign: str = "") -> str:
     """Mean ± standard error; of one value itself, of none a dash."""
     if len(values) < 2:
         return format(values[0], sign + style) if values else "-"
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.fmean(values):{sign}{style}} ± {error:{style}}"
+    mean, error = _mean_and_error(values)
+    return f"{mean:{sign}{style}} ± {error:{style}}"
 
 
 if __name__ == "__main__":

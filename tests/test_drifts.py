@@ -20,6 +20,8 @@ from apt_hooks.method.drift import embedding_drift, prediction_drift
 from apt_hooks.stop_rule import StopRule
 from apt_hooks.training.checkpoints import METADATA, Checkpoints
 from apt_hooks.training.drifts import SAMPLES, Drifts, fixed_noise
+from apt_hooks.training.held_out import HeldOut
+from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.reference import Reference
 
 # -- the numbers -------------------------------------------------------------------------------------------------------
@@ -152,6 +154,72 @@ def test_measuring_leaves_random_streams_modes_and_gradients_as_they_were() -> N
     assert random.random() == expected[0] and numpy.random.rand() == expected[1]
     assert torch.equal(torch.rand(2), expected[2])
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+# -- held-out pictures -------------------------------------------------------------------------------------------------
+
+
+def held_out_of(compare: Any, **config: Any) -> tuple[HeldOut, AptObjective]:
+    off = {"augmentation": False, "lambda_dist": 0.0, "lambda_attn": 0.0}
+    objective = AptObjective(AptConfig(**off, num_bins=4, **config), nn.Linear(1, 1), contextlib.nullcontext)
+    return HeldOut(objective, compare), objective
+
+
+TIMES = torch.tensor([0, 10, 999])
+TARGET = torch.zeros(3, 1, 1, 2)
+TUNED = torch.tensor([1.0, 2.0, 3.0])[:, None, None, None].expand(3, 1, 1, 2)
+FROZEN = torch.tensor([2.0, 3.0, 1.0])[:, None, None, None].expand(3, 1, 1, 2)
+
+
+def test_the_held_out_gap_is_a_mean_by_bin_over_one_pass_and_no_part_of_gamma() -> None:
+    def compare(held_out: HeldOut) -> None:
+        assert not torch.is_grad_enabled()
+        random.random(), numpy.random.rand(), torch.rand(1)
+        held_out.add(TUNED, FROZEN, TARGET, TIMES)
+        held_out.add(TUNED, 2 * FROZEN, TARGET, TIMES, instances=torch.tensor([True, False, False]))
+
+    held_out, objective = held_out_of(compare)
+    random.seed(1), torch.manual_seed(3)
+    expected = random.random(), torch.rand(2)
+    random.seed(1), torch.manual_seed(3)
+    wanted = [pytest.approx(((4 - 1) + (9 - 4) + (16 - 1)) / 3, rel=1e-4), None, None, 1 - 9]
+    assert held_out.measure() == wanted
+    assert held_out.measure() == wanted  # each pass by itself
+    assert random.random() == expected[0] and torch.equal(torch.rand(2), expected[1])
+    assert objective.indicator.gaps.isnan().all()
+
+
+def test_the_held_out_gap_has_the_units_and_the_mask_of_the_indicator() -> None:
+    scale, mask = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0]).expand(3, 1, 1, 2)
+
+    def compare(held_out: HeldOut) -> None:
+        tuned = TUNED * torch.tensor([1.0, 50.0])  # where the mask is 0
+        held_out.add(tuned, FROZEN, TARGET, TIMES, error_scale=scale, mask=mask)
+
+    assert held_out_of(compare)[0].measure() == [(3 + 4 * 5) / 2, None, None, 9 * -8]
+    assert held_out_of(compare, indicator_space="target")[0].measure() == [(3 + 5) / 2, None, None, -8]
+
+
+def test_a_line_has_the_held_out_gap_a_rule_may_name_it_and_what_breaks_it_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compare(held_out: HeldOut) -> None:
+        if (tmp_path / "broken").exists():
+            raise torch.OutOfMemoryError("out of\nmemory")
+        held_out.add(TUNED, FROZEN, TARGET, TIMES)
+
+    path, rule = tmp_path / "lora-checkpoints.jsonl", "held_out_gap < -1"  # a mean of 4 and -8
+    with pytest.raises(AptError, match=r"stop names held_out_gap, .*; found stop = 'held_out_gap < -1' without"):
+        Checkpoints(path, rule=rule)
+    checkpoints = Checkpoints(path, held_out=held_out_of(compare)[0], rule=rule)
+    assert "held-out gap" in checkpoints.in_words()
+    assert save(checkpoints, tmp_path, 1)["held_out_gap"] == [4, None, None, -8]
+    assert checkpoints.stop is not None and checkpoints.stop.startswith("held_out_gap < -1 at step 1")
+    (tmp_path / "broken").touch()
+    assert save(checkpoints, tmp_path, 2)["held_out_gap"] is None
+    assert save(checkpoints, tmp_path, 3)["held_out_gap"] is None
+    said = [record.message for record in caplog.records if "held-out" in record.message]
+    assert said == ["apt-hooks: the held-out gap is off from here on: out of memory"]
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

@@ -1510,3 +1510,92 @@ def test_drifts_of_cached_text_are_those_of_text_that_is_not(train: Train) -> No
         (line,) = read_log(run.folder / "lora-checkpoints.jsonl")
         found.append(line["free_drift"])
     assert found[0] == pytest.approx(found[1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"network_dropout": 0.5, "network_train_unet_only": False, "mixed_precision": "bf16"},
+        {"kind": "sdxl", "cache_text_encoder_outputs": True, "gradient_checkpointing": True},
+        {"v_parameterization": True, "cache_latents": True},
+        {"kind": "anima", "network_dropout": 0.5},
+        {"kind": "flux", "blocks_to_swap": 1, "network_train_unet_only": False},
+    ],
+    ids=["text encoder trained, dropout", "cached text", "v", "anima", "flux"],
+)
+def test_held_out_pictures_are_measured_and_the_run_is_what_it_is_without(
+    train: Train, options: dict[str, Any]
+) -> None:
+    options = {"subsets": (OWN, UNSEEN), "validate_every_n_steps": 2, "save_every_n_steps": 2, **options}
+    words = {"identifier": "sks", "class_word": "cat", "lambda_attn": 0.0}
+    on, off = (
+        train({**words, "drifts": drifts}, name=f"out-{drifts}", spy=Validated, max_train_steps=4, **options)
+        for drifts in (True, False)
+    )
+    assert on.same_lora(off)
+    assert on.trainer.losses == off.trainer.losses and len(on.trainer.losses) == 4
+    lines = read_log(on.folder / "lora-checkpoints.jsonl")
+    assert [line["held_out_gap"] for line in read_log(off.folder / "lora-checkpoints.jsonl")] == [None] * 3
+    gaps = [[gap for gap in line["held_out_gap"] if gap is not None] for line in lines]
+    assert len(gaps[0]) == len(gaps[-1]) > 2 and gaps[0] != gaps[1]
+    assert gaps[1] == gaps[2]  # the last LoRA is saved twice
+    assert json.loads(on.saved()["metadata"]["ss_apt_checkpoint"])["held_out_gap"] == lines[-1]["held_out_gap"]
+    (tracked, *_) = [found for found in on.tracked if "apt/held_out_gap" in found]
+    assert tracked["apt/held_out_gap"] == pytest.approx(sum(gaps[0]) / len(gaps[0]))
+    assert [value for name, value in tracked.items() if name.startswith("apt/held_out_gap/")] == gaps[0]
+
+
+class Validated:
+    """Keeps the losses of the trainer's own validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+
+    def process_batch(self, *args: Any, is_train: bool, **kwargs: Any) -> Tensor:
+        loss = super().process_batch(*args, is_train=is_train, **kwargs)  # type: ignore[misc]
+        if not is_train and self._batch is None:  # type: ignore[attr-defined]
+            self.losses.append(loss.item())
+        return loss
+
+
+def test_the_held_out_gap_is_that_of_the_losses(train: Train) -> None:
+    squares: list[Tensor] = []
+
+    class Losses(Spy):
+        def get_noise_pred_and_target(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().get_noise_pred_and_target(*args, **kwargs)
+            if self._batch is not None and self._batch.held_out is not None:
+                squares.append(self.seen[-1].squares)
+            return result
+
+    run = train({"drifts": True, "num_bins": 1}, subsets=(OWN, UNSEEN), spy=Losses)
+    (line,) = read_log(run.folder / "lora-checkpoints.jsonl")
+    frozen, tuned = torch.stack(squares[::2]), torch.stack(squares[1::2])
+    assert frozen.shape == tuned.shape == (10, 2)
+    wanted = (frozen.mean() - tuned.mean()).item()
+    assert line["held_out_gap"] == [pytest.approx(wanted, rel=1e-3)] and wanted != 0
+
+
+def test_regularization_images_of_the_split_are_not_held_out_pictures(train: Train) -> None:
+    reg = {**REG, "validation": True}
+    alone, both = (
+        train({"drifts": True}, subsets=(OWN, *split), name=name)
+        for name, split in {"alone": (UNSEEN,), "both": (UNSEEN, reg)}.items()
+    )
+    (wanted,), (found,) = (read_log(run.folder / "lora-checkpoints.jsonl") for run in (alone, both))
+    assert found["held_out_gap"] == wanted["held_out_gap"]
+
+
+@pytest.mark.parametrize("apt", [{}, {"drifts": False, "subsets": (OWN, UNSEEN)}], ids=["no split", "drifts off"])
+def test_a_rule_about_held_out_pictures_that_nothing_measures_is_one_line(make: Train, apt: dict[str, Any]) -> None:
+    subsets = apt.pop("subsets", SUBSETS)
+    run = make({"drifts": True, **apt, "stop": "gamma > 0.9 and held_out_gap < 0"}, subsets=subsets)
+    with pytest.raises(SystemExit, match=r"stop names held_out_gap, .* a validation split") as error:
+        run.trainer.train(run.args)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rule_about_held_out_pictures_ends_the_training(train: Train) -> None:
+    run = train({"drifts": True, "stop": "held_out_gap < 9"}, subsets=(OWN, UNSEEN), save_every_n_steps=2)
+    assert [line["step"] for line in run.log] == [1, 2]

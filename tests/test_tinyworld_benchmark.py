@@ -110,9 +110,10 @@ def test_curves_are_drawn_of_the_steps_that_all_runs_have(benchmark, tmp_path, m
         (4, 1): {**row(benchmark, text=0.6, identity=0.5), "steps": 9, "curve": {"3": scores}},
     }
     benchmark._draw_curves(tmp_path / "curves.png", {"apt": runs, "base": {(4, 0): {**row(benchmark), "curve": {}}}})
-    assert drawn == {
-        "APT": {3: {"text": [0.9, 0.9], "identity": [0.1, 0.1]}, 9: {"text": [0.8, 0.6], "identity": [0.3, 0.5]}}
-    }
+    assert list(drawn) == ["APT"] and list(drawn["APT"]) == [3, 9]
+    assert drawn["APT"][3] == {"text": pytest.approx((0.9, 0)), "identity": pytest.approx((0.1, 0))}
+    # Mean, and a deviation of 0.1 * sqrt(2) over sqrt(2).
+    assert drawn["APT"][9] == {"text": pytest.approx((0.7, 0.1)), "identity": pytest.approx((0.4, 0.1))}
 
 
 # What is run.

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+from apt_hooks import AptError
 from apt_hooks.tinyworld import preservation
 from apt_hooks.tinyworld.attention import attention_of_words
 from apt_hooks.tinyworld.concepts import CONCEPTS
@@ -205,6 +206,35 @@ def test_the_lora_is_the_average_of_its_weights_over_the_steps(pipeline):
         assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(wanted, kept[step - 1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(kept[2], kept[3], strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(seen[-1], kept[-1], strict=True))
+
+
+def test_held_out_pictures_are_others_before_the_same_background():
+    held_out = reference_pictures(CONCEPT, take="held out ")
+    assert held_out.shape == PICTURES.shape and torch.equal(PICTURES, reference_pictures(CONCEPT))
+    same = (held_out == PICTURES).all(dim=1).float().mean(dim=(1, 2))
+    assert ((same > 0.3) & (same < 1)).all()
+
+
+@pytest.mark.parametrize("model", DENOISERS)
+def test_the_held_out_gap_leaves_the_lora_as_it_is_and_is_zero_where_nothing_is_learned(model, tmp_path):
+    pipeline, denoiser = load_pipeline(PIPELINES[model]), DENOISERS[model]
+    held_out, found = reference_pictures(CONCEPT, take="held out "), {}
+    for name, pictures, rate in (("on", held_out, 3e-3), ("off", None, 3e-3), ("zero", held_out, 0.0)):
+        saving = Saving(tmp_path, name, 3, CONCEPT.subject.kind, pictures)
+        training = dataclasses.replace(TRAINING, learning_rate=rate)
+        with lora(pipeline, TRAINING.rank, 0):
+            config = method_config("apt", denoiser=denoiser)
+            train(pipeline, PICTURES, CONCEPT.captions(), config, training, seed=0, saving=saving)
+            module = getattr(pipeline, denoiser.part)
+            weights = [p.detach().clone() for n, p in module.named_parameters() if "lora_" in n]
+        (line,) = logged(tmp_path / f"{name}-checkpoints.jsonl")
+        found[name] = weights, line["held_out_gap"]
+    assert all(map(torch.equal, found["on"][0], found["off"][0])) and found["off"][1] is None
+    assert found["zero"][1] == [0] * 10 and len(found["on"][1]) == 10 and all(found["on"][1])
+    with lora(pipeline, TRAINING.rank, 0), pytest.raises(AptError, match="stop names held_out_gap"):
+        config = method_config("apt", {"stop": "held_out_gap < 0"}, denoiser)
+        saving = Saving(tmp_path, "none", 3, CONCEPT.subject.kind)
+        train(pipeline, PICTURES, CONCEPT.captions(), config, TRAINING, seed=0, saving=saving)
 
 
 def test_drifts_and_checkpoints_leave_the_lora_as_it_is_to_the_bit_and_a_rule_ends_the_training(pipeline, tmp_path):

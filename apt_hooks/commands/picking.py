@@ -2,38 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from apt_hooks.errors import AptError
 from apt_hooks.results.checkpoint_table import checkpoint_table, what_is_missing
 from apt_hooks.results.read_checkpoints import SavedRun
 from apt_hooks.results.verdict import Verdict
 
+from .options import GuidanceScale, Seed, Steps
+
 app = typer.Typer()
 
 
-@app.command(epilog="Example: `apt-hooks pick out/`")
+@app.command(
+    epilog="Examples: `apt-hooks pick out/`, `apt-hooks pick out/ --judge --model sdxl/ --references photos/ "
+    '--prompts live --subject "sks dog" --class-word dog`'
+)
 def pick(
+    context: typer.Context,
     run: Annotated[
         Path,
         typer.Argument(metavar="RUN_DIR", help="Folder that a run has saved LoRAs in, or its NAME-checkpoints.jsonl."),
     ],
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Draw with each checkpoint too, and judge it; needs the five options below.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="As for `eval`: the base model, or `tinyworld`.")] = None,
+    references: Annotated[Path | None, typer.Option(help="Folder of photos of the subject.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="As for `eval`: `object`, `live`, or a file.")] = None,
+    subject: Annotated[str | None, typer.Option(help="What the LoRAs call it: `sks dog`.")] = None,
+    class_word: Annotated[str | None, typer.Option(help="What the base model calls it: `dog`.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="For pictures and scores; NAME-judged beside the LoRAs if not given.")
+    ] = None,
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, from as many seeds on.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
+    steps: Steps = 50,
+    guidance_scale: GuidanceScale = 7.5,
+    clip: Annotated[str | None, typer.Option(help="CLIP model for the prompt; ViT-B/32 if not given.")] = None,
+    dino: Annotated[str | None, typer.Option(help="DINOv2 model for the subject; base if not given.")] = None,
 ) -> None:
     """Say which of a run's checkpoints to take, and why, by what was measured of each while it was trained.
 
     All of them in a table: gamma, gap and delta noise on the pictures that are trained on, and how far other prompts
-    have moved. It says so where that does not tell.
+    have moved. It says so where that does not tell. With --judge also by pictures: `eval`'s scores of each checkpoint,
+    and which of them no other beats by both subject and prompt.
     """
     from apt_hooks.results.read_checkpoints import find_runs
     from apt_hooks.results.verdict import verdict
 
-    for number, found in enumerate(find_runs(run)):
+    task = {"model": model, "references": references, "prompts": prompts, "subject": subject, "class_word": class_word}
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in ("run", "judge")}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    missing = [name for name, value in task.items() if value is None]
+    if judge and missing:
+        raise AptError(f"--judge draws with the checkpoints, and needs {_options(missing)} too")
+    if given and not judge:
+        raise AptError(f"{_options(given)}: only with --judge")
+    runs = find_runs(run)
+    if judge and len(runs) > 1:
+        names = ", ".join(str(found.path) for found in runs)
+        raise AptError(f"--judge takes one run; {run} has {len(runs)}, name one of {names}")
+    for number, found in enumerate(runs):
         if number:
             typer.echo("")
         for line in _lines(found, verdict(found.checkpoints)):
             typer.echo(line)
+    if judge:
+        from apt_hooks.integrations.judging.evaluation import Models
+        from apt_hooks.integrations.judging.judged_run import judge_run
+
+        (found,) = runs
+        models = {name: value for name, value in {"clip": clip, "dino": dino}.items() if value is not None}
+        drawing = {"seed": seed, "count": count, "batch": batch, "steps": steps, "guidance_scale": guidance_scale}
+        task["out"] = out or found.path.with_name(f"{found.name}-judged")
+        typer.echo("")
+        for line in judge_run(found, models=Models(**models), say=typer.echo, **task, **drawing):  # type: ignore[arg-type]
+            typer.echo(line)
+
+
+def _options(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _lines(run: SavedRun, found: Verdict) -> list[str]:

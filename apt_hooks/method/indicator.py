@@ -80,6 +80,10 @@ class OverfittingIndicator:
         # Of the step that has not ended: per bin the sums of both losses, and how many samples they are of.
         self._pending: Tensor | None = None
 
+    def like(self, *, ema_alpha: float) -> OverfittingIndicator:
+        """Another one of the same bins, which has seen nothing; with an alpha of 1 it has a step's own means."""
+        return OverfittingIndicator(self.num_bins, self.num_train_timesteps, ema_alpha, self.scale, bin_of=self._bin_of)
+
     def update(self, timesteps: Tensor, loss_tuned: Tensor, loss_frozen: Tensor) -> None:
         """A step of one batch: `add` and `end_step`."""
         self.add(timesteps, loss_tuned, loss_frozen)
@@ -116,7 +120,7 @@ class OverfittingIndicator:
         self._pending = totals if self._pending is None else self._pending.to(totals) + totals
 
     @torch.no_grad()
-    def end_step(self) -> None:
+    def end_step(self, *, of_all_ranks: bool = True) -> None:
         """Move the averages by what was added since the last call: a bin's samples count as one update with their mean.
 
         Where a process group is up, the mean is over the samples of all its ranks. Every rank has to `add` in the same
@@ -125,7 +129,7 @@ class OverfittingIndicator:
         totals, self._pending = self._pending, None
         if totals is None:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if of_all_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(totals)
         mean, count = totals[:2] / totals[2], totals[2]
         moved = torch.where(self._ema.isnan(), mean, torch.lerp(self._ema, mean, self.ema_alpha))

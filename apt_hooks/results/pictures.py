@@ -165,35 +165,42 @@ def draw_plane(
     write_figure(path, figure)
 
 
-def draw_curves(path: Path, curves: Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]]) -> None:
-    """Scores of every checkpoint: "text" and "identity" against the step, and text against identity.
+def draw_curves(
+    path: Path,
+    curves: Mapping[str, Mapping[int, Mapping[str, tuple[float, float]]]],
+    axes: tuple[str, str] = ("identity", "text"),
+    *,
+    front: Sequence[int] = (),
+) -> None:
+    """Two scores of every checkpoint: against each other, and each against the step.
 
     Args:
-        curves: by title and step the scores of each run; drawn are their mean and its standard error.
+        curves: by title, step and score its mean and standard error.
+        axes: the scores.
+        front: steps to be marked, that no other is better than by both.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     plane, *over_steps = figure.subplots(1, 3)
     for title, steps in curves.items():
-        means, errors = {}, {}
-        for score in ("identity", "text"):
-            values = [torch.tensor(steps[step][score]) for step in steps]
-            means[score] = torch.stack([v.mean() for v in values]).numpy()
-            errors[score] = torch.stack(
-                [v.std() / len(v) ** 0.5 if len(v) > 1 else v.sum() * 0 for v in values]
-            ).numpy()
-        (line,) = plane.plot(means["identity"], means["text"], "o-", label=title)
-        for step, x, y in zip(steps, means["identity"], means["text"], strict=True):
-            plane.annotate(str(step), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7, color="#555555")
-        for ax, (score, mean) in zip(over_steps, means.items(), strict=True):
-            ax.plot(list(steps), mean, "o-", color=line.get_color())
-            low, high = mean - errors[score], mean + errors[score]
-            ax.fill_between(list(steps), low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    plane.set(xlabel="identity", ylabel="text", title="numbers: training steps")
+        at = [(of[axes[0]][0], of[axes[1]][0]) for of in steps.values()]
+        (line,) = plane.plot(*zip(*at, strict=True), "o-", label=title)
+        color = line.get_color()
+        for step, xy in zip(steps, at, strict=True):
+            plane.annotate(str(step), xy, textcoords="offset points", xytext=(4, 4), fontsize=7, color="#555555")
+        best = sorted(xy for step, xy in zip(steps, at, strict=True) if step in front)
+        if best:
+            plane.plot(*zip(*best, strict=True), "o--", color="#222222", markerfacecolor=color, label="front")
+        for ax, score in zip(over_steps, axes, strict=True):
+            means, errors = zip(*(of[score] for of in steps.values()), strict=True)
+            ax.plot(list(steps), means, "o-", color=color)
+            bounds = [[m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1)]
+            ax.fill_between(list(steps), *bounds, color=color, alpha=0.2, linewidth=0)
+    plane.set(xlabel=axes[0], ylabel=axes[1], title="numbers: training steps")
     if curves:
         plane.legend()
-    for ax, score in zip(over_steps, ("identity", "text"), strict=True):
+    for ax, score in zip(over_steps, axes, strict=True):
         ax.set(xlabel="training step", ylabel=score, title=f"{score} (shaded: standard error)")
     write_figure(path, figure)
 

@@ -73,7 +73,7 @@ class Examination:
             raise AptError(f"scenes must be from 1 to {MOST_SCENES}, as many prompts as there are; found {scenes}")
         self.scenes = [s for s in _elsewhere(concept, scenes, seed) for _ in range(repeats)]
         self._seed = seed
-        self._drawn_references = as_decoded(pipeline, references)
+        self.drawn_references = as_decoded(pipeline, references)
         self.base = judges.features(sample(pipeline, self.prompts(None), seed=2 * seed)) if base is None else base
 
     def prompts(self, identifier: str | None = IDENTIFIER) -> list[str]:
@@ -92,7 +92,7 @@ class Examination:
 
     def score(self, pictures: Tensor) -> Judgement:
         """Score pictures of the prompts, one of each: [pictures, 3, 64, 64], from 0 to 1."""
-        of_each, of_all = scores_of(self.judges, pictures, self.scenes, self._drawn_references, self.base)
+        of_each, of_all = scores_of(self.judges, pictures, self.scenes, self.drawn_references, self.base)
         scores = of_all | {name: values.mean().item() for name, values in of_each.items()}
         scores["black_frames"] = black_frames(pictures).mean().item()
         return Judgement(pictures, scores, {name: values.std(correction=0).item() for name, values in of_each.items()})

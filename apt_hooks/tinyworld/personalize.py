@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import AptConfig, read_toml
 from ..integrations.peft import adapters_off, unload_adapters
 from ..method.augmentation import Placement
+from ..training.held_out import HeldOut
 from ..training.objective import AptObjective
 from ..training.run import AptRun
 from .concepts import Concept
@@ -64,11 +65,14 @@ def method_config(
     return AptConfig.from_mapping({**preset, **overrides, **METHODS[name].keys})
 
 
-def reference_pictures(concept: Concept, seed: int = 0) -> Tensor:
-    """The pictures that a person would have of a concept: [pictures, 3, 64, 64], from 0 to 1, one background."""
+def reference_pictures(concept: Concept, seed: int = 0, take: str = "") -> Tensor:
+    """The pictures that a person would have of a concept: [pictures, 3, 64, 64], from 0 to 1, one background.
+
+    Another `take` is other pictures before the same one.
+    """
     return torch.stack(
         [
-            render(scene, random.Random(f"{seed}/{i}"), background_rng=random.Random(f"{seed}"))
+            render(scene, random.Random(f"{seed}/{take}{i}"), background_rng=random.Random(f"{seed}"))
             for i, scene in enumerate(concept.scenes())
         ]
     )
@@ -147,7 +151,11 @@ def train(
     objective = AptObjective(config, module, off, bin_of=bin_of)
     run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed, trainer="tinyworld")
     if saving is not None:
-        run.watch_checkpoints(saving.checkpoints(pipeline, run))
+        held_out = None
+        if saving.held_out is not None and config.drifts:
+            unseen = _Samples(pipeline, saving.held_out, captions[:1] * len(saving.held_out), training.batch, seed)
+            held_out = HeldOut(objective, _Compared(unseen))
+        run.watch_checkpoints(saving.checkpoints(pipeline, run, held_out))
     trained = Trained(config, [], [])
     module.train()
     try:
@@ -284,6 +292,24 @@ class _ClassTerms:
             missed = self._prior.prediction(rows, clean, timesteps, noise)() - self._denoiser.target(clean, noise)
             total = total + self._method.prior_preservation * missed.square().mean()
         return total
+
+
+class _Compared:
+    """Both models on pictures, each at fixed timesteps and noise."""
+
+    def __init__(self, samples: _Samples) -> None:
+        denoiser, module = denoiser_and_module(samples.pipeline)
+        self._timesteps = torch.arange(50, 1000, 100).repeat_interleave(len(samples.clean))
+        rows = torch.arange(len(self._timesteps)) % len(samples.clean)
+        clean = samples.latents(rows)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+        self._target, self._scale = denoiser.target(clean, noise), denoiser.error_scale(self._timesteps)
+        self._predict = samples.prediction(rows, clean, self._timesteps, noise)
+        with torch.no_grad(), adapters_off(module):
+            self._frozen = self._predict()
+
+    def __call__(self, held_out: HeldOut) -> None:
+        held_out.add(self._predict(), self._frozen, self._target, self._timesteps, error_scale=self._scale)
 
 
 class _DeltaNoise:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..integrations.diffusers_dreambooth.lora_metadata import add_metadata
 from ..training.checkpoints import ENDING, Checkpoints
 from ..training.drifts import SAMPLES, Drifts, fixed_noise
+from ..training.held_out import HeldOut
 from ..training.run import AptRun
 from .lora_file import save_lora
 from .model import denoiser_and_module, encode_texts
@@ -27,15 +28,17 @@ class Saving:
         folder, name: where, and how the files begin.
         every: steps between two of them; the last step's is saved in any case.
         kind: the concept's, for the class drift.
+        held_out: [pictures, 3, 64, 64], from 0 to 1, of the concept, that are not trained on; None: no held-out gap.
     """
 
     folder: Path
     name: str
     every: int
     kind: str
+    held_out: Tensor | None = None
 
-    def checkpoints(self, pipeline: Any, run: AptRun) -> Checkpoints:
-        """Of a run on the pipeline's denoiser."""
+    def checkpoints(self, pipeline: Any, run: AptRun, held_out: HeldOut | None) -> Checkpoints:
+        """Of a run on the pipeline's denoiser; `held_out`: what measures those pictures."""
         config, objective = run.objective.config, run.objective
         # Words of the world alone: others are nothing to its tokenizer.
         others = [kind for kind in KINDS if kind != self.kind][:2]
@@ -45,6 +48,7 @@ class Saving:
             self.folder / f"{self.name}{ENDING}",
             drifts if config.drifts else None,
             off="" if config.drifts else "drifts = false",
+            held_out=held_out,
             rule=config.stop,
         )
 
@@ -52,11 +56,11 @@ class Saving:
         """Whether there is a checkpoint behind this step."""
         return step == last or step % self.every == 0
 
-    def save(self, pipeline: Any, run: AptRun, step: int, last: int, **more: Any) -> None:
+    def save(self, pipeline: Any, run: AptRun, step: int, last: int) -> None:
         """Measure the LoRA as it is, and save it."""
         assert run.checkpoints is not None
         file = self.folder / (f"{self.name}.safetensors" if step == last else f"{self.name}-step{step:08d}.safetensors")
-        line = run.measure_checkpoint(**more)
+        line = run.measure_checkpoint()
         save_lora(pipeline, file)
         add_metadata(file, {**run.metadata(), **run.checkpoints.metadata(line)})
         run.checkpoints.saved(line, file)

@@ -16,6 +16,7 @@ from ..errors import AptError
 from ..files import free_name, write_atomically
 from ..stop_rule import StopRule
 from .drifts import Drifts
+from .held_out import HeldOut
 
 ENDING = "-checkpoints.jsonl"
 METADATA = "ss_apt_checkpoint"
@@ -36,8 +37,12 @@ class Checkpoints:
         path: the file; None writes none (ranks other than the first, which measure nothing either).
         drifts: what measures; None where that is off.
         off: why, for people; empty where it is not.
+        held_out: what measures the held-out gap; None where there are no such pictures.
         rule: the key `stop`.
         about: what the file's first line says beside.
+
+    Raises:
+        AptError: the rule is about the held-out gap, and nothing measures it.
 
     Attributes:
         stop: why the training is to end, once the rule says so; until then None.
@@ -49,13 +54,20 @@ class Checkpoints:
         drifts: Drifts | None = None,
         *,
         off: str = "",
+        held_out: HeldOut | None = None,
         rule: str | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.stop: str | None = None
         self._drifts, self._off, self._about = drifts, off, dict(about or {})
+        self._held_out = held_out
         self._rule = None if rule is None else StopRule(rule)
+        if self._rule is not None and held_out is None and HeldOut.NAME in self._rule.names:
+            raise AptError(
+                f"[apt] stop names {HeldOut.NAME}, which needs a validation split, pictures that are not trained on, "
+                f"and drifts = true; found stop = {self._rule.text!r} without: add them, or leave {HeldOut.NAME} out"
+            )
         self._gammas: list[float] = []
         self._delta_noise: list[float] = []
         self._last = time.perf_counter()
@@ -72,6 +84,8 @@ class Checkpoints:
             said = "drifts of checkpoints (no class drift: give class_word)"
         else:
             said = "drifts of checkpoints"
+        if self._held_out is not None:
+            said += ", held-out gap"
         return said if self._rule is None else f"{said}, stop when {self._rule.text}"
 
     def resumed(self, step: int) -> None:
@@ -85,13 +99,12 @@ class Checkpoints:
         if line["delta_noise"] is not None:
             self._delta_noise.append(line["delta_noise"])
 
-    def measure(self, step: int, gammas: Sequence[float], gaps: Sequence[float], **more: Any) -> dict[str, Any]:
+    def measure(self, step: int, gammas: Sequence[float], gaps: Sequence[float]) -> dict[str, Any]:
         """The line of the LoRA as it is.
 
         Args:
             step: how many steps it was trained.
             gammas, gaps: [bins], the indicator's; a gap is NaN for a bin not seen yet.
-            more: further measures, by the names that the line has them by.
         """
         started = time.perf_counter()
         recent = self._delta_noise[-50:]
@@ -100,16 +113,21 @@ class Checkpoints:
             "gamma": [None if gap != gap else round(gamma, 6) for gamma, gap in zip(gammas, gaps, strict=True)],
             "gap": [None if gap != gap else gap for gap in gaps],
             "delta_noise": sum(recent) / len(recent) if recent else None,
-            **dict.fromkeys(Drifts.NAMES),
+            **dict.fromkeys((*Drifts.NAMES, HeldOut.NAME)),
         }
+        # A training is worth more than what is measured of it.
         if self._drifts is not None and self.path is not None:
             try:
                 line |= {name: _digits(value) for name, value in self._drifts.measure().items()}
             except (AptError, torch.OutOfMemoryError) as error:
-                # A training is worth more than what is measured of it.
                 self._drifts, self._off = None, " ".join(str(error).split())
                 logger.warning("apt-hooks: drifts of checkpoints are off from here on: %s", self._off)
-        line |= more
+        if self._held_out is not None and self.path is not None:
+            try:
+                line[HeldOut.NAME] = self._held_out.measure()
+            except (AptError, torch.OutOfMemoryError) as error:
+                self._held_out, why = None, " ".join(str(error).split())
+                logger.warning("apt-hooks: the held-out gap is off from here on: %s", why)
         self._cost = time.perf_counter() - started
         line["seconds"] = float(f"{self._cost:.3g}")
         line["stop"] = None if self._rule is None else self._rule.met(self._gammas, line)

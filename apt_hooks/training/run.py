@@ -21,6 +21,7 @@ from ..method.augmentation import Placement
 from ..method.units import FLOW, check_target
 from .checkpoints import Checkpoints
 from .drifts import Drifts
+from .held_out import HeldOut
 from .objective import AptObjective
 from .step import AptStep
 from .steplog import VALUES, StepLog
@@ -148,18 +149,12 @@ class AptRun:
         """Have each saved LoRA measured; the adapter then calls `measure_checkpoint` and `Checkpoints.saved`."""
         self.checkpoints, self.log.then = checkpoints, checkpoints.took
 
-    def measure_checkpoint(self, **more: Any) -> dict[str, Any]:
-        """The line of the LoRA as it is, for `Checkpoints.saved` and `Checkpoints.metadata`.
-
-        Args:
-            more: further measures, by the names that the line has them by.
-        """
+    def measure_checkpoint(self) -> dict[str, Any]:
+        """The line of the LoRA as it is, for `Checkpoints.saved` and `Checkpoints.metadata`."""
         assert self.checkpoints is not None  # `watch_checkpoints` comes first
         self.log.flush()
         indicator = self.objective.indicator
-        self._checkpoint = self.checkpoints.measure(
-            self.step, indicator.gammas.tolist(), indicator.gaps.tolist(), **more
-        )
+        self._checkpoint = self.checkpoints.measure(self.step, indicator.gammas.tolist(), indicator.gaps.tolist())
         return self._checkpoint
 
     def trainer_counts(self, number: int) -> None:
@@ -193,6 +188,10 @@ class AptRun:
         scalars = {f"apt/{name}": line[name] for name in VALUES if line[name] is not None}
         scalars |= {f"apt/gamma/{b}": gamma for b, gamma in enumerate(line["gamma"])}
         saved, self._checkpoint = self._checkpoint, {}
+        held_out = {b: gap for b, gap in enumerate(saved.get(HeldOut.NAME) or []) if gap is not None}
+        if held_out:
+            scalars[f"apt/{HeldOut.NAME}"] = sum(held_out.values()) / len(held_out)
+            scalars |= {f"apt/{HeldOut.NAME}/{b}": gap for b, gap in held_out.items()}
         return scalars | {f"apt/{name}": saved[name] for name in Drifts.NAMES if saved.get(name) is not None}
 
     def metadata(self) -> dict[str, str]:

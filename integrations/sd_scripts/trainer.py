@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement
 from apt_hooks.training.checkpoints import ENDING, Checkpoints
 from apt_hooks.training.drifts import NEUTRAL, SAMPLES, Drifts
+from apt_hooks.training.held_out import HeldOut
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.run import AptRun
 
@@ -44,6 +46,9 @@ UNCOUNTED = "apt_hooks_uncounted"
 
 PRESERVATION = "diff_output_preservation"
 """The trainer's own custom attribute of subsets whose samples are to stay as the base model has them."""
+
+_HELD_OUT_TIMESTEPS = 10
+"""Of each held-out picture; evenly over the trainer's range, or as a transformer's trainer draws them."""
 
 _OTHER_TIMESTEPS = (
     "the trainer adds noise at other timesteps than those drawn for the augmentation; set [apt] augmentation = false"
@@ -67,6 +72,8 @@ class AptTrainer:
     _prompts: Prompts | None = None  # of the drifts; None where these are off
     _probe: TrainerProbe | None = None  # from the first batch on
     _measured: nn.Module | None = None  # the network whose saves are
+    _validation: Any = None  # the validation split, a group of data sets; None where there is none
+    _compare: Callable[[HeldOut, dict[str, Any], int], None] | None = None  # from the first batch on
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -104,13 +111,11 @@ class AptTrainer:
         if self._captions is not None or self.is_train_text_encoder(args):  # type: ignore[attr-defined]
             self._check_caption_dropout(args, train_dataset_group, words=self._captions is not None)
         captions: list[str] = []
+        _mark_uncounted(val_dataset_group)
+        _mark_uncounted(train_dataset_group)
+        self._validation = val_dataset_group if val_dataset_group is not None and len(val_dataset_group) else None
         for dataset in getattr(train_dataset_group, "datasets", []):
             for subset in getattr(dataset, "subsets", []):
-                attributes = dict(getattr(subset, "custom_attributes", None) or {})
-                # A batch carries its subsets' attributes, and nothing else that tells a regularization image.
-                kept_as_prior = attributes.get(PRESERVATION, False)
-                attributes[UNCOUNTED] = bool(getattr(subset, "is_reg", False) or kept_as_prior)
-                subset.custom_attributes = attributes
                 captions += [
                     str(getattr(subset, k, None) or "") for k in ("caption_prefix", "caption_suffix", "class_tokens")
                 ]
@@ -204,11 +209,33 @@ class AptTrainer:
                 path if accelerator.is_main_process else None,
                 None if prompts is None else drifts,
                 off=off,
+                held_out=self._held_out(args, accelerator),
                 rule=config.stop,
             )
         )
         if config.stop and accelerator.num_processes > 1:
             accelerator.print(f"apt-hooks: {_STOPS_ALONE}")
+
+    def _held_out(self, args: argparse.Namespace, accelerator: Any) -> HeldOut | None:
+        """What goes through the validation split with both models; None where there is none, or drifts are off."""
+        unseen = self._validation
+        if unseen is None or not self.apt_config.drifts:
+            return None
+        most = getattr(args, "max_validation_steps", None)
+        count = len(unseen) if most is None else min(most, len(unseen))
+
+        def compare(held_out: HeldOut) -> None:
+            if self._compare is None:
+                raise AptError("a LoRA is saved before the first batch, so nothing was there to measure it with")
+            for index in range(count):
+                random.seed(index)
+                torch.manual_seed(index)
+                batch = _moved_to(accelerator.device, unseen[index])
+                for number in range(_HELD_OUT_TIMESTEPS):
+                    torch.manual_seed(number)
+                    self._compare(held_out, batch, number)
+
+        return HeldOut(self.apt.objective, compare)
 
     def _prepare(self, args: argparse.Namespace, accelerator: Any, text_encoder: Any, denoiser: nn.Module) -> None:
         """All that is known before the network is applied."""
@@ -283,7 +310,7 @@ class AptTrainer:
         train_text_encoder: bool = True,
         train_unet: bool = True,
     ) -> Tensor:
-        def process(batch: dict[str, Any]) -> Tensor:
+        def process(batch: dict[str, Any], is_train: bool = is_train) -> Tensor:
             return super(AptTrainer, self).process_batch(  # type: ignore[misc]
                 batch,
                 text_encoders,
@@ -310,21 +337,40 @@ class AptTrainer:
         self._begin(accelerator, network, noise_scheduler)
         # Here the trainer has just fetched the last step's loss, so fetching its other numbers waits for nothing.
         self.apt.log.flush()
-        current = _Batch(_instances(batch), accelerator.sync_gradients)
-        if self._conditioning is not None or self._awaits_probe:
-            models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
-            current.encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
-        if self._conditioning is not None:
-            current.frozen_conds = functools.partial(self._conditioning, current.encoders, batch, current.instances)
+
+        def known(batch: dict[str, Any]) -> _Batch:
+            current = _Batch(_instances(batch), accelerator.sync_gradients)
+            if self._conditioning is not None or self._awaits_probe:
+                models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
+                current.encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
+            if self._conditioning is not None:
+                current.frozen_conds = functools.partial(self._conditioning, current.encoders, batch, current.instances)
+            return current
+
+        @contextlib.contextmanager
+        def on_its_way(current: _Batch, batch: dict[str, Any]) -> Iterator[None]:
+            current.mask = functools.partial(self._loss_mask, args, batch)
+            self._batch = current
+            try:
+                with self._noising.watched(noise_scheduler, current.drawn):
+                    yield
+            finally:
+                self._batch = None
+
+        def compare(held_out: HeldOut, batch: dict[str, Any], number: int) -> None:
+            current = known(batch)
+            current.held_out = held_out
+            spread = self._noising.spread(args, noise_scheduler, _HELD_OUT_TIMESTEPS, accelerator.device)
+            current.drawn = None if spread is None else spread[number].expand(len(current.instances))
+            with self.apt.objective.reference.apart(frozen=False), on_its_way(current, batch):
+                process(batch, is_train=False)
+
+        self._compare = compare
+        current = known(batch)
         if self.apt.objective.augments:
             batch = self._augment(batch, current, args, noise_scheduler, accelerator.device, weight_dtype)
-        current.mask = functools.partial(self._loss_mask, args, batch)
-        self._batch = current
-        try:
-            with self._noising.watched(noise_scheduler, current.drawn):
-                loss = process(batch)
-        finally:
-            self._batch = None
+        with on_its_way(current, batch):
+            loss = process(batch)
         self.apt.record(current.step, current.placement, ends_step=current.ends_step)
         return loss
 
@@ -362,6 +408,8 @@ class AptTrainer:
         current = self._batch
         if current is None:  # validation
             return run(batch, text_conds, denoiser, is_train)
+        if current.held_out is not None:
+            return self._compare_on(current, current.held_out, accelerator, batch, text_conds, denoiser, run)
         if self._awaits_probe and accelerator.is_main_process:
             self._probe = self._probe_of(
                 current, args, accelerator, noise_scheduler, latents, batch, text_conds, denoiser, *rest
@@ -408,6 +456,34 @@ class AptTrainer:
             target.detach(), times, ends_step=current.ends_step, error_scale=scale, mask=current.mask(target)
         )
         return current.step.prediction, target, timesteps, weighting
+
+    def _compare_on(
+        self,
+        current: _Batch,
+        held_out: HeldOut,
+        accelerator: Any,
+        batch: dict[str, Any],
+        text_conds: list[Any],
+        denoiser: Any,
+        run: Callable[[dict[str, Any], list[Any], Any, bool], Any],
+    ) -> Any:
+        """Both models on held-out pictures; what the trainer makes of it is not looked at."""
+        denoiser, batch = accelerator.unwrap_model(denoiser), _without_preservation(batch)
+        with self.apt.objective.reference.apart(frozen=True):  # gives the random streams back
+            conds = text_conds
+            if self._conditioning is not None:
+                with frozen_base(self.apt.objective.reference.modules, contextlib.nullcontext), accelerator.autocast():
+                    conds = current.frozen_conds(text_conds)
+            frozen = run(batch, conds, denoiser, False)[0]
+            prepare_block_swap(denoiser)
+        tuned, target, timesteps, weighting = run(batch, text_conds, denoiser, False)
+        prepare_block_swap(denoiser)
+        times, scale = self._noising.times(timesteps), None
+        if self.apt.indicator_units != self.apt.target:
+            scale = self._noising.error_scale(self.apt.target, times, target)
+        mask, instances = current.mask(target), current.instances
+        held_out.add(tuned, frozen, target, times, instances=instances, error_scale=scale, mask=mask)
+        return tuned, target, timesteps, weighting
 
     def _probe_of(
         self,
@@ -509,7 +585,8 @@ class AptTrainer:
 
         @functools.wraps(plain)
         def save_weights(file: Any, dtype: Any, metadata: dict[str, str] | None, *rest: Any) -> Any:
-            checkpoints, line = self.apt.checkpoints, self.apt.measure_checkpoint()
+            with frozen_base([network], contextlib.nullcontext):  # without the LoRA's dropout
+                checkpoints, line = self.apt.checkpoints, self.apt.measure_checkpoint()
             if metadata and "ss_apt_version" in metadata:  # not with `no_metadata`
                 metadata = {**metadata, **checkpoints.metadata(line)}  # type: ignore[union-attr]
             saved = plain(file, dtype, metadata, *rest)
@@ -568,7 +645,7 @@ class AptTrainer:
     def _close(self) -> None:
         if self._measured is not None:
             vars(self._measured).pop("save_weights", None)
-        self._measured = self._probe = None
+        self._measured = self._probe = self._compare = None
         if hasattr(self, "apt"):
             self.apt.close()
 
@@ -604,6 +681,7 @@ class _Batch:
 
     instances: Tensor
     ends_step: bool
+    held_out: HeldOut | None = None  # what compares both models on it, where it is of the validation split
     encoders: Any = None  # TextEncoders
     frozen_conds: Callable[[list[Any]], list[Any]] = lambda conds: conds
     mask: Callable[[Tensor], Tensor | None] = lambda target: None
@@ -620,6 +698,23 @@ def _without_preservation(batch: dict[str, Any]) -> dict[str, Any]:
         return batch
     kept = [{key: value for key, value in (own or {}).items() if key != PRESERVATION} for own in attributes]
     return {**batch, "custom_attributes": kept}
+
+
+def _mark_uncounted(group: Any) -> None:
+    """A batch carries its subsets' attributes, and nothing else that tells a regularization image."""
+    for subset in (s for d in getattr(group, "datasets", []) for s in getattr(d, "subsets", [])):
+        attributes = dict(getattr(subset, "custom_attributes", None) or {})
+        attributes[UNCOUNTED] = bool(getattr(subset, "is_reg", False) or attributes.get(PRESERVATION, False))
+        subset.custom_attributes = attributes
+
+
+def _moved_to(device: torch.device, of: Any) -> Any:
+    """As accelerate's data loaders do it."""
+    if isinstance(of, Tensor):
+        return of.to(device)
+    if isinstance(of, dict):
+        return {key: _moved_to(device, value) for key, value in of.items()}
+    return type(of)(_moved_to(device, each) for each in of) if type(of) in (list, tuple) else of
 
 
 def _instances(batch: dict[str, Any]) -> Tensor:

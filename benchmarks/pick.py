@@ -1,0 +1,224 @@
+"""Whether `apt-hooks pick` takes the checkpoint that judges of pictures would take, on the tiny world.
+
+    python benchmarks/pick.py --out DIR [--concepts 4,5,6,7] [--seeds 0,1,2] [--table-only]
+
+A run is DreamBooth, which overfits, of one concept and seed, 600 steps with a checkpoint every 75: eight, judged by 24
+prompts of one picture each, the same prompts and noise for all. As soon as a run is done, a line of JSON is appended to
+DIR/judged.jsonl, and `apt-hooks pick DIR/CONCEPT-SEED` reads what was measured without pictures. The rule is asked
+when the table is made, so another rule needs no other run; tune it on concepts 0 to 3, report it on 4 and above.
+
+Decided before any run. A checkpoint's score is the harmonic mean of the text and the identity score, each as its share
+of what `ideal` has (the same scenes drawn by code), identity below 0 as 0:
+
+    score = 2 T I / (T + I),   T = mean text / ideal text,   I = mean identity / ideal identity
+
+Harmonic, as a LoRA is for both: the base model has all of the prompt and none of the subject, a collapsed one the
+subject and no prompt, and neither shall be made good by the other. "Best by judges" is the highest score of the run.
+Its standard error is the jackknife's over the prompts, and a choice hits where its score is at most that error below
+the best one (the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3).
+No choice is a miss.
+
+Rivals: `last`, the end of the training; `middle`, half of it; `random`, what a blind choice comes to; `held out`, the
+largest held-out gap, which needs pictures that are not trained on. `short of the best` is the mean difference of scores
+over the runs with a choice: unlike hits, it is not easier to meet where the judges are noisy. Added behind the first
+run, whose standard error six of eight checkpoints were within: the error of the difference to the best one, which is
+smaller, as prompts and noise are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from tinyworld import append_line, numbers, read_rows  # the benchmark beside this one
+
+from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.results.read_checkpoints import Checkpoint, read_checkpoints
+from apt_hooks.results.verdict import verdict
+from apt_hooks.tinyworld.concepts import CONCEPTS
+from apt_hooks.tinyworld.evaluate import ASKED, Examination, Judgement
+from apt_hooks.tinyworld.experiment import Setting
+from apt_hooks.tinyworld.judge_networks import identity_score, text_score
+from apt_hooks.tinyworld.methods import METHODS
+from apt_hooks.tinyworld.personalize import Training, lora, method_config, reference_pictures, train
+from apt_hooks.tinyworld.saving import Saving
+from apt_hooks.training.checkpoints import ENDING
+
+METHOD = "dreambooth"
+CHECKPOINTS = 8
+RULES = ("pick", "last", "middle", "random", "held out")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--concepts", type=numbers, default=[4, 5, 6, 7])
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=Training.steps)
+    parser.add_argument("--scenes", type=int, default=24, help="prompts, of one picture each")
+    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--table-only", action="store_true", help="train nothing")
+    parser.add_argument("--smoke", action="store_true", help="one small run, to see that it works")
+    args = parser.parse_args()
+    if args.smoke:
+        args.concepts, args.seeds, args.steps, args.scenes = [4], [0], CHECKPOINTS, 5
+    with errors_in_one_line():
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the runs that are missing, and print the table."""
+    if args.steps < CHECKPOINTS or args.steps % CHECKPOINTS:
+        raise AptError(f"--steps must be a multiple of {CHECKPOINTS}, the checkpoints; found {args.steps}")
+    for concept in args.concepts:
+        if not 0 <= concept < len(CONCEPTS):
+            raise AptError(f"--concepts takes 0 to {len(CONCEPTS) - 1}, separated by commas; found {concept}")
+    log = args.out / "judged.jsonl"
+    asked = [
+        {"concept": concept, "seed": seed, "steps": args.steps, "scenes": args.scenes}
+        for concept in args.concepts
+        for seed in args.seeds
+    ]
+    if not args.table_only:
+        args.out.mkdir(parents=True, exist_ok=True)
+        missing = [one for one in asked if _find(log, one) is None]
+        with concurrent.futures.ProcessPoolExecutor(args.workers) as pool:
+            futures = [pool.submit(train_and_judge, args.out, log, one) for one in missing]
+            for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
+                future.result()
+    rows = [row for one in asked if (row := _find(log, one)) is not None]
+    print("\n".join(table(args.out, rows)))
+
+
+def _find(log: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    return next((row for row in read_rows(log) if asked.items() <= row.items()), None)
+
+
+def folder_of(out: Path, run: Mapping[str, Any]) -> Path:
+    return out / f"{run['concept']}-{run['seed']}"
+
+
+def train_and_judge(out: Path, log: Path, asked: dict[str, Any]) -> None:
+    """One run, in a process of its own."""
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    training = Training(steps=asked["steps"])
+    setting = Setting(asked["concept"], asked["seed"], training=training, scenes=asked["scenes"], repeats=1)
+    examination, concept = setting.examination(), CONCEPTS[setting.concept]
+    judged: dict[str, dict[str, list[float]]] = {"ideal": _scores(examination, examination.ideal())}
+
+    def judge(step: int) -> None:
+        judged[str(step)] = _scores(examination, examination.judge())
+
+    every = training.steps // CHECKPOINTS
+    held_out = reference_pictures(concept, take="held out ")
+    with lora(examination.pipeline, training.rank, setting.seed):
+        train(
+            examination.pipeline,
+            examination.references,
+            concept.captions(),
+            method_config(METHOD),
+            training,
+            seed=setting.seed,
+            log_path=folder_of(out, asked) / f"{METHOD}-apt.jsonl",
+            method=METHODS[METHOD],
+            checkpoints={step: lambda step=step: judge(step) for step in range(every, training.steps + 1, every)},
+            saving=Saving(folder_of(out, asked), METHOD, every, concept.subject.kind, held_out),
+        )
+    append_line(log, json.dumps({**asked, "judged": judged, "seconds": round(time.monotonic() - start, 1)}))
+
+
+def _scores(examination: Examination, judgement: Judgement) -> dict[str, list[float]]:
+    """Of each picture."""
+    judges, pictures = examination.judges, judgement.pictures
+    return {
+        "text": text_score(judges.classifier, pictures, examination.scenes, ASKED).tolist(),
+        "identity": identity_score(judges.identity, pictures, examination.drawn_references).tolist(),
+    }
+
+
+class Score:
+    """Of a checkpoint, as the head of this file decides on it, and what it is with each picture left out.
+
+    Args:
+        judged, ideal: by the judge, of each picture.
+    """
+
+    def __init__(self, judged: Mapping[str, Sequence[float]], ideal: Mapping[str, Sequence[float]]) -> None:
+        def mean(rows: Sequence[int]) -> float:
+            shares = [
+                max(0.0, statistics.fmean(judged[name][row] for row in rows) / statistics.fmean(ideal[name]))
+                for name in ("text", "identity")
+            ]
+            return 2 * math.prod(shares) / sum(shares) if sum(shares) else 0.0
+
+        rows = range(len(judged["text"]))
+        self.value = mean(rows)
+        self.left_out = [mean([row for row in rows if row != k]) for k in rows]
+        self.error = _jackknife(self.left_out)
+
+    def short_of(self, best: Score) -> tuple[float, float]:
+        """How much below the best it is, and the standard error of that, of the same prompts."""
+        differences = [b - own for b, own in zip(best.left_out, self.left_out, strict=True)]
+        return best.value - self.value, _jackknife(differences)
+
+
+def _jackknife(left_out: Sequence[float]) -> float:
+    return statistics.pstdev(left_out) * math.sqrt(len(left_out) - 1)
+
+
+def choices(checkpoints: Sequence[Checkpoint]) -> dict[str, int | None]:
+    """The step that each rule takes, None where it takes none; `random` is no choice."""
+    steps = [one.step for one in checkpoints]
+    picked = verdict(checkpoints).picked
+    return {
+        "pick": None if picked is None else picked.step,
+        "last": steps[-1],
+        "middle": min(steps, key=lambda step: abs(step - steps[-1] / 2)),
+        "held out": max(checkpoints, key=lambda one: one.held_out_gap).step,
+    }
+
+
+def table(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown: what each rule takes in each run, and how often that is as good as the best."""
+    lines = ["| concept | seed | best | score | " + " | ".join(RULES) + " |", "|---" * (4 + len(RULES)) + "|"]
+    hits: dict[str, list[float]] = {name: [] for name in RULES}
+    paired: dict[str, list[float]] = {name: [] for name in RULES}
+    short: dict[str, list[float]] = {name: [] for name in RULES}
+    for row in rows:
+        ideal = row["judged"]["ideal"]
+        scores = {int(step): Score(of, ideal) for step, of in row["judged"].items() if step != "ideal"}
+        at = max(scores, key=lambda step: scores[step].value)
+        best = scores[at]
+        below = {step: own.short_of(best) for step, own in scores.items()}
+        chosen = choices(read_checkpoints(folder_of(out, row) / f"{METHOD}{ENDING}").checkpoints)
+        cells = []
+        for name in RULES:
+            steps = list(scores) if name == "random" else [chosen[name]]
+            taken = [below[step] for step in steps if step is not None]
+            good = [difference <= best.error for difference, _ in taken]
+            hits[name].append(sum(good) / len(steps))
+            paired[name].append(sum(difference <= error for difference, error in taken) / len(steps))
+            short[name] += [statistics.fmean(difference for difference, _ in taken)] if taken else []
+            told = f"{sum(good)} of {len(good)}" if name == "random" else f"{steps[0]}{'' if all(good) else ' (no)'}"
+            cells.append(told if taken else "none")
+        told = f"{best.value:.3f} ± {best.error:.3f}"
+        lines.append(f"| {row['concept']} | {row['seed']} | {at} | {told} | {' | '.join(cells)} |")
+    counts = {"within the standard error": hits, "within that of the difference": paired}
+    for title, of in counts.items():
+        lines.append(f"| {title} | | | | {' | '.join(f'{sum(of[name]):.3g} of {len(rows)}' for name in RULES)} |")
+    means = [f"{statistics.fmean(short[name]):.3f}" if short[name] else "-" for name in RULES]
+    return [*lines, f"| short of the best | | | | {' | '.join(means)} |"]
+
+
+if __name__ == "__main__":
+    main()

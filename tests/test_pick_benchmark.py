@@ -1,0 +1,70 @@
+"""benchmarks/pick.py: its score, and what its table counts."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_path import benchmarks_importable
+
+for package in ("diffusers", "peft", "rich", "safetensors"):
+    pytest.importorskip(package)
+
+with benchmarks_importable():
+    pick = importlib.import_module("pick")
+
+IDEAL = {"text": [1.0, 1.0], "identity": [0.8, 0.6]}
+
+
+def test_the_score_is_the_harmonic_mean_of_shares_of_the_ideals() -> None:
+    found = pick.Score({"text": [1.0, 0.5], "identity": [0.2, 0.5]}, IDEAL)
+    assert found.value == pytest.approx(2 * 0.75 * 0.5 / (0.75 + 0.5))
+    none = pick.Score({"text": [1.0, 1.0], "identity": [-0.1, -0.2]}, IDEAL)
+    assert (none.value, none.error) == (0, 0)
+    assert pick.Score(IDEAL, IDEAL).value == 1
+
+
+def test_the_error_is_the_standard_error_where_the_score_is_a_mean() -> None:
+    """With both scores alike the harmonic mean is their share: the jackknife's error is then that of the mean."""
+    values, ideal = [0.2, 0.4, 0.9, 0.5], {"text": [1.0] * 4, "identity": [1.0] * 4}
+    one = pick.Score({"text": values, "identity": values}, ideal)
+    assert one.value == pytest.approx(0.5)
+    assert one.error == pytest.approx((sum((v - 0.5) ** 2 for v in values) / 3 / 4) ** 0.5)
+    lower = [v - 0.1 for v in values]
+    other = pick.Score({"text": lower, "identity": lower}, ideal)
+    assert other.short_of(one) == pytest.approx((0.1, 0))  # the same prompts: what they differ by is no error
+
+
+def line(step: int, gap: float, drift: float, held_out: float) -> dict[str, Any]:
+    own = {"gamma": [0.5], "gap": [gap], "delta_noise": 0.02, "class_drift": drift, "free_drift": drift}
+    return {"step": step, "file": f"{step}.safetensors", **own, "held_out_gap": [held_out]}
+
+
+def test_the_table_counts_what_is_within_the_error_of_the_best(tmp_path: Path) -> None:
+    lines = [line(100, 0.0, 0.1, 0.2), line(200, 0.9, 0.2, 0.1), line(300, 1.0, 0.5, 0.0), line(400, 1.0, 1.0, -1.0)]
+    for concept in (4, 5):
+        (tmp_path / f"{concept}-0").mkdir()
+        path = tmp_path / f"{concept}-0" / "dreambooth-checkpoints.jsonl"
+        # The second one's checkpoints are too few for the rule.
+        path.write_text("".join(json.dumps(each) + "\n" for each in lines[: None if concept == 4 else 2]))
+    texts = {100: [1.0, 0.7], 200: [0.8, 0.8], 300: [0.6, 0.6], 400: [0.5, 0.5]}
+    judged = {str(step): {"text": text, "identity": [0.7, 0.7]} for step, text in texts.items()}
+    rows = [
+        {"concept": 4, "seed": 0, "judged": {"ideal": IDEAL, **judged}},
+        {"concept": 5, "seed": 0, "judged": {"ideal": IDEAL, "100": judged["100"], "200": judged["200"]}},
+    ]
+    *_, four, five, hits, paired, short = (
+        [cell.strip() for cell in row.split("|")] for row in pick.table(tmp_path, rows)
+    )
+    best = pick.Score(judged["100"], IDEAL)
+    shorter, error = pick.Score(judged["200"], IDEAL).short_of(best)
+    assert shorter < min(error, best.error)  # 200 is as good as 100, the others are not
+    assert four[3:5] == ["100", f"{best.value:.3f} ± {best.error:.3f}"]
+    assert four[5:-1] == ["200", "400 (no)", "200", "2 of 4", "100"]
+    assert five[5:-1] == ["none", "200", "100", "2 of 2", "100"]
+    assert hits[5:-1] == ["1 of 2", "1 of 2", "2 of 2", "1.5 of 2", "2 of 2"]
+    assert paired[5:-1] == hits[5:-1]
+    assert short[5] == f"{shorter:.3f}" and short[9] == "0.000"
