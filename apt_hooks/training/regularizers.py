@@ -33,9 +33,9 @@ def frozen_reduction(
 
     def reduce(kind: Kind, output: Tensor) -> Tensor:
         if (kind, regularizer) != ("hidden", "separate"):
-            return rows.restored(output)  # type: ignore[no-any-return]
+            return rows.restored(output)
         found = mean_and_deviation(output, None if weights is None else weights.of(output, rows.rows), impl=impl)
-        return rows.restored(found, axis=1)  # type: ignore[no-any-return]
+        return rows.restored(found, axis=1)
 
     return reduce
 
