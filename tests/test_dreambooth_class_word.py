@@ -21,6 +21,13 @@ from apt_hooks.integrations.class_captions import ClassCaptions
 from apt_hooks.integrations.diffusers_dreambooth.class_word import ClassTokens, ClassWords
 
 LENGTH = 10
+PICTURES = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+}
 
 
 def clip_like(*more: str) -> PreTrainedTokenizerFast:

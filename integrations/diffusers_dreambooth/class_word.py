@@ -128,7 +128,7 @@ class ClassWords:
             )
         # Within a wrapper too, as peft's or that of several processes.
         inner = [[m for m in v.modules() if isinstance(m, PreTrainedModel)] for v in values if isinstance(v, nn.Module)]
-        models = _unique(found[0] for found in inner if found)
+        models = [model for model in _unique(found[0] for found in inner if found) if _known_tokens(model)]
         # Not to keep alive what the script forgets once it has encoded.
         self._encoders = [weakref.ref(model) for model in models]
         self.captions = captions
@@ -351,9 +351,18 @@ def _behind(tokenizer: Any, before: str, word: str) -> list[int]:
     return word_tokens(tokenizer, f"{before} {word}".strip())[len(word_tokens(tokenizer, before)) if before else 0 :]
 
 
+def _known_tokens(model: Any) -> int:
+    """How many tokens a model has embeddings of; 0: it reads no text, as one of pictures."""
+    try:
+        weight = model.get_input_embeddings().weight
+    except (NotImplementedError, AttributeError):
+        return 0
+    return len(weight) if weight.ndim == 2 else 0
+
+
 def _read_by(encoder: Any, tokenizers: Sequence[Any]) -> Any:
     """The tokenizer of a text encoder: that whose words fill its table of embeddings best."""
-    rows = encoder.get_input_embeddings().weight.shape[0]
+    rows = _known_tokens(encoder)
     fitting = [tokenizer for tokenizer in tokenizers if len(tokenizer) <= rows]
     if not fitting:
         raise AptError(
