@@ -8,8 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import captioning, judging, picking, sampling, training
 from .errors import STOPPED, AptError
+
+try:
+    from .commands import captioning, judging, picking, sampling, training
+except KeyboardInterrupt:  # torch takes seconds to load
+    print("apt-hooks: stopped", file=sys.stderr)
+    sys.exit(STOPPED)
 
 app = typer.Typer(
     name="apt-hooks",

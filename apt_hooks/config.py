@@ -172,7 +172,9 @@ class AptConfig:
         if not isinstance(values, dict):
             sections = ", ".join(f"[{name}]" for name, value in content.items() if isinstance(value, dict))
             found = f"{section} = {values!r}" if values is not None else sections or "no section at all"
-            raise AptError(f"{path}: looked for a section [{section}], found {found}")
+            raise AptError(
+                f"{path}: looked for a section [{section}], found {found}; `apt-hooks presets apply` adds one"
+            )
         return cls.from_mapping(values)
 
     @classmethod

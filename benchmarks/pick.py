@@ -22,7 +22,8 @@ Rivals: `last`, the end of the training; `middle`, half of it; `random`, what a 
 largest held-out gap, which needs pictures that are not trained on. `short of the best` is the mean difference of scores
 over the runs with a choice: unlike hits, it is not easier to meet where the judges are noisy. Added behind the first
 run, whose standard error six of eight checkpoints were within: the error of the difference to the best one, which is
-smaller, as prompts and noise are the same.
+smaller, as prompts and noise are the same. Below that table another: Spearman's rank correlation within a run, mean and
+standard error over the runs, of what is measured of a checkpoint with its text, its identity and its score.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ from apt_hooks.training.checkpoints import ENDING
 
 METHOD = "dreambooth"
 CHECKPOINTS = 8
+MEASURES: dict[str, Callable[[Checkpoint], float]] = {
+    "step": lambda one: one.step,
+    "gap": lambda one: one.gap,
+    "class drift": lambda one: one.drifts["class_drift"],
+    "trigger-free drift": lambda one: one.drifts["free_drift"],
+    "delta noise": lambda one: one.delta_noise,
+    "held-out gap": lambda one: one.held_out_gap,
+}
 RULES = ("pick", "last", "middle", "random", "held out")
 
 
@@ -96,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
             for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
                 future.result()
     rows = [row for one in asked if (row := _find(log, one)) is not None]
-    print("\n".join(table(args.out, rows)))
+    print("\n".join([*table(args.out, rows), "", *ranks(args.out, rows)]))
 
 
 def _find(log: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -218,6 +227,32 @@ def table(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(f"| {title} | | | | {' | '.join(f'{sum(of[name]):.3g} of {len(rows)}' for name in RULES)} |")
     means = [f"{statistics.fmean(short[name]):.3f}" if short[name] else "-" for name in RULES]
     return [*lines, f"| short of the best | | | | {' | '.join(means)} |"]
+
+
+def _ranked(values: Sequence[float]) -> list[float]:
+    """Places from the smallest on, of equal ones their mean."""
+    return [sum((other < value) + (other == value) / 2 for other in values) for value in values]
+
+
+def ranks(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown: how what is measured of checkpoints ranks them, beside how judges do."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in MEASURES}
+    for row in rows:
+        ideal = row["judged"]["ideal"]
+        for name, measure in MEASURES.items():
+            checkpoints = read_checkpoints(folder_of(out, row) / f"{METHOD}{ENDING}").checkpoints
+            measured = [measure(one) for one in checkpoints]
+            of_steps = [row["judged"][str(one.step)] for one in checkpoints]
+            judged = {axis: [statistics.fmean(of[axis]) for of in of_steps] for axis in ("text", "identity")}
+            judged["score"] = [Score(of, ideal).value for of in of_steps]
+            for axis, values in judged.items():
+                found[name].setdefault(axis, []).append(statistics.correlation(_ranked(measured), _ranked(values)))
+    lines = ["| rank correlation with | text | identity | score |", "|---|---|---|---|"]
+    for name, of in found.items():
+        error = {axis: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.nan for axis, v in of.items()}
+        cells = [f"{statistics.fmean(values):+.2f} ± {error[axis]:.2f}" for axis, values in of.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -63,6 +63,10 @@ class Trainer(Protocol):
         """Take them out again; the diff."""
         ...
 
+    def patched_copy(self, path: Path, /) -> Path | None:
+        """A patched copy beside what is not patched itself, which a user may mean."""
+        ...
+
     def named(self, found: Any, /) -> str:
         """The trainer with its version, for a `Status` of its own; which are tested, where this one is not."""
         ...

@@ -194,6 +194,8 @@ def test_a_script_is_patched_into_a_copy_beside_it(script: Path) -> None:
     assert run("status", "diffusers", script, code=1) == f"{script}, for diffusers 0.40.0: not patched\n"
     assert run("status", "diffusers", copy) == f"{copy}, for diffusers 0.40.0: patched\n"
     once = copy.read_bytes()
+    said = f"{script}: not patched, nothing to do; train_apt.py is: name that, or delete it\n"
+    assert run("unpatch", "diffusers", script) == said and copy.read_bytes() == once
     assert run("patch", "diffusers", script).startswith(f"{copy}: ")
     assert copy.read_bytes() == once
     assert run("unpatch", "diffusers", copy) == f"{copy}: unpatched\n"
@@ -319,6 +321,40 @@ def test_check_notes_what_the_objective_ignores(tmp_path: Path) -> None:
     path = tmp_path / "train.toml"
     path.write_text('[apt]\npreset = "sd21"\nobjective = "dreambooth"\nlambda_attn = 0.5\n')
     assert 'note: objective = "dreambooth" ignores lambda_attn = 0.5' in run("check", path).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ('stop = "class_drift > 1"', "stop names class_drift, which needs identifier and class_word; found stop = "),
+        (
+            'stop = "gamma > 1 or free_drift > 1"\ndrifts = false',
+            "stop names free_drift, which is not measured (drifts = false); found stop = ",
+        ),
+        (
+            'stop = "held_out_gap < 0"\ndrifts = false',
+            "stop names held_out_gap, which needs a validation split, pictures that are not trained on, and drifts",
+        ),
+    ],
+)
+def test_check_refuses_a_rule_about_what_is_not_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    keys: str,
+    wanted: str,
+) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text(f'[apt]\npreset = "sdxl"\n{keys}\n')
+    assert wanted in fail(monkeypatch, capsys, "check", path)
+
+
+def test_check_tells_what_a_rule_needs_of_the_data(tmp_path: Path) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text('[apt]\npreset = "sdxl"\nidentifier = "sks"\nclass_word = "dog"\nstop = "class_drift > 1"\n')
+    assert "validation split" not in run("check", path)
+    path.write_text('[apt]\npreset = "sdxl"\nstop = "held_out_gap < 0"\n')
+    assert "note: stop names held_out_gap, so the training needs a validation split" in run("check", path)
 
 
 # -- presets apply -----------------------------------------------------------------------------------------------------
@@ -480,6 +516,16 @@ def test_of_a_file_for_apt_config_no_trainer_is_told_since_none_passes_over_that
     path = tmp_path / "apt.toml"
     path.write_text('[apt]\npreset = "sdxl"\n')
     assert notes("check", path) == []
+
+
+def test_a_preset_whose_model_sd_scripts_does_not_train_names_the_scripts_that_do(tmp_path: Path) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text("seed = 1\n")
+    (said,) = notes("presets", "apply", "qwen_image", path)
+    assert said.startswith(
+        "note: no script of sd-scripts trains this preset's model; diffusers' do with --apt_preset: "
+    )
+    assert said.endswith("train_dreambooth_lora_qwen_image.py")
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

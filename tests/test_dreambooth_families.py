@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, sources: dict[str, str]) -> It
         if not (folder / "models" / model).exists():
             assert call(str(here / "tiny_pipelines.py"), "models", model)[0] == 0
         # Tokens are saved to FOLDER/FOLDER_emb..., so a name and no path; `+` goes on in the folder of another run.
-        out = re.sub(r"\W", "-", f"{script}-{name.partition('+')[0]}")
+        out = re.sub(r"\W+", "-", f"{script}-{name.partition('+')[0]}")
         if f"{script} {name}" not in done:
             command = [f"{script}{'_apt' if patched else ''}.py", "--pretrained_model_name_or_path", f"models/{model}"]
             command += ["--seed", "1", "--resolution", "64", "--train_batch_size", "1", "--rank", "2"]
@@ -227,6 +228,7 @@ def test_the_base_model_reads_the_class_word(run: Run, sources: dict[str, str], 
     assert_every_term_acts(found)
     assert_same(run(script, "monitored word", apt=words + "monitor_only = true"), run(script, "plain", patched=False))
     if knows(sources[script], ("--train_text_encoder",)):
+        run(script, "plain, trained", "--train_text_encoder", patched=False)  # Kontext's refuses it with a dataset
         assert_every_term_acts(run(script, "word, trained", "--train_text_encoder", apt=words))
 
 
@@ -249,9 +251,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: Run, script: str) -> None:
     every, eight = ("--checkpointing_steps", "4"), ("--max_train_steps", "8")
     if SCRIPTS[script][1][0] == "--instance_data_dir":
         every += ("--instance_data_dir", "one")
-    whole = run(script, "whole", *every, *eight, apt=EAGER)
-    run(script, "halved", *every, apt=EAGER)
-    resumed = run(script, "halved+", *every, *eight, "--resume_from_checkpoint", "latest", apt=EAGER)
+
+    def both(name: str, apt: str | None) -> tuple[FinishedRun, FinishedRun]:
+        options: dict[str, Any] = {"apt": apt, "patched": apt is not None}
+        whole = run(script, f"{name} whole", *every, *eight, **options)
+        run(script, f"{name} halved", *every, **options)
+        return run(script, f"{name} halved+", *every, *eight, "--resume_from_checkpoint", "latest", **options), whole
+
+    plain, wanted = both("plain", None)
+    if any(not torch.equal(plain.lora[key], wanted.lora[key]) for key in wanted.lora):
+        pytest.skip("the script itself does not resume where it was")
+    resumed, whole = both("apt", EAGER)
     assert_same(resumed, whole)
     assert resumed.lines == whole.lines
 

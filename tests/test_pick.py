@@ -115,7 +115,8 @@ def test_the_table_marks_what_was_picked_and_what_is_gone(tmp_path: Path) -> Non
     (marked,) = [text for text in said if text.startswith(">")]
     assert marked.split() == [">", "300", "0.60", "0.05", "0.02", "0.30", "0.30", "lora-300.safetensors"]
     assert said[2].endswith("lora-100.safetensors (gone)") and "text drift" not in said[1]
-    assert said[-2].startswith("Step 300 (lora-300.safetensors)") and len(said) == 10
+    assert said[-3].startswith("Step 300 (lora-300.safetensors)") and len(said) == 11
+    assert said[-1].startswith("By these numbers alone, which are no match for pictures")
 
 
 def test_a_run_without_drifts_or_class_says_why(tmp_path: Path) -> None:

@@ -174,12 +174,12 @@ def test_a_folder_without_sd_scripts_is_refused_with_its_whole_path_and_the_way_
         act(Path())
     assert str(error.value).startswith(f"{tmp_path}: looked for kohya's sd-scripts, that is train_network.py and ")
     assert "No such file" in str(error.value)
-    assert str(error.value).endswith("cd there, or `apt-hooks patch sd-scripts PATH`")
+    assert str(error.value).endswith("cd there, or name its folder, as in `apt-hooks patch sd-scripts PATH`")
 
 
 def test_a_folder_above_sd_scripts_is_refused_with_where_it_is(tmp_path: Path) -> None:
     folder = write_checkout(tmp_path / "sd-scripts")
-    with pytest.raises(AptError, match=re.escape(f"cd there, or `apt-hooks patch sd-scripts {folder}`")):
+    with pytest.raises(AptError, match=re.escape(f"as in `apt-hooks patch sd-scripts {folder}`")):
         sd_scripts.patch(tmp_path)
 
 

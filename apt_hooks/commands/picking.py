@@ -71,8 +71,13 @@ def pick(
     for number, found in enumerate(runs):
         if number:
             typer.echo("")
-        for line in _lines(found, verdict(found.checkpoints)):
+        said = verdict(found.checkpoints)
+        for line in _lines(found, said):
             typer.echo(line)
+        if said.picked is not None and not judge:
+            typer.echo(
+                "By these numbers alone, which are no match for pictures: look at those, or draw them with --judge."
+            )
     if judge:
         from apt_hooks.integrations.judging.evaluation import Models
         from apt_hooks.integrations.judging.judged_run import judge_run

@@ -70,8 +70,11 @@ def patch(
 @app.command(epilog="Example: `apt-hooks unpatch sd-scripts ~/sd-scripts`")
 def unpatch(trainer: TrainerName, path: Place = Path(), dry_run: DryRun = False) -> None:
     """Take the inserted lines out again; the files are then what they were, to the byte."""
-    diff = _trainer(trainer).unpatch(path, dry_run=dry_run)
-    _tell(Change(path.resolve(), diff, bool(diff)), dry_run, "unpatched", "not patched, nothing to do")
+    known = _trainer(trainer)
+    diff = known.unpatch(path, dry_run=dry_run)
+    copy = known.patched_copy(path)
+    other = f"; {copy.name} is: name that, or delete it" if copy else ""
+    _tell(Change(path.resolve(), diff, bool(diff)), dry_run, "unpatched", f"not patched, nothing to do{other}")
 
 
 @app.command(epilog="Example: `apt-hooks status sd-scripts && echo patched`")
@@ -116,8 +119,16 @@ def presets_apply(
 def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The training TOML.")]) -> None:
     """Check the `[apt]` section of a training TOML and print what it comes to."""
     from apt_hooks.tomledit import check_section
+    from apt_hooks.training.checkpoints import check_rule
 
     found = check_section(config)
+    # Whether there is a validation split is told by the data's own file.
+    check_rule(
+        found.stop,
+        off="" if found.drifts else "drifts = false",
+        class_word=bool(found.class_word),
+        held_out=found.drifts,
+    )
     overrides = found.overrides()
     preset = (
         f"preset {found.preset_name}"
@@ -131,6 +142,8 @@ def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Th
             typer.echo(f"  {key} = {json.dumps(value)}{'  # override' if key in overrides else ''}")
     for key, value in found.ignored.items():
         typer.echo(f'note: objective = "{found.objective}" ignores {key} = {json.dumps(value)}')
+    if "held_out_gap" in (found.stop or ""):
+        typer.echo("note: stop names held_out_gap, so the training needs a validation split")
     _note_of_trainer(config, found.preset_name)
 
 
@@ -199,7 +212,11 @@ def _note_of_trainer(config: Path, preset: str | None) -> None:
     if is_for_apt_config(config):
         return  # an unpatched trainer knows no --apt_config, and says so
     if preset in diffusers.SCRIPTS_OF_PRESET and preset not in sd_scripts.SCRIPTS_OF_PRESET:
-        return  # sd-scripts trains no such model
+        scripts = ", ".join(diffusers.SCRIPTS_OF_PRESET[preset])
+        typer.echo(
+            f"note: no script of sd-scripts trains this preset's model; diffusers' do with --apt_preset: {scripts}"
+        )
+        return
     near = [Path(), config.parent, *config.absolute().parents[1:3]]
     within = ("", "sd-scripts", "sd_scripts", "scripts/dev")  # as kohya_ss, LoRA_Easy and lora-scripts carry it
     places = [(place / name).resolve() for place in near for name in within]
@@ -213,7 +230,7 @@ def _note_of_trainer(config: Path, preset: str | None) -> None:
             return
         if found.patched:
             return
-        states = dict.fromkeys(found.state.values())
+        states = dict.fromkeys(state for state in found.state.values() if state != "patched")
         what, where = f"sd-scripts in {folder} is {' and '.join(states)}: an unpatched one", _typed(folder)
     (script,) = sd_scripts.SCRIPTS_OF_PRESET.get(preset or "", ("train_network.py",))
     if folder is not None and folder != places[0]:

@@ -7,7 +7,7 @@ The rule is ours. Between its first and its last checkpoint a LoRA gets ahead of
 
 and the checkpoint with the largest benefit is picked: behind it, drift grows faster than what is learned, the knee of
 the one against the other. No threshold of gamma or of a drift is in it, whose sizes differ between models and subjects.
-In the three runs in which it was compared with judges of pictures it did no better than chance (docs/checkpoints.md).
+Compared with judges of pictures it is no better than chance (docs/checkpoints.md), and is told with that.
 """
 
 from __future__ import annotations

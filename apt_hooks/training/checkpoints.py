@@ -26,6 +26,31 @@ SHARE = 0.02
 logger = logging.getLogger("apt_hooks")
 
 
+def check_rule(rule: str | None, *, off: str, class_word: bool, held_out: bool) -> None:
+    """Check that all that a rule looks at is measured; what is not would never meet it.
+
+    Args:
+        rule: the key `stop`.
+        off: why no drifts are measured; empty where they are.
+        class_word: whether there is one, for the class drift.
+        held_out: whether there are pictures that are not trained on.
+
+    Raises:
+        AptError: something is not measured.
+    """
+    names = set[str]() if rule is None else StopRule(rule).names
+    lacking = {name: f"is not measured ({off})" for name in Drifts.NAMES if off}
+    if not off and not class_word:
+        lacking["class_drift"] = "needs identifier and class_word"
+    if not held_out:
+        lacking[HeldOut.NAME] = "needs a validation split, pictures that are not trained on, and drifts = true"
+    for name in sorted(names & lacking.keys()):
+        raise AptError(
+            f"[apt] stop names {name}, which {lacking[name]}; found stop = {rule!r} without: add that, or leave {name} "
+            "out"
+        )
+
+
 class Checkpoints:
     """Lines for the checkpoints of a run, beside them as `NAME-checkpoints.jsonl`, and the copy of the best.
 
@@ -63,11 +88,12 @@ class Checkpoints:
         self._drifts, self._off, self._about = drifts, off, dict(about or {})
         self._held_out = held_out
         self._rule = None if rule is None else StopRule(rule)
-        if self._rule is not None and held_out is None and HeldOut.NAME in self._rule.names:
-            raise AptError(
-                f"[apt] stop names {HeldOut.NAME}, which needs a validation split, pictures that are not trained on, "
-                f"and drifts = true; found stop = {self._rule.text!r} without: add them, or leave {HeldOut.NAME} out"
-            )
+        check_rule(
+            rule,
+            off=off if drifts is None else "",
+            class_word=drifts is not None and drifts.class_prompt is not None,
+            held_out=held_out is not None,
+        )
         self._gammas: list[float] = []
         self._delta_noise: list[float] = []
         self._last = time.perf_counter()

@@ -140,6 +140,12 @@ def apply(
     return Change(path if dry_run else target, diff, bool(diff) or target != path)
 
 
+def patched_copy(path: Path) -> Path | None:
+    """The copy that `apply` makes if nothing is said."""
+    copy = beside(path)
+    return copy if copy != path and copy.is_file() and patching.is_patched(copy.read_bytes()) else None
+
+
 def named(found: Status) -> str:
     """The version that the script asks for."""
     known = f"for {NAME} {found.version}" if found.version != "unknown" else f"for no stated version of {NAME}"

@@ -121,6 +121,10 @@ def apply(path: Path, *, dry_run: bool = False) -> Change:
     return Change(path.resolve(), diff, bool(diff))
 
 
+def patched_copy(folder: Path) -> None:
+    """There is none: sd-scripts is patched in its folder."""
+
+
 def named(found: Status) -> str:
     """The version; GUIs carry copies whose README is of another one."""
     if found.version in TESTED:
@@ -163,7 +167,8 @@ def _read(folder: Path) -> tuple[Contents, Contents]:
         place = found if (found / SCRIPTS[0]).exists() else "PATH"
         raise AptError(
             f"{folder.resolve()}: looked for kohya's sd-scripts, that is {' and '.join(SCRIPTS)}; "
-            f"{Path(error.filename).name}: {error.strerror}; cd there, or `apt-hooks patch sd-scripts {place}`"
+            f"{Path(error.filename).name}: {error.strerror}; cd there, or name its folder, as in "
+            f"`apt-hooks patch sd-scripts {place}`"
         ) from error
     merged = {}
     for name, content in contents.items():
