@@ -71,13 +71,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # each in the scripts that have all of 
     "prior of two": (*PRIOR, "--train_batch_size", "2"),
     "text encoder": ("--train_text_encoder",),
     "text encoder and prior": ("--train_text_encoder", *PRIOR),
-    "tokens": ("--train_text_encoder_ti",),
     "sigma_sqrt": ("--weighting_scheme", "sigma_sqrt"),
     "logit_normal": ("--weighting_scheme", "logit_normal"),
     "mode": ("--weighting_scheme", "mode"),
     "cosmap": ("--weighting_scheme", "cosmap"),
     "no weighting": ("--weighting_scheme", "none"),
-    "preconditioned": ("--precondition_outputs", "1", "--weighting_scheme", "none"),
+    "preconditioned": ("--precondition_outputs", "1"),
     "guidance": ("--guidance_scale", "4.5"),
     "several": ("--train_batch_size", "2", "--gradient_checkpointing", "--gradient_accumulation_steps", "2"),
     "8-bit": ("--use_8bit_adam",),
@@ -243,6 +242,12 @@ def test_options(run: Run, sources: dict[str, str], script: str, option: str) ->
     found = run(script, f"apt {option}", *given, apt=EAGER)
     assert_every_term_acts(found)
     assert "class images go through" not in found.output
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.endswith("_advanced")])
+def test_embeddings_of_new_words_are_refused_in_one_line(run: Run, script: str) -> None:
+    with pytest.raises(AssertionError, match="apt-hooks: error: --train_text_encoder_ti cannot be used with APT: it"):
+        run(script, "tokens", "--train_text_encoder_ti", apt=EAGER)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -241,6 +241,19 @@ def save(checkpoints: Checkpoints, folder: Path, step: int) -> dict[str, Any]:
     return line
 
 
+def test_a_rule_about_text_encoders_that_are_not_trained_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    drifts, _, _ = drifts_of(embeds=False)
+    rule = "text_drift > 1 or class_drift > 9"
+    checkpoints = Checkpoints(tmp_path / "lora-checkpoints.jsonl", drifts, rule=rule)
+    for step in (1, 2):
+        checkpoints.took(step_line())
+        assert save(checkpoints, tmp_path, step)["stop"] is None
+    told = [record.getMessage() for record in caplog.records if "stop names" in record.getMessage()]
+    assert told == ["apt-hooks: stop names text_drift, which is not measured here: that part of the rule holds never"]
+
+
 def test_each_checkpoint_has_a_line_and_carries_it(tmp_path: Path) -> None:
     drifts, _, model = drifts_of()
     checkpoints = Checkpoints(tmp_path / "lora-checkpoints.jsonl", drifts)

@@ -101,6 +101,7 @@ class Checkpoints:
         self._begun = self._told = False
         self._best: tuple[int, Path] | None = None
         self._resumed_at: int | None = None
+        self._missing: set[str] = set()
 
     def in_words(self) -> str:
         """For the start line."""
@@ -157,7 +158,20 @@ class Checkpoints:
         self._cost = time.perf_counter() - started
         line["seconds"] = float(f"{self._cost:.3g}")
         line["stop"] = None if self._rule is None else self._rule.met(self._gammas, line)
+        self._tell_what_is_missing(line)
         return line
+
+    def _tell_what_is_missing(self, line: Mapping[str, Any]) -> None:
+        """Say once of each measure that the rule names and that was not taken, such as the drift of text encoders that
+        are not trained: no rule is met by it."""
+        if self._rule is None or self.path is None:
+            return
+        missing = {name for name in self._rule.names - {"gamma"} if line[name] is None} - self._missing
+        self._missing |= missing
+        for name in sorted(missing):
+            logger.warning(
+                "apt-hooks: stop names %s, which is not measured here: that part of the rule holds never", name
+            )
 
     def metadata(self, line: Mapping[str, Any]) -> dict[str, str]:
         """What the checkpoint itself carries: the line without its time, so that a run gives the same file again."""

@@ -453,6 +453,12 @@ def _check(args: argparse.Namespace, config: AptConfig, accelerator: Any, unet: 
             "--do_edm_style_training cannot be used with APT, which is defined over the timesteps of a DDPM schedule; "
             "leave one of the two out"
         )
+    if getattr(args, "train_text_encoder_ti", False):
+        raise AptError(
+            "--train_text_encoder_ti cannot be used with APT: it trains embeddings of new words, which the base model "
+            "that APT compares with has not; leave it out, and train the LoRA with a word that is there (--train_text_"
+            "encoder trains the text encoder's own)"
+        )
     engine = accelerator.distributed_type.value
     if engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise AptError(
