@@ -153,7 +153,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, sources: dict[str, str]) -> It
                 command += ["--apt_config", f"{out}.toml"]
             status, output = call(*command)
             if status and not patched:
-                pytest.skip(f"the script itself ends with: {output.strip().splitlines()[-1][-200:]}")
+                lines = output.strip().splitlines()
+                why = next(
+                    (line for line in reversed(lines) if re.match(r"\w+(Error|Exception)\b|.* error: ", line)), ""
+                )
+                pytest.skip(f"the script itself ends with {status}: {why[-200:]}")
             assert status == 0, output[-6000:]
             done[f"{script} {name}"] = FinishedRun(folder / out, output)
         return done[f"{script} {name}"]
@@ -202,6 +206,7 @@ def test_unpatched_patched_and_monitored_runs_give_one_lora(run: Run, script: st
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_term_of_apt_acts_and_images_are_augmented(run: Run, script: str) -> None:
+    run(script, "plain", patched=False)
     found = run(script, "apt", apt=EAGER)
     assert len(found.lines) == 4
     assert_every_term_acts(found)
