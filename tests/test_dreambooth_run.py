@@ -569,7 +569,7 @@ def test_the_frozen_pass_is_the_base_models_text_encoder_included(
                 text = bases["text_encoder"](words[-1])[0][:count]
                 base = bases["unet"](noisy[:count], timesteps[:count], text).sample
             torch.testing.assert_close(frozen_prediction[:count], base)
-            assert not frozen_prediction[count:].any()
+            assert len(differences) < 1 or not frozen_prediction[count:].any()
             differences.append(1.0)
         begin(self, frozen_prediction)
 
@@ -881,9 +881,10 @@ class Read:
 
     def check(self, captions: dict[str, str], class_prompt: str | None = None) -> None:
         """Each sample's caption in the tuned pass, and that of `captions` in the frozen one."""
-        if class_prompt:  # the first pass is of all, and is made once more to see that of the first half it is the same
-            trial = self.frozen.pop(1)
-            assert all(len(given[0]) == len(self.tuned[0][0]) // 2 for given in (trial, *self.frozen[1:]))
+        if class_prompt:  # the first two passes are of all; the second is made once more, of the half that counts
+            halves = [i for i, given in enumerate(self.frozen) if len(given[0]) < len(self.tuned[0][0])]
+            assert halves == list(range(2, len(self.frozen)))
+            del self.frozen[2:3]
         assert len(self.frozen) == len(self.tuned) > 0
         known = {*captions, *captions.values(), *([class_prompt] if class_prompt else [])}
         seen = set()

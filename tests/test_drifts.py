@@ -219,7 +219,7 @@ def test_a_line_has_the_held_out_gap_a_rule_may_name_it_and_what_breaks_it_ends_
     assert save(checkpoints, tmp_path, 2)["held_out_gap"] is None
     assert save(checkpoints, tmp_path, 3)["held_out_gap"] is None
     said = [record.message for record in caplog.records if "held-out" in record.message]
-    assert said == ["apt-hooks: the held-out gap is off from here on: out of memory"]
+    assert said == ["apt-hooks: the held-out gap is off from here on: OutOfMemoryError: out of memory"]
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,24 +72,74 @@ def test_any_rows_may_be_asked_for_and_none_or_all_change_nothing() -> None:
         assert torch.equal(model(*args, **kwargs)[0], model(*args, **kwargs)[0])
 
 
-@pytest.mark.parametrize("kind", ["wrong", "error"])
+@pytest.mark.parametrize("kind", ["wrong", "error", "packed", "dataclass"])
 def test_a_model_whose_rows_depend_on_each_other_gets_all_of_them(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     class Mixing(Denoiser):
         def forward(self, noisy: Tensor) -> Any:  # type: ignore[override]
             self.seen.append(len(noisy))
             if kind == "error" and len(noisy) < 4:
                 raise ValueError("four\nand no less")
-            return noisy + noisy.mean()
+            if kind == "packed":
+                return noisy.flatten(0, 1)
+            return SimpleNamespace(sample=noisy) if kind == "dataclass" else noisy + noisy.mean()
 
     model, rows, noisy = Mixing(), FrozenRows(), given(4)[0][0]
     with caplog.at_level(logging.WARNING, "apt_hooks"):
         for _ in range(2):
             with rows.passes_of(model, first_half):
-                assert torch.equal(model(noisy), noisy + noisy.mean())
-    assert model.seen[:3] == [4, 2, 4]
+                found = model(noisy)
+                assert rows.rows is None and getattr(found, "sample", found).numel() == noisy.numel()
+    assert model.seen == [4, 2, 4]
     (told,) = [record.getMessage() for record in caplog.records]
     assert told.startswith("apt-hooks: class images go through the base model's pass as well (")
-    assert ("ValueError: four)" if kind == "error" else "predictions differ by") in told
+    wanted = {"wrong": "predictions differ by", "error": "ValueError: four)", "packed": "came out for", "dataclass": ""}
+    assert wanted[kind] in told
+
+
+def test_each_kind_of_batch_is_tried() -> None:
+    model, rows = Denoiser(), FrozenRows()
+    for batch, seen in ((4, [4, 2]), (4, [2]), (2, [2, 1]), (2, [1]), (4, [2])):
+        args, kwargs = given(batch)
+        model.seen.clear()
+        with rows.passes_of(model, first_half):
+            model(*args, **kwargs)
+        assert model.seen == seen
+
+
+def test_a_coincidence_that_comes_later_is_tried_too(caplog: pytest.LogCaptureFixture) -> None:
+    class Tabled(nn.Module):
+        def forward(self, noisy: Tensor, table: Tensor, residuals: list[Tensor]) -> Tensor:
+            return noisy * table.square().sum() + sum(residuals)
+
+    def call(batch: int) -> Tensor:
+        noisy = given(batch)[0][0]
+        table, residuals = torch.ones(4, 3), [noisy, 2 * noisy, noisy, noisy]  # four, of four or of six samples
+        with rows.passes_of(model, first_half):
+            found: Tensor = model(noisy, table, residuals)
+        torch.testing.assert_close(found[: batch // 2], (noisy * 12 + 5 * noisy)[: batch // 2])
+        return found
+
+    model, rows = Tabled(), FrozenRows()
+    call(6)
+    assert not call(6)[3:].any() and not caplog.records
+    assert call(4)[2:].all() and call(4)[2:].all(), "a table of four rows is no batch"
+    assert len(caplog.records) == 1
+    assert not call(6)[3:].any()
+
+
+def test_named_tuples_stay_what_they_are() -> None:
+    Output = collections.namedtuple("Output", ["sample", "more"])
+
+    class Named(nn.Module):
+        def forward(self, given: Any) -> Any:
+            return Output(given.sample * 2, given.more)
+
+    model, rows, noisy = Named(), FrozenRows(), given(4)[0][0]
+    rows.passes_of(model, first_half)
+    for _ in range(2):
+        with rows.passes_of(model, lambda _: torch.tensor([True, True, False, False])):
+            found = model(given=Output(noisy, 7))
+    assert isinstance(found, Output) and found.more == 7
 
 
 def test_what_is_read_in_the_pass_and_lists_of_samples_have_zeros_for_the_others() -> None:

@@ -211,7 +211,7 @@ def _note_of_trainer(config: Path, preset: str | None) -> None:
 
     if is_for_apt_config(config):
         return  # an unpatched trainer knows no --apt_config, and says so
-    if preset in diffusers.SCRIPTS_OF_PRESET and preset not in sd_scripts.SCRIPTS_OF_PRESET:
+    if preset and preset in diffusers.SCRIPTS_OF_PRESET and preset not in sd_scripts.SCRIPTS_OF_PRESET:
         scripts = ", ".join(diffusers.SCRIPTS_OF_PRESET[preset])
         typer.echo(
             f"note: no script of sd-scripts trains this preset's model; diffusers' do with --apt_preset: {scripts}"

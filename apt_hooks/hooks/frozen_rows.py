@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,44 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("apt_hooks")
 
+Counted = Callable[[Tensor], Tensor | None]
+"""Of a model's first argument, which samples count ([batch], bool; None: all)."""
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Of a model's arguments the first that may have a batch."""
+    return next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor) and given.ndim), None)
+
+
+def batch_axes(tensor: Tensor, batch: int) -> tuple[int, ...]:
+    """Which axes may be the batch's: the first, or the second behind layers, as HiDream's text has it."""
+    return tuple(axis for axis in range(min(tensor.ndim, 2 if tensor.ndim > 2 else 1)) if tensor.shape[axis] == batch)
+
+
+@dataclasses.dataclass
+class _Trial:
+    """A pass of all rows, to be made once more with those that count.
+
+    Attributes:
+        kind: what the selection depends on.
+        rows: those that count.
+        call: the arguments of these.
+        output: of all.
+    """
+
+    kind: Any
+    rows: Tensor
+    call: tuple[Any, Any]
+    autocast: tuple[str, bool, torch.dtype]
+    output: Any = None
+
 
 class FrozenRows:
-    """Sends through a model's passes only the rows of its batch that are asked for, whatever its arguments are.
+    """Sends through a model's passes only the rows of its batch that count, whatever its arguments are.
 
-    Which axis of an argument is the batch's is not told by anything but its length. So the first pass is of all rows,
-    and is made once more with those that are asked for: if that gives the same, later passes are of these alone, and
-    zeros are put for the others in what comes out.
+    Which axis of an argument is the batch's is not told by anything but its length. So the first pass, and each later
+    one in which other axes have that length, is of all rows, and is made once more with those that count: if that gives
+    the same, passes are of these alone from then on, and zeros are put for the others in what comes out.
 
     Attributes:
         rows: those of the present pass, on the CPU; None: it is of all.
@@ -27,42 +59,47 @@ class FrozenRows:
     def __init__(self) -> None:
         self.rows: Tensor | None = None
         self._batch = 0
-        self._holds: bool | None = None
+        self._holds: dict[Any, bool] = {}
 
     @contextlib.contextmanager
-    def passes_of(self, model: nn.Module, asked: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Inside, the model's passes are of the rows that are asked for.
-
-        Args:
-            asked: of what a batch's first argument is, which rows ([batch], bool; None: all).
-        """
-        trial: list[Any] = []  # rows, their arguments, and what came of all
+    def passes_of(self, model: nn.Module, counted: Counted) -> Iterator[None]:
+        """Inside, the model's passes are of the rows that count."""
+        trials: list[_Trial] = []
 
         def select(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-            samples = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)), None)
-            wanted = None if samples is None or self._holds is False else asked(samples)
-            if wanted is None or bool(wanted.all()) or not bool(wanted.any()):
+            self.rows = None
+            samples = first_tensor(args, kwargs)
+            wanted = None if samples is None else counted(samples)
+            if samples is None or wanted is None or bool(wanted.all()) or not bool(wanted.any()):
                 return None
-            rows, self._batch = wanted.nonzero().flatten().cpu(), len(wanted)
-            selected = _selected(args, rows, self._batch), _selected(kwargs, rows, self._batch)
-            if self._holds is None:
-                trial[:] = rows, *selected
+            rows, batch = wanted.nonzero().flatten().cpu(), len(wanted)
+            kind = batch, _kind(args, batch), _kind(kwargs, batch)
+            if self._holds.get(kind, True) is False:
+                return None
+            call = _selected(args, rows, batch), _selected(kwargs, rows, batch)
+            self._batch = batch
+            if kind not in self._holds:
+                device = samples.device.type
+                autocast = device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+                trials[:] = [_Trial(kind, rows, call, autocast)]
                 return None
             self.rows = rows
-            return selected
+            return call
 
         def restore(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-            if trial:
-                trial.append(output)
-            return None if self.rows is None else self.restored(output)
+            if self.rows is not None:
+                return self.restored(output)
+            if trials and trials[0].output is None:
+                trials[0].output = output
+            return None
 
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "rows", None)
             stack.callback(model.register_forward_pre_hook(select, with_kwargs=True).remove)
             stack.callback(model.register_forward_hook(restore, with_kwargs=True).remove)
             yield
-        if trial:
-            self._try(model, *trial)
+        for trial in trials:
+            self._try(model, trial)
 
     def restored(self, output: Any, axis: int = 0) -> Any:
         """What a pass of `rows` gave, with zeros for the others; lists are of samples."""
@@ -73,50 +110,75 @@ class FrozenRows:
                 return output
             shape = [*output.shape[:axis], self._batch, *output.shape[axis + 1 :]]
             return output.new_zeros(shape).index_copy_(axis, self.rows.to(output.device), output)
-        if isinstance(output, list):
+        if isinstance(output, list) and len(output) == len(self.rows):
             whole = [torch.zeros_like(output[0])] * self._batch
             for row, sample in zip(self.rows.tolist(), output, strict=True):
                 whole[row] = sample
             return whole
-        if isinstance(output, dict):
-            return type(output)(**{name: self.restored(part, axis) for name, part in output.items()})
-        return tuple(self.restored(part, axis) for part in output) if isinstance(output, tuple) else output
+        return _mapped(output, lambda part: self.restored(part, axis))
 
-    def _try(self, model: nn.Module, rows: Tensor, args: Any, kwargs: Any, whole: Any) -> None:
-        wanted = _first(_selected(whole, rows, self._batch)).float()
+    def _try(self, model: nn.Module, trial: _Trial) -> None:
+        device, enabled, dtype = trial.autocast
+        reason = ""
         try:
-            found = _first(model(*args, **kwargs))
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            self._holds, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        else:
-            off = (found.float() - wanted).norm() / wanted.norm().clamp_min(1e-12)
+            with torch.autocast(device, dtype, enabled=enabled):
+                found = _prediction(model(*trial.call[0], **trial.call[1]))
+            wanted = _prediction(_selected(trial.output, trial.rows, self._batch))
+            if found.shape != wanted.shape:
+                raise ValueError(f"{tuple(found.shape)} came out for {tuple(wanted.shape)}")
+            off = float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-12))
             # Rounding of another batch size; TF32 has ten bits of fraction.
-            limit = max(1e-3, 8 * torch.finfo(found.dtype).eps)
-            self._holds, reason = bool(off <= limit), f"predictions differ by {off:.1e} of their size"
-        if not self._holds:
+            if not off <= max(1e-3, 2 * torch.finfo(found.dtype).eps):
+                reason = f"predictions differ by {off:.1e} of their size"
+        except Exception as error:  # whatever a model makes of arguments that were put together wrongly
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self._holds[trial.kind] = not reason
+        if reason:
             logger.warning("apt-hooks: class images go through the base model's pass as well (%s)", reason)
+
+
+def _kind(given: Any, batch: int) -> Any:
+    """What the selection depends on: which axes may be the batch's."""
+    if isinstance(given, Tensor):
+        return given.ndim, batch_axes(given, batch)
+    if isinstance(given, Mapping):
+        return tuple((name, _kind(part, batch)) for name, part in given.items())
+    if _is_samples(given, batch):
+        return "samples"
+    return tuple(_kind(part, batch) for part in given) if isinstance(given, (list, tuple)) else None
+
+
+def _is_samples(given: Any, batch: int) -> bool:
+    """Whether it is a list of samples, as Z-Image has it, and not of what has a batch each."""
+    if not isinstance(given, list) or len(given) != batch or not all(isinstance(part, Tensor) for part in given):
+        return False
+    return not all(part.ndim and len(part) == batch for part in given)
 
 
 def _selected(given: Any, rows: Tensor, batch: int) -> Any:
     """The rows of all that has a batch."""
     if isinstance(given, Tensor):
-        axes = range(min(given.ndim, 2 if given.ndim > 2 else 1))  # HiDream's text is [layers, batch, ...]
-        axis = next((axis for axis in axes if given.shape[axis] == batch), None)
-        return given if axis is None else given.index_select(axis, rows.to(given.device))
-    if isinstance(given, list) and len(given) >= batch and all(isinstance(part, Tensor) for part in given):
+        axes = batch_axes(given, batch)
+        return given.index_select(axes[0], rows.to(given.device)) if axes else given
+    if _is_samples(given, batch):
         return [given[row] for row in rows.tolist()]
+    return _mapped(given, lambda part: _selected(part, rows, batch))
+
+
+def _mapped(given: Any, function: Callable[[Any], Any]) -> Any:
+    """The same with the function's results for the parts of a dict, list or tuple; anything else as it is."""
     if isinstance(given, dict):
-        return type(given)(**{name: _selected(part, rows, batch) for name, part in given.items()})
-    if isinstance(given, (list, tuple)):
-        parts = [_selected(part, rows, batch) for part in given]
-        return tuple(parts) if isinstance(given, tuple) else parts
-    return given
+        return type(given)(**{name: function(part) for name, part in given.items()})
+    if not isinstance(given, (list, tuple)):
+        return given
+    parts = [function(part) for part in given]
+    return type(given)(*parts) if hasattr(given, "_fields") else type(given)(parts)
 
 
-def _first(output: Any) -> Tensor:
-    """The prediction, of a list of samples all in one."""
+def _prediction(output: Any) -> Tensor:
+    """What a denoiser gives; a list of samples all in one."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, list):
         return torch.stack(output)
-    return _first(next(iter(output.values())) if isinstance(output, dict) else output[0])
+    return _prediction(next(iter(output.values())) if isinstance(output, dict) else output[0])

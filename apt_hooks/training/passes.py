@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AptError
+from ..hooks.frozen_rows import Counted
 from ..hooks.gradients import ObservedPass
 from .regularizers import Regularizers, Weights, frozen_reduction
 
@@ -96,7 +97,7 @@ class Passes:
         return self.instances is None or bool(self.instances.any())
 
     @contextlib.contextmanager
-    def frozen(self, counted: Callable[[Tensor], Tensor | None] | None = None) -> Iterator[None]:
+    def frozen(self, counted: Counted | None = None) -> Iterator[None]:
         """Inside, the model is the reference, and is read.
 
         Args:
@@ -107,7 +108,8 @@ class Passes:
         if not self.due:
             raise AptError(f"no frozen pass is due in this batch (frozen_every = {objective.config.frozen_every})")
         with objective.reference.frozen(), contextlib.ExitStack() as stack:
-            if counted is not None:
+            # The first step's predictions are compared with the tuned model's, all of them.
+            if counted is not None and not objective.reference.awaits_comparison(objective.steps):
                 stack.enter_context(rows.passes_of(objective.reference.modules[0], counted))
             if objective.capture is not None:
                 config = objective.config

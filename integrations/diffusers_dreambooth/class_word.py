@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.frozen import frozen_base
+from apt_hooks.hooks.frozen_rows import batch_axes, first_tensor
 from apt_hooks.method.deferred import Deferred
 
 from ..class_captions import ClassCaptions, word_tokens
@@ -35,6 +36,9 @@ class ClassTokens:
     Args:
         captions: the two words.
         tokenizer: what has made the tokens, of transformers.
+
+    Attributes:
+        pads_left: whether padding comes first.
     """
 
     def __init__(self, captions: ClassCaptions, tokenizer: Any) -> None:
@@ -44,6 +48,7 @@ class ClassTokens:
             for written in (own, own.lower(), own.upper(), own.capitalize()):
                 read = tuple(_behind(tokenizer, before, written))
                 self._readings.setdefault(read, _behind(tokenizer, before, other))
+        self.pads_left = tokenizer.padding_side == "left"
         self._captions = captions
         self._tokenizer = tokenizer
         self._known: dict[tuple[int, ...], tuple[list[int], int]] = {}
@@ -61,8 +66,7 @@ class ClassTokens:
 
     def _replaced(self, row: list[int]) -> tuple[list[int], int]:
         padding = self._tokenizer.pad_token_id
-        left = row[0] == padding != row[-1]
-        begin = next(i for i, token in enumerate(row) if token != padding) if left else 0
+        begin = next((i for i, token in enumerate(row) if token != padding), 0) if self.pads_left else 0
         new: list[int] = []
         at, grown = begin, 0
         while at < len(row):
@@ -74,7 +78,7 @@ class ClassTokens:
             else:
                 new.append(row[at])
                 at += 1
-        if left:
+        if self.pads_left:
             new = [padding] * (len(row) - len(new)) + new[: len(row)]
         else:  # the last token is padding, or ends a caption that fills the row
             new = new[: len(row)] + [row[-1]] * (len(row) - len(new))
@@ -118,6 +122,7 @@ class ClassWords:
 
         values = list(names.values())
         values += [v for value in values if isinstance(value, (list, tuple)) for v in value]
+        values += [v for value in values if isinstance(value, dict) for v in value.values()]
         # A model that reads pictures too has its tokenizer in a processor.
         values += [getattr(v, "tokenizer", None) for v in values if isinstance(v, ProcessorMixin)]
         self.tokenizers = _unique(v for v in values if isinstance(v, PreTrainedTokenizerBase))
@@ -135,7 +140,7 @@ class ClassWords:
         self._tokens = [ClassTokens(captions, _read_by(model, self.tokenizers)) for model in models]
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._deferred = Deferred()
-        self._ran = self._heard = self._ever_heard = False
+        self._ran = self._heard = self._ever_heard = self._lengths_change = False
         self._passes: int | None = 0  # until the identifier was heard, or its absence said
         self._epoch = math.inf
         self._watching = contextlib.ExitStack()
@@ -150,8 +155,16 @@ class ClassWords:
             own = _tensors(encode())
             other = own
             if heard:
+                self._lengths_change = False
                 with self._hooked(replace=True):
                     other = _tensors(encode())
+        if self._lengths_change:
+            with errors_in_one_line():
+                raise AptError(
+                    f"[apt] identifier {self.captions.identifier!r} and class_word {self.captions.class_word!r} are of "
+                    "different numbers of tokens, and this script tells its text encoder which tokens are padding: "
+                    "whether the rest of it goes by that too is not known; choose words of equal length"
+                )
         self._ran = self._heard = False
         self._kept += [(a.detach().clone(), b.detach().clone()) for a, b in zip(own, other, strict=True)]
 
@@ -175,7 +188,7 @@ class ClassWords:
         self._ran = False
 
         def swap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            samples = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)), None)
+            samples = first_tensor(args, kwargs)
             counts = None if samples is None else counted(samples)
             known: list[Tensor] = []
             batch = None if samples is None else len(samples)
@@ -231,8 +244,9 @@ class ClassWords:
             if isinstance(mask, Tensor) and any(grown):
                 length = (mask.sum(dim=1) + torch.tensor(grown, device=mask.device))[:, None]
                 places = torch.arange(mask.shape[1], device=mask.device)
-                left = (mask[:, :1] == 0) & (mask[:, -1:] != 0)
-                mask = torch.where(left, places >= mask.shape[1] - length, places < length).to(mask.dtype)
+                taking_part = places >= mask.shape[1] - length if tokens.pads_left else places < length
+                self._lengths_change = self._lengths_change or not bool(mask.all())
+                mask = taking_part.to(mask.dtype)
             named = {"input_ids": new, "attention_mask": mask}
             return (new, mask, *args[2:])[: len(args)], {k: named.get(k, v) for k, v in kwargs.items()}
 
@@ -304,8 +318,8 @@ class ClassWords:
     def _rows_exchanged(self, given: Tensor, batch: int | None, known: list[Tensor]) -> Tensor:
         if not given.is_floating_point():
             return given
-        for axis in (0, 1):  # HiDream's text is [layers, batch, ...]
-            if given.ndim <= axis + 1 or batch not in (None, given.shape[axis]):
+        for axis in (0,) if batch is None else batch_axes(given, batch):
+            if given.ndim <= axis + 1:
                 continue
             rows = given.movedim(axis, 0)
             kept = [[t.movedim(axis, 0) for t in pair] for pair in self._kept if pair[0].ndim == given.ndim]

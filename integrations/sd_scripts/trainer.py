@@ -232,7 +232,7 @@ class AptTrainer:
                 torch.manual_seed(index)
                 batch = _moved_to(accelerator.device, unseen[index])
                 for number in range(_HELD_OUT_TIMESTEPS):
-                    torch.manual_seed(number)
+                    torch.manual_seed(index * _HELD_OUT_TIMESTEPS + number)
                     self._compare(held_out, batch, number)
 
         return HeldOut(self.apt.objective, compare)
