@@ -246,11 +246,13 @@ def ranks(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
             judged = {axis: [statistics.fmean(of[axis]) for of in of_steps] for axis in ("text", "identity")}
             judged["score"] = [Score(of, ideal).value for of in of_steps]
             for axis, values in judged.items():
-                found[name].setdefault(axis, []).append(statistics.correlation(_ranked(measured), _ranked(values)))
+                of = found[name].setdefault(axis, [])
+                if min(measured) < max(measured) and min(values) < max(values):  # else there is no rank
+                    of.append(statistics.correlation(_ranked(measured), _ranked(values)))
     lines = ["| rank correlation with | text | identity | score |", "|---|---|---|---|"]
     for name, of in found.items():
         error = {axis: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.nan for axis, v in of.items()}
-        cells = [f"{statistics.fmean(values):+.2f} ± {error[axis]:.2f}" for axis, values in of.items()]
+        cells = [f"{statistics.fmean(v):+.2f} ± {error[axis]:.2f}" if v else "-" for axis, v in of.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
