@@ -204,12 +204,11 @@ def table(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     paired: dict[str, list[float]] = {name: [] for name in RULES}
     short: dict[str, list[float]] = {name: [] for name in RULES}
     for row in rows:
-        ideal = row["judged"]["ideal"]
-        scores = {int(step): Score(of, ideal) for step, of in row["judged"].items() if step != "ideal"}
+        scores = _scores_by_step(row)
         at = max(scores, key=lambda step: scores[step].value)
         best = scores[at]
         below = {step: own.short_of(best) for step, own in scores.items()}
-        chosen = choices(read_checkpoints(folder_of(out, row) / f"{METHOD}{ENDING}").checkpoints)
+        chosen = choices(_checkpoints(out, row))
         cells = []
         for name in RULES:
             steps = list(scores) if name == "random" else [chosen[name]]
@@ -238,23 +237,31 @@ def ranks(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown: how what is measured of checkpoints ranks them, beside how judges do."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in MEASURES}
     for row in rows:
-        ideal = row["judged"]["ideal"]
+        checkpoints, scores = _checkpoints(out, row), _scores_by_step(row)
+        of_steps = [row["judged"][str(one.step)] for one in checkpoints]
+        judged = {axis: [statistics.fmean(of[axis]) for of in of_steps] for axis in ("text", "identity")}
+        judged["score"] = [scores[one.step].value for one in checkpoints]
         for name, measure in MEASURES.items():
-            checkpoints = read_checkpoints(folder_of(out, row) / f"{METHOD}{ENDING}").checkpoints
             measured = [measure(one) for one in checkpoints]
-            of_steps = [row["judged"][str(one.step)] for one in checkpoints]
-            judged = {axis: [statistics.fmean(of[axis]) for of in of_steps] for axis in ("text", "identity")}
-            judged["score"] = [Score(of, ideal).value for of in of_steps]
             for axis, values in judged.items():
-                of = found[name].setdefault(axis, [])
+                correlations = found[name].setdefault(axis, [])
                 if min(measured) < max(measured) and min(values) < max(values):  # else there is no rank
-                    of.append(statistics.correlation(_ranked(measured), _ranked(values)))
+                    correlations.append(statistics.correlation(_ranked(measured), _ranked(values)))
     lines = ["| rank correlation with | text | identity | score |", "|---|---|---|---|"]
     for name, of in found.items():
         error = {axis: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.nan for axis, v in of.items()}
         cells = [f"{statistics.fmean(v):+.2f} ± {error[axis]:.2f}" if v else "-" for axis, v in of.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _checkpoints(out: Path, row: Mapping[str, Any]) -> Sequence[Checkpoint]:
+    return read_checkpoints(folder_of(out, row) / f"{METHOD}{ENDING}").checkpoints
+
+
+def _scores_by_step(row: Mapping[str, Any]) -> dict[int, Score]:
+    ideal = row["judged"]["ideal"]
+    return {int(step): Score(of, ideal) for step, of in row["judged"].items() if step != "ideal"}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_dreambooth_real import TAG, TINY_WORLD, FinishedRun, assert_same
+from test_dreambooth_real import TAG, TINY_WORLD, FinishedRun, assert_same, draw_photo
 
 NEEDED = ("DIFFUSERS_DIR", "DIFFUSERS_PYTHON")
 EAGER = "[apt]\nindicator_scale = 1e7\naugment_max_probability = 1.0\nema_alpha = 1.0\nnum_bins = 1\n"
@@ -169,16 +169,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, sources: dict[str, str]) -> It
 
 def _draw(folder: Path) -> None:
     """Photos: four, one, of a class, with texts, and in pairs; and how a model is quantized."""
-    from PIL import Image
-
     for name, seed, count in (("photos", 0, 4), ("class", 100, 4), ("one", 0, 1), ("texts", 0, 4), ("pairs", 0, 4)):
         (folder / name).mkdir()
         lines = []
         for i in range(count):
             for prefix, other in (("", 0), ("c", 50))[: 1 + (name == "pairs")]:
-                pixels = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(seed + other + i)) * 255
-                picture = Image.fromarray(pixels.byte().numpy()).resize((80, 64))
-                picture.save(folder / name / f"{prefix}{i}.png")
+                draw_photo(folder / name / f"{prefix}{i}.png", seed + other + i, (80, 64))
             beside = {"cond_file_name": f"c{i}.png"} if name == "pairs" else {}
             lines.append(json.dumps({"file_name": f"{i}.png", "text": "a photo of sks toy", **beside}) + "\n")
         if name in ("texts", "pairs"):

@@ -60,6 +60,14 @@ class FinishedRun:
             return file.metadata()
 
 
+def draw_photo(path: Path, seed: int, size: tuple[int, int]) -> None:
+    """A picture of random colors, of that width and height."""
+    from PIL import Image
+
+    pixels = (torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(seed)) * 255).byte().numpy()
+    Image.fromarray(pixels).resize(size).save(path)
+
+
 class Workshop:
     """A folder with photos, the scripts unpatched and patched, and runs by name, each made once."""
 
@@ -93,12 +101,9 @@ class Workshop:
         config.write_text(text)
 
     def draw(self, folder: Path) -> None:
-        from PIL import Image
-
         folder.mkdir()
         for i in range(4):
-            pixels = (torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(i)) * 255).byte().numpy()
-            Image.fromarray(pixels).resize((160, 128)).save(folder / f"{i}.png")
+            draw_photo(folder / f"{i}.png", i, (160, 128))
 
     def cli(self, *args: str) -> str:
         code = "from apt_hooks.cli import main; main()"

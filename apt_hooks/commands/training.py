@@ -118,6 +118,7 @@ def presets_apply(
 @app.command(epilog="Example: `apt-hooks check train.toml`")
 def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The training TOML.")]) -> None:
     """Check the `[apt]` section of a training TOML and print what it comes to."""
+    from apt_hooks.stop_rule import StopRule
     from apt_hooks.tomledit import check_section
     from apt_hooks.training.checkpoints import check_rule
 
@@ -142,7 +143,7 @@ def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Th
             typer.echo(f"  {key} = {json.dumps(value)}{'  # override' if key in overrides else ''}")
     for key, value in found.ignored.items():
         typer.echo(f'note: objective = "{found.objective}" ignores {key} = {json.dumps(value)}')
-    if "held_out_gap" in (found.stop or ""):
+    if found.stop is not None and "held_out_gap" in StopRule(found.stop).names:
         typer.echo("note: stop names held_out_gap, so the training needs a validation split")
     _note_of_trainer(config, found.preset_name)
 

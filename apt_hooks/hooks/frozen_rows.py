@@ -5,26 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .call_structure import batch_axes, first_tensor, mapped, prediction_of
+
 logger = logging.getLogger("apt_hooks")
 
 Counted = Callable[[Tensor], Tensor | None]
 """Of a model's first argument, which samples count ([batch], bool; None: all)."""
-
-
-def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Of a model's arguments the first that may have a batch."""
-    return next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor) and given.ndim), None)
-
-
-def batch_axes(tensor: Tensor, batch: int) -> tuple[int, ...]:
-    """Which axes may be the batch's: the first, or the second behind layers, as HiDream's text has it."""
-    return tuple(axis for axis in range(min(tensor.ndim, 2 if tensor.ndim > 2 else 1)) if tensor.shape[axis] == batch)
 
 
 @dataclasses.dataclass
@@ -74,11 +66,12 @@ class FrozenRows:
                 return None
             rows, batch = wanted.nonzero().flatten().cpu(), len(wanted)
             kind = batch, _kind(args, batch), _kind(kwargs, batch)
-            if self._holds.get(kind, True) is False:
+            holds = self._holds.get(kind)
+            if holds is False:
                 return None
             call = _selected(args, rows, batch), _selected(kwargs, rows, batch)
             self._batch = batch
-            if kind not in self._holds:
+            if holds is None:
                 device = samples.device.type
                 autocast = device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
                 trials[:] = [_Trial(kind, rows, call, autocast)]
@@ -115,15 +108,15 @@ class FrozenRows:
             for row, sample in zip(self.rows.tolist(), output, strict=True):
                 whole[row] = sample
             return whole
-        return _mapped(output, lambda part: self.restored(part, axis))
+        return mapped(output, lambda part: self.restored(part, axis))
 
     def _try(self, model: nn.Module, trial: _Trial) -> None:
         device, enabled, dtype = trial.autocast
         reason = ""
         try:
             with torch.autocast(device, dtype, enabled=enabled):
-                found = _prediction(model(*trial.call[0], **trial.call[1]))
-            wanted = _prediction(_selected(trial.output, trial.rows, self._batch))
+                found = prediction_of(model(*trial.call[0], **trial.call[1]))
+            wanted = prediction_of(_selected(trial.output, trial.rows, self._batch))
             if found.shape != wanted.shape:
                 raise ValueError(f"{tuple(found.shape)} came out for {tuple(wanted.shape)}")
             off = float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-12))
@@ -162,23 +155,4 @@ def _selected(given: Any, rows: Tensor, batch: int) -> Any:
         return given.index_select(axes[0], rows.to(given.device)) if axes else given
     if _is_samples(given, batch):
         return [given[row] for row in rows.tolist()]
-    return _mapped(given, lambda part: _selected(part, rows, batch))
-
-
-def _mapped(given: Any, function: Callable[[Any], Any]) -> Any:
-    """The same with the function's results for the parts of a dict, list or tuple; anything else as it is."""
-    if isinstance(given, dict):
-        return type(given)(**{name: function(part) for name, part in given.items()})
-    if not isinstance(given, (list, tuple)):
-        return given
-    parts = [function(part) for part in given]
-    return type(given)(*parts) if hasattr(given, "_fields") else type(given)(parts)
-
-
-def _prediction(output: Any) -> Tensor:
-    """What a denoiser gives; a list of samples all in one."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, list):
-        return torch.stack(output)
-    return _prediction(next(iter(output.values())) if isinstance(output, dict) else output[0])
+    return mapped(given, lambda part: _selected(part, rows, batch))

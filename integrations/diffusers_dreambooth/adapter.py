@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures import preset_of
+from apt_hooks.hooks.call_structure import prediction_of
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement, color_of
 from apt_hooks.method.indicator import sigma_bins
@@ -345,14 +346,14 @@ class DreamBoothRun:
 
     def _keep_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], predicted: Any) -> None:
         if self._run.objective.reference.awaits_comparison(self._run.objective.steps):
-            self._call = args, kwargs, _prediction(predicted)
+            self._call = args, kwargs, prediction_of(predicted)
 
     def _compare_start(self) -> None:
         """Where the base model read other words, the denoiser with the LoRA is asked about these, once."""
         call, self._call = self._call, None
         if call is not None:
             reference, (args, kwargs, frozen) = self._run.objective.reference, call
-            reference.compare_alike(lambda: _prediction(reference.modules[0](*args, **kwargs)), frozen)
+            reference.compare_alike(lambda: prediction_of(reference.modules[0](*args, **kwargs)), frozen)
 
     def _give_up(self) -> None:
         """Forget a step that the script broke off between the passes, as one does that ran out of memory."""
@@ -430,12 +431,6 @@ def _batches(loaders: Sequence[Any]) -> float:
         return max(map(len, loaders), default=math.inf)
     except TypeError:  # a dataset without a length
         return math.inf
-
-
-def _prediction(predicted: Any) -> Tensor:
-    """What a denoiser gives, which may be a list of samples."""
-    first = predicted[0]
-    return first if isinstance(first, Tensor) else torch.stack(list(first))
 
 
 def _check_mask(line: str, config: AptConfig) -> None:

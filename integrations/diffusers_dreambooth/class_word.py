@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.hooks.call_structure import batch_axes, first_tensor, mapped
 from apt_hooks.hooks.frozen import frozen_base
-from apt_hooks.hooks.frozen_rows import batch_axes, first_tensor
+from apt_hooks.hooks.frozen_rows import Counted
 from apt_hooks.method.deferred import Deferred
 
 from ..class_captions import ClassCaptions, word_tokens
@@ -160,10 +161,9 @@ class ClassWords:
                     other = _tensors(encode())
         if self._lengths_change:
             with errors_in_one_line():
-                raise AptError(
-                    f"[apt] identifier {self.captions.identifier!r} and class_word {self.captions.class_word!r} are of "
-                    "different numbers of tokens, and this script tells its text encoder which tokens are padding: "
-                    "whether the rest of it goes by that too is not known; choose words of equal length"
+                raise self._unequal(
+                    "this script tells its text encoder which tokens are padding: whether the rest of it goes by that "
+                    "too is not known"
                 )
         self._ran = self._heard = False
         self._kept += [(a.detach().clone(), b.detach().clone()) for a, b in zip(own, other, strict=True)]
@@ -174,7 +174,7 @@ class ClassWords:
         self._epoch = batches
 
     @contextlib.contextmanager
-    def read_by(self, unet: nn.Module, counted: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    def read_by(self, unet: nn.Module, counted: Counted) -> Iterator[None]:
         """Inside, text encoders and `unet` are given the class word.
 
         Args:
@@ -259,11 +259,7 @@ class ClassWords:
                 return None
             with errors_in_one_line():
                 if any(grown):
-                    raise AptError(
-                        f"[apt] identifier {self.captions.identifier!r} and class_word {self.captions.class_word!r} "
-                        "are of different numbers of tokens, and this script runs the text encoder layer by layer, "
-                        "with lengths of its own; choose words of equal length"
-                    )
+                    raise self._unequal("this script runs the text encoder layer by layer, with lengths of its own")
             return (new,)
 
         with contextlib.ExitStack() as stack:
@@ -297,17 +293,12 @@ class ClassWords:
         """`given` with the class word's text for its own; appends to `known` which samples' were found ([batch])."""
         if isinstance(given, Tensor):
             return self._rows_exchanged(given, batch, known)
-        if isinstance(given, dict):
-            return {key: self._exchanged(inner, batch, known) for key, inner in given.items()}
         if isinstance(given, list) and given and all(isinstance(inner, Tensor) for inner in given):
             samples, found = zip(*map(self._sample_exchanged, given), strict=True)  # one each, as Z-Image has it
             if any(found):
                 known.append(torch.tensor(found[:batch], device=given[0].device))
             return list(samples)
-        if isinstance(given, (list, tuple)):
-            exchanged = [self._exchanged(inner, batch, known) for inner in given]
-            return tuple(exchanged) if isinstance(given, tuple) else exchanged
-        return given
+        return mapped(given, lambda inner: self._exchanged(inner, batch, known))
 
     def _sample_exchanged(self, given: Tensor) -> tuple[Tensor, bool]:
         for own, other in self._kept:
@@ -329,10 +320,9 @@ class ClassWords:
             new, found = rows, torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
             for own, other in kept:
                 if own.shape != other.shape:
-                    raise AptError(
-                        f"[apt] with class_word {self.captions.class_word!r} for {self.captions.identifier!r} a text "
-                        f"has {tuple(other.shape)} in place of {tuple(own.shape)} embeddings in this script, which "
-                        "fills texts up to the longest; choose words of equally many tokens"
+                    raise self._unequal(
+                        f"this script fills texts up to the longest: {tuple(other.shape)} embeddings would stand in "
+                        f"place of {tuple(own.shape)}"
                     )
                 for a, b in zip(own.to(rows), other.to(rows), strict=True):
                     same = (rows == a).flatten(1).all(dim=1)
@@ -352,6 +342,12 @@ class ClassWords:
     def _take_unknown(self, unknown: list[float]) -> None:
         if any(unknown):
             raise self._unknown_text()
+
+    def _unequal(self, why: str) -> AptError:
+        return AptError(
+            f"[apt] identifier {self.captions.identifier!r} and class_word {self.captions.class_word!r} are of "
+            f"different numbers of tokens, and {why}; choose words of equal length"
+        )
 
     def _unknown_text(self) -> AptError:
         return AptError(

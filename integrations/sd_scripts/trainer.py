@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from apt_hooks.config import AptConfig
@@ -230,7 +231,7 @@ class AptTrainer:
             for index in range(count):
                 random.seed(index)
                 torch.manual_seed(index)
-                batch = _moved_to(accelerator.device, unseen[index])
+                batch = send_to_device(unseen[index], accelerator.device)
                 for number in range(_HELD_OUT_TIMESTEPS):
                     torch.manual_seed(index * _HELD_OUT_TIMESTEPS + number)
                     self._compare(held_out, batch, number)
@@ -706,15 +707,6 @@ def _mark_uncounted(group: Any) -> None:
         attributes = dict(getattr(subset, "custom_attributes", None) or {})
         attributes[UNCOUNTED] = bool(getattr(subset, "is_reg", False) or attributes.get(PRESERVATION, False))
         subset.custom_attributes = attributes
-
-
-def _moved_to(device: torch.device, of: Any) -> Any:
-    """As accelerate's data loaders do it."""
-    if isinstance(of, Tensor):
-        return of.to(device)
-    if isinstance(of, dict):
-        return {key: _moved_to(device, value) for key, value in of.items()}
-    return type(of)(_moved_to(device, each) for each in of) if type(of) in (list, tuple) else of
 
 
 def _instances(batch: dict[str, Any]) -> Tensor:
