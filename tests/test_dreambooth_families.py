@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_dreambooth_real import TAG, TINY_WORLD, FinishedRun, assert_same, draw_photo
+from safetensors.torch import load_file
+from test_dreambooth_real import TAG, TINY_WORLD, WEIGHTS, FinishedRun, assert_same, draw_photo
 
 NEEDED = ("DIFFUSERS_DIR", "DIFFUSERS_PYTHON")
 EAGER = "[apt]\nindicator_scale = 1e7\naugment_max_probability = 1.0\nema_alpha = 1.0\nnum_bins = 1\n"
@@ -270,6 +271,53 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: Run, script: str) -> None:
     resumed, whole = both("apt", EAGER)
     assert_same(resumed, whole)
     assert resumed.lines == whole.lines
+
+
+def words_of(script: str) -> str:
+    word = "fish" if SCRIPTS[script][0] == "tiny" else "abc"
+    return f'{EAGER}identifier = "sks"\nclass_word = "{word}"\n'
+
+
+def checkpoints(found: FinishedRun) -> list[dict[str, Any]]:
+    text = (found.folder / f"{WEIGHTS}-checkpoints.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if "run" not in line]
+
+
+EVERY_SECOND = ("--checkpointing_steps", "2")
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "trained"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_saved_lora_has_a_line_with_its_drifts_and_is_what_it_is_without(
+    run: Run, sources: dict[str, str], script: str, encoder: str
+) -> None:
+    given = EVERY_SECOND
+    if encoder == "trained":
+        given += ("--train_text_encoder",)
+        if not knows(sources.get(script, ""), given):
+            pytest.skip("trains no text encoder")
+        run(script, "plain, trained", "--train_text_encoder", patched=False)  # Kontext's refuses it with a dataset
+    found = run(script, f"measured {encoder}", *given, apt=words_of(script))
+    lines = checkpoints(found)
+    names = ["checkpoint-2/", "checkpoint-4/", ""]
+    assert [line["file"] for line in lines] == [f"{name}{WEIGHTS}.safetensors" for name in names]
+    assert [line["step"] for line in lines] == [2, 4, 4]
+    for line in lines:
+        assert line["class_drift"] > 0 and line["free_drift"] > 0 and line["delta_noise"] > 0, found.output[-2000:]
+        assert (line["text_drift"] is None) == (encoder == "frozen")
+    assert json.loads(found.metadata["ss_apt_checkpoint"])["class_drift"] == lines[-1]["class_drift"]
+    assert_same(run(script, f"unmeasured {encoder}", *given, apt=words_of(script) + "drifts = false"), found)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_stop_rule_ends_the_training_and_keeps_the_best(run: Run, script: str) -> None:
+    found = run(script, "stopped", *EVERY_SECOND, apt=EAGER + 'stop = "free_drift > 0 and gamma > -1"')
+    lines = checkpoints(found)
+    assert [line["step"] for line in lines] == [2, 2] and len(found.lines) == 2
+    assert lines[0]["class_drift"] is None and lines[0]["stop"] == "free_drift > 0 and gamma > -1 for 1 steps"
+    assert "[apt] stop has ended the training" in found.output
+    best, last = (load_file(found.folder / f"{WEIGHTS}{name}.safetensors") for name in ("-best", ""))
+    assert all(torch.equal(best[key], last[key]) for key in last)
 
 
 def test_the_scripts_of_the_tag_are_all_known(sources: dict[str, str]) -> None:

@@ -484,7 +484,7 @@ def test_the_start_line_tells_what_the_objective_ignores(tmp_path):
 def test_a_stop_rule_that_nothing_would_follow_is_refused_at_start():
     config = AptConfig.from_mapping({"stop": "gamma > 0.9 for 200 steps", "lambda_dist": 0, "lambda_attn": 0})
     run = AptRun(AptObjective(config, torch.nn.Linear(1, 1), torch.no_grad), log_path=None, augment_space="image")
-    with pytest.raises(AptError, match=r"^\[apt\] stop is followed in sd-scripts alone so far"):
+    with pytest.raises(AptError, match=r"^\[apt\] stop needs an adapter that measures checkpoints"):
         run.start_line()
 
 

@@ -19,6 +19,13 @@ def batch_axes(tensor: Tensor, batch: int) -> tuple[int, ...]:
     return tuple(axis for axis in range(min(tensor.ndim, 2 if tensor.ndim > 2 else 1)) if tensor.shape[axis] == batch)
 
 
+def is_samples(given: Any, batch: int) -> bool:
+    """Whether it is a list of samples, as Z-Image has it, and not of what has a batch each."""
+    if not isinstance(given, list) or len(given) != batch or not all(isinstance(part, Tensor) for part in given):
+        return False
+    return not all(part.ndim and len(part) == batch for part in given)
+
+
 def mapped(given: Any, function: Callable[[Any], Any]) -> Any:
     """The same with the function's results for the parts of a dict, list or tuple; anything else as it is."""
     if isinstance(given, dict):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call_structure import batch_axes, first_tensor, mapped, prediction_of
+from .call_structure import batch_axes, first_tensor, is_samples, mapped, prediction_of
 
 logger = logging.getLogger("apt_hooks")
 
@@ -136,16 +136,9 @@ def _kind(given: Any, batch: int) -> Any:
         return given.ndim, batch_axes(given, batch)
     if isinstance(given, Mapping):
         return tuple((name, _kind(part, batch)) for name, part in given.items())
-    if _is_samples(given, batch):
+    if is_samples(given, batch):
         return "samples"
     return tuple(_kind(part, batch) for part in given) if isinstance(given, (list, tuple)) else None
-
-
-def _is_samples(given: Any, batch: int) -> bool:
-    """Whether it is a list of samples, as Z-Image has it, and not of what has a batch each."""
-    if not isinstance(given, list) or len(given) != batch or not all(isinstance(part, Tensor) for part in given):
-        return False
-    return not all(part.ndim and len(part) == batch for part in given)
 
 
 def _selected(given: Any, rows: Tensor, batch: int) -> Any:
@@ -153,6 +146,6 @@ def _selected(given: Any, rows: Tensor, batch: int) -> Any:
     if isinstance(given, Tensor):
         axes = batch_axes(given, batch)
         return given.index_select(axes[0], rows.to(given.device)) if axes else given
-    if _is_samples(given, batch):
+    if is_samples(given, batch):
         return [given[row] for row in rows.tolist()]
     return mapped(given, lambda part: _selected(part, rows, batch))

@@ -24,7 +24,7 @@ def checkpoint_table(run: SavedRun) -> tuple[list[str], list[list[str]]]:
     for one in run.checkpoints:
         values = [(getattr(one, name), _NUMBERS[name]) for name in columns]
         cells = ["-" if math.isnan(value) else format(value, digits) for value, digits in values]
-        gone = "" if run.path.with_name(one.file).exists() else " (gone)"
+        gone = "" if (run.path.parent / one.file).exists() else " (gone)"
         rows.append([str(one.step), *cells, f"{one.file}{gone}"])
     return ["step", *(name.replace("_", " ") for name in columns), "file"], rows
 

@@ -20,7 +20,7 @@ class Checkpoint:
 
     Attributes:
         step: how many steps it was trained.
-        file: its name, beside the lines.
+        file: its name, from the lines' folder on.
         gamma, gap, held_out_gap: means over the bins that were seen.
         bins, unseen: how many there are, and how many of them were not.
         delta_noise: mean over the last steps before it.

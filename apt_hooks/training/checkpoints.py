@@ -23,6 +23,9 @@ METADATA = "ss_apt_checkpoint"
 SHARE = 0.02
 """Of the time between two checkpoints, what measuring may take before that is said."""
 
+STOPS_ALONE = "[apt] stop ends no training of several processes; it marks, and keeps the best"
+STOPPED = "apt-hooks: [apt] stop has ended the training: %s"
+
 logger = logging.getLogger("apt_hooks")
 
 
@@ -182,16 +185,17 @@ class Checkpoints:
         if self.path is None:
             return
         now = time.perf_counter()
-        share, self._last = self._cost / max(now - self._last, 1e-9), now
+        share, cost = self._cost / max(now - self._last, 1e-9), self._cost
+        self._last, self._cost = now, 0.0  # a line may be of two files
         if self._begun and share > SHARE and not self._told:
             self._told = True
             logger.warning(
                 "apt-hooks: measuring a checkpoint took %.1f s, %.0f %% of the time since the last one; save less "
                 "often, or set [apt] drifts = false",
-                self._cost,
+                cost,
                 100 * share,
             )
-        self._write({"step": line["step"], "file": file.name, **line})
+        self._write({"step": line["step"], "file": self._beside(file), **line})
         if self._rule is None:
             return
         met = line["stop"]
@@ -200,6 +204,12 @@ class Checkpoints:
         if met is not None and self.stop is None:
             step, path = self._best
             self.stop = f"{met} at step {line['step']}; {path.name} is the LoRA of step {step}"
+
+    def _beside(self, file: Path) -> str:
+        """A file's name as seen from the lines, such as `checkpoint-500/pytorch_lora_weights.safetensors`."""
+        assert self.path is not None
+        folder, whole = self.path.parent.resolve(), file.resolve()
+        return whole.relative_to(folder).as_posix() if whole.is_relative_to(folder) else file.name
 
     @property
     def _name(self) -> str:

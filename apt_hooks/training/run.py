@@ -85,7 +85,8 @@ class AptRun:
         """
         if self.objective.config.stop is not None and self.checkpoints is None:
             raise AptError(
-                "[apt] stop is followed in sd-scripts alone so far, this trainer would pass over it; leave it out"
+                "[apt] stop needs an adapter that measures checkpoints, and this trainer's does not: it would "
+                "pass over it; leave it out"
             )
         config, capture = self.objective.config, self.objective.capture
         overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.overrides().items())

@@ -8,7 +8,7 @@ import contextlib
 import importlib.metadata
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement, color_of
 from apt_hooks.method.indicator import sigma_bins
 from apt_hooks.method.units import FLOW, FlowLoss, epsilon_error_scale, per_sample
+from apt_hooks.training.checkpoints import ENDING, STOPPED, STOPS_ALONE, Checkpoints
+from apt_hooks.training.drifts import NEUTRAL, Drifts
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.passes import Passes
 from apt_hooks.training.run import AptRun
@@ -34,6 +36,8 @@ from ..noise_options import tell_noise_options
 from ..peft import adapters_off, check_active, dropout
 from .class_word import ClassWords
 from .lora_metadata import add_metadata
+from .probe import StepProbe
+from .probe_prompts import ProbePrompts
 
 logger = logging.getLogger("apt_hooks")
 
@@ -57,6 +61,8 @@ def start(
     masked: str | None = None,
     unmoved: str | None = None,
     black: BlackLatents | None = None,
+    prompts: ProbePrompts | None = None,
+    textless: bool = False,
 ) -> DreamBoothRun | None:
     """The run for `--apt_config` or `--apt_preset`; None where the configuration has `enabled = false`.
 
@@ -69,6 +75,8 @@ def start(
         masked: the line by which the script's loss takes in something else of the batch, such as a mask.
         unmoved: why the images cannot be augmented.
         black: what has seen the latents being cached.
+        prompts: what encodes other prompts, for the drifts of checkpoints.
+        textless: a step encodes no text.
     """
     with errors_in_one_line():
         config = _config(args)
@@ -80,7 +88,9 @@ def start(
             _check_mask(masked, config)
         if unmoved is not None and config.augmentation and not config.monitor_only:
             raise AptError(f"this script's images cannot be augmented: {unmoved}; set [apt] augmentation = false")
-        return DreamBoothRun(config, args, accelerator, unet, noise_scheduler, black)
+        return DreamBoothRun(
+            config, args, accelerator, unet, noise_scheduler, black, prompts=prompts, textless=textless
+        )
 
 
 def class_words(args: argparse.Namespace, names: dict[str, Any], refused: str | None = None) -> ClassWords | None:
@@ -105,12 +115,27 @@ def class_words(args: argparse.Namespace, names: dict[str, Any], refused: str | 
         return words
 
 
+def probe_prompts(args: argparse.Namespace, names: dict[str, Any]) -> ProbePrompts | None:
+    """What encodes the prompts of the drifts of checkpoints; None where the configuration has them off.
+
+    To be called where `class_words` is.
+
+    Args:
+        names: the variables of the function that trains.
+    """
+    with errors_in_one_line():
+        config = _config(args)
+        if not config.enabled or not config.drifts:
+            return None
+        own = _class_prompt(config)
+        return ProbePrompts(names, ["", *NEUTRAL, *([] if own is None else [own])])
+
+
 class DreamBoothRun:
     """APT in a script's own loop; its methods are called by the inserted lines, from top to bottom.
 
     Attributes:
         augments: whether images are augmented.
-        encodes_text: whether the base model has to encode the text anew.
     """
 
     def __init__(
@@ -121,6 +146,9 @@ class DreamBoothRun:
         unet: nn.Module,
         noise_scheduler: Any,
         black: BlackLatents | None = None,
+        *,
+        prompts: ProbePrompts | None = None,
+        textless: bool = False,
     ) -> None:
         own = accelerator.unwrap_model(unet)
         # accelerate has no public list of the models and optimizers that it prepared.
@@ -157,7 +185,9 @@ class DreamBoothRun:
             target=target,
         )
         self.augments = objective.augments
-        self.encodes_text = bool(self._text_encoders)
+        self._prompts = prompts
+        self._probe = self._watch_checkpoints(args, own, textless=textless)
+        self._line: dict[str, Any] | None = None  # the last checkpoint's
         self._words: ClassWords | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
         self._placement: Placement | None = None
@@ -173,13 +203,39 @@ class DreamBoothRun:
         self._run.has_dropout(dropout(own, *self._text_encoders))
         accelerator.register_load_state_pre_hook(lambda models, folder: self._count_from(folder))
         # Behind the script's own hook, which has saved the LoRA by then.
-        accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.add_metadata(folder))
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: self._save(folder))
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line
 
     def read_class_word(self, words: ClassWords) -> None:
         """Let the base model read the class word in place of the identifier."""
         words.begin(_batches(self._accelerator._dataloaders))
-        self._words, self.encodes_text = words, True
+        self._words = words
+
+    @property
+    def encodes_text(self) -> bool:
+        """Whether the text has to be encoded anew, for the base model or for a prompt of apt-hooks' own."""
+        asked = self._prompts is not None and self._prompts.is_asked
+        return asked or self._words is not None or bool(self._text_encoders)
+
+    @property
+    def stops(self) -> bool:
+        """Whether the training is to end here, by the key `stop`."""
+        return self._accelerator.num_processes == 1 and self._checkpoints.stop is not None
+
+    def reading(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that encodes text, which is given a prompt of apt-hooks' own while one is asked for."""
+        return function if self._prompts is None else self._prompts.reading(function)
+
+    def begin_step(self, again: Callable[[], Any], timesteps: Tensor, latents: Tensor) -> None:
+        """A step's own lines from the text to the denoiser's prediction.
+
+        Args:
+            again: runs them once more.
+            timesteps: where noise is mixed in its share.
+            latents: [batch, ...], clean.
+        """
+        if self._probe is not None:
+            self._probe.begin_step(again, timesteps, latents)
 
     def moves(self, timesteps: Tensor, latents: Tensor) -> bool:
         """Whether any sample is augmented, so that the latents are to be made once more, with `moved`.
@@ -319,19 +375,35 @@ class DreamBoothRun:
         return self._run.tracker_values()
 
     def add_metadata(self, folder: str | Path) -> None:
-        """Write what is known of the run into the metadata of the LoRAs in a folder."""
+        """Write what is known of the run into the metadata of the LoRAs in a folder, and the last one's line."""
         with errors_in_one_line():
-            if self._accelerator.is_main_process:
-                paths = sorted(Path(folder).glob(f"{WEIGHTS}*.safetensors"))
-                for path in paths:
-                    add_metadata(path, self._run.metadata())
-                if not paths:
-                    logger.warning("apt-hooks: no %s*.safetensors in %s yet, so no metadata in it", WEIGHTS, folder)
+            if not self._accelerator.is_main_process:
+                return
+            best = f"{WEIGHTS}-best.safetensors"  # an earlier one, with a line of its own
+            paths = sorted(path for path in Path(folder).glob(f"{WEIGHTS}*.safetensors") if path.name != best)
+            line = {} if self._line is None else self._checkpoints.metadata(self._line)
+            for path in paths:
+                add_metadata(path, {**self._run.metadata(), **line})
+            if not paths:
+                logger.warning("apt-hooks: no %s*.safetensors in %s yet, so no metadata in it", WEIGHTS, folder)
+            own = Path(folder) / f"{WEIGHTS}.safetensors"
+            if self._line is not None and own in paths:
+                self._checkpoints.saved(self._line, own)
+
+    def finish(self) -> None:
+        """The loop is over: measure the LoRA that is saved behind it, and close."""
+        with errors_in_one_line():
+            self._measure()
+            if self.stops:
+                logger.info(STOPPED, self._checkpoints.stop)
+        self.close()
 
     def close(self) -> None:
         """Write what is left of the log and take the hooks off; may be called again."""
         with errors_in_one_line():
             atexit.unregister(self.close)
+            if self._probe is not None:
+                self._probe.close()
             try:
                 if self._words is not None:
                     self._words.close()
@@ -343,6 +415,41 @@ class DreamBoothRun:
         number = Path(folder).name.rpartition("checkpoint-")[2]
         if not self._run.step and number.isdecimal():
             self._run.step = int(number)
+            self._checkpoints.resumed(self._run.step)
+
+    def _watch_checkpoints(self, args: argparse.Namespace, denoiser: nn.Module, *, textless: bool) -> StepProbe | None:
+        """Have each saved LoRA measured; what measures its drifts, None where they are off."""
+        config, prompts, accelerator = self._run.objective.config, self._prompts, self._accelerator
+        off, probe, drifts = "", None, None
+        if not config.drifts or prompts is None:
+            off = "drifts = false" if not config.drifts else "the script was patched without them; patch it again"
+        elif prompts.refused:
+            off = prompts.refused
+        elif textless and not prompts.encoded:
+            off = "the script has no lines that encode text, so that other prompts are not to be had"
+        else:
+            trained, wrapped = bool(self._text_encoders), accelerator._models
+            probe = StepProbe(denoiser, self._schedule, prompts, trained=trained, wrapped=wrapped)
+            drifts = Drifts(self._run.objective.reference, probe, _class_prompt(config))
+        path = Path(args.output_dir or ".") / f"{WEIGHTS}{ENDING}"
+        self._checkpoints = Checkpoints(
+            path if accelerator.is_main_process else None, drifts, off=off, rule=config.stop
+        )
+        self._run.watch_checkpoints(self._checkpoints)
+        if config.stop and accelerator.num_processes > 1:
+            accelerator.print(f"apt-hooks: {STOPS_ALONE}")
+        return probe
+
+    def _measure(self) -> None:
+        """The line of the LoRA as it is, once a step."""
+        if self._line is None or self._line["step"] != self._run.step:
+            self._line = self._run.measure_checkpoint()
+
+    def _save(self, folder: str | Path) -> None:
+        if (Path(folder) / f"{WEIGHTS}.safetensors").exists():
+            with errors_in_one_line():
+                self._measure()
+        self.add_metadata(folder)
 
     def _keep_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], predicted: Any) -> None:
         if self._run.objective.reference.awaits_comparison(self._run.objective.steps):
@@ -423,6 +530,10 @@ def _config(args: argparse.Namespace) -> AptConfig:
             "file if both are wanted"
         )
     return AptConfig.preset(str(preset)) if file is None else AptConfig.from_toml(file)
+
+
+def _class_prompt(config: AptConfig) -> str | None:
+    return None if config.class_word is None else f"a photo of a {config.class_word}"
 
 
 def _batches(loaders: Sequence[Any]) -> float:

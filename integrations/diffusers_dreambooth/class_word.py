@@ -119,26 +119,16 @@ class ClassWords:
     """
 
     def __init__(self, captions: ClassCaptions, names: dict[str, Any]) -> None:
-        from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-
-        values = list(names.values())
-        values += [v for value in values if isinstance(value, (list, tuple)) for v in value]
-        values += [v for value in values if isinstance(value, dict) for v in value.values()]
-        # A model that reads pictures too has its tokenizer in a processor.
-        values += [getattr(v, "tokenizer", None) for v in values if isinstance(v, ProcessorMixin)]
-        self.tokenizers = _unique(v for v in values if isinstance(v, PreTrainedTokenizerBase))
+        models, self.tokenizers = text_models(names)
         if not self.tokenizers:
             raise AptError(
                 "[apt] identifier needs the script's tokenizers, looked for among the variables of the function that "
                 "trains; found none; load them there, or leave identifier and class_word out"
             )
-        # Within a wrapper too, as peft's or that of several processes.
-        inner = [[m for m in v.modules() if isinstance(m, PreTrainedModel)] for v in values if isinstance(v, nn.Module)]
-        models = [model for model in _unique(found[0] for found in inner if found) if _known_tokens(model)]
         # Not to keep alive what the script forgets once it has encoded.
         self._encoders = [weakref.ref(model) for model in models]
         self.captions = captions
-        self._tokens = [ClassTokens(captions, _read_by(model, self.tokenizers)) for model in models]
+        self._tokens = [ClassTokens(captions, read_by(model, self.tokenizers)) for model in models]
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._deferred = Deferred()
         self._ran = self._heard = self._ever_heard = self._lengths_change = False
@@ -356,6 +346,21 @@ class ClassWords:
         )
 
 
+def text_models(names: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Text encoders and tokenizers among the variables of the function that trains, each once."""
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+    values = list(names.values())
+    values += [v for value in values if isinstance(value, (list, tuple)) for v in value]
+    values += [v for value in values if isinstance(value, dict) for v in value.values()]
+    # A model that reads pictures too has its tokenizer in a processor.
+    values += [getattr(v, "tokenizer", None) for v in values if isinstance(v, ProcessorMixin)]
+    tokenizers = _unique(v for v in values if isinstance(v, PreTrainedTokenizerBase))
+    # Within a wrapper too, as peft's or that of several processes.
+    inner = [[m for m in v.modules() if isinstance(m, PreTrainedModel)] for v in values if isinstance(v, nn.Module)]
+    return [model for model in _unique(found[0] for found in inner if found) if _known_tokens(model)], tokenizers
+
+
 def _behind(tokenizer: Any, before: str, word: str) -> list[int]:
     """The ids of `word` behind another one, or at the begin of a text."""
     return word_tokens(tokenizer, f"{before} {word}".strip())[len(word_tokens(tokenizer, before)) if before else 0 :]
@@ -370,7 +375,7 @@ def _known_tokens(model: Any) -> int:
     return len(weight) if weight.ndim == 2 else 0
 
 
-def _read_by(encoder: Any, tokenizers: Sequence[Any]) -> Any:
+def read_by(encoder: Any, tokenizers: Sequence[Any]) -> Any:
     """The tokenizer of a text encoder: that whose words fill its table of embeddings best."""
     rows = _known_tokens(encoder)
     fitting = [tokenizer for tokenizer in tokenizers if len(tokenizer) <= rows]

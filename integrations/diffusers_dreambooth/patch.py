@@ -14,7 +14,7 @@ from apt_hooks.files import remove_leftovers, write_atomically
 from .. import patching
 from ..patching import Places, Statements
 from ..trainers import Change
-from .script_anchors import RUN, Anchors, find
+from .script_anchors import PROMPTS, RUN, Anchors, find
 
 NAME = "diffusers"
 _SCRIPT = "train_dreambooth_lora"
@@ -39,6 +39,7 @@ TESTED: tuple[str, ...] = ("0.32.0", "0.35.0", "0.38.0", "0.40.0")
 
 BLACK = "apt_hooks_black"
 WORDS = "apt_hooks_words"
+AGAIN = "apt_hooks_again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +182,8 @@ def _places(found: Anchors, statements: Statements) -> Places:
         text = [f"if {RUN}.encodes_text:", *_indented(text)]
     repeated = [f"{frozen.prefix}{name} = {name}" for name in frozen.live]
     for name in frozen.perhaps:
-        repeated += [f'if "{name}" in locals():', f"    {frozen.prefix}{name} = {name}"]
-    repeated += text + _source(frozen.call)
+        repeated += ["try:", f"    {frozen.prefix}{name} = {name}", "except NameError:", "    pass"]
+    repeated += [*text, *_source(frozen.call), f"return {prediction}"]
     step = f", step={found.step}" if found.step else ""
     tracked = f"    {found.accelerator}.log({RUN}.tracker_values(){step})"
     mixed = "" if found.noising.schedule else f", {found.clean}, {min(found.noising.noise)}"
@@ -197,9 +198,13 @@ def _places(found: Anchors, statements: Statements) -> Places:
         *_augmenting(found, statements),
         before(
             found.call,
-            f"if {RUN} is not None and {RUN}.frozen_due():",
-            f"    with {RUN}.frozen_pass():  # the same by the base model",
+            guard,
+            f"    def {AGAIN}():  # the same by the base model, or of other text",
             *_indented(_indented(repeated)),
+            f"    {RUN}.begin_step({AGAIN}, {found.timesteps}, {found.clean})",
+            f"if {RUN} is not None and {RUN}.frozen_due():",
+            f"    with {RUN}.frozen_pass():",
+            f"        {prediction} = {AGAIN}()",
             f"    {RUN}.begin_tuned_pass({prediction})",
         ),
         after(found.predicted, guard, f"    {found.prediction} = {RUN}.end_tuned_pass({found.prediction})"),
@@ -210,7 +215,8 @@ def _places(found: Anchors, statements: Statements) -> Places:
         ),
         before(found.backward, guard, f"    {found.loss} = {RUN}.regularized({found.loss})"),
         *([after(found.log, guard, tracked)] if found.log is not None else []),
-        after(found.loop, guard, f"    {RUN}.close()"),
+        *(after(loop.body[-1], f"if {RUN} is not None and {RUN}.stops:", "    break") for loop in found.loops),
+        after(found.loops[-1], guard, f"    {RUN}.finish()"),
         after(found.save, guard, f"    {RUN}.add_metadata({found.folder})"),
     ]
 
@@ -235,9 +241,11 @@ def _start(found: Anchors) -> list[str]:
     given += [f"masked={found.factor!r}"] if found.factor else []
     given += [f"unmoved={found.again.refused!a}"] if found.again.refused else []
     given += [f"black={BLACK}"] if found.caches else []
+    given += [f"prompts={PROMPTS}"]
+    given += ["textless=True"] if found.textless else []
     starting = [f"{RUN} = apt_hooks_adapter.start({', '.join(given)})"]
     if found.words is None:
-        starting.append(_making_words(found))
+        starting = [_making_prompts(found), *starting, _making_words(found)]
     starting += [f"if {WORDS} is not None:", f"    {RUN}.read_class_word({WORDS})"]
     imported = found.words is not None or bool(found.caches)
     return [f"{RUN} = None", *_where_asked(found, starting, imported=imported)]
@@ -253,19 +261,22 @@ def _before_training(found: Anchors, statements: Statements) -> Places:
             statements.before(found.before_caches, f"{BLACK} = None", *_where_asked(found, making, imported=False))
         )
     if found.words is not None:
-        making = [_making_words(found)]
-        places.append(statements.before(found.words, f"{WORDS} = None", *_where_asked(found, making, imported=False)))
-    again = [
-        statements.after(statement, f"if {WORDS} is not None:", f"    {WORDS}.keep(lambda: {ast.unparse(part)})")
-        for statement, part in found.encodings
-        if found.words is not None
-    ]
-    return [*places, *again]
+        making = _where_asked(found, [_making_words(found), _making_prompts(found)], imported=False)
+        places.append(statements.before(found.words, f"{WORDS} = None", f"{PROMPTS} = None", *making))
+        for keeping, encodings in ((WORDS, found.encodings), (PROMPTS, found.asked)):
+            for statement, part in encodings:
+                again = f"    {keeping}.keep(lambda: {ast.unparse(part)})"
+                places.append(statements.after(statement, f"if {keeping} is not None:", again))
+    return places
 
 
 def _making_words(found: Anchors) -> str:
     refused = f", {found.wordless!a}" if found.wordless else ""
     return f"{WORDS} = apt_hooks_adapter.class_words({found.arguments}, locals(){refused})"
+
+
+def _making_prompts(found: Anchors) -> str:
+    return f"{PROMPTS} = apt_hooks_adapter.probe_prompts({found.arguments}, locals())"
 
 
 def _where_asked(found: Anchors, lines: list[str], *, imported: bool) -> list[str]:

@@ -21,6 +21,8 @@ from .syntax_tree import Tree, assigned, called, first_line, listed, missing, ow
 
 RUN = "apt_hooks_run"
 """The name of the run in the script."""
+PROMPTS = "apt_hooks_prompts"
+"""There, of what encodes prompts of apt-hooks' own."""
 PRIOR = "with_prior_preservation"
 _PARSING = ("parse_args", "parse_known_args")
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)
@@ -50,12 +52,14 @@ class Anchors:
         words: the statement before which the text encoders are loaded and have encoded nothing; None: all of it is
             encoded in the step.
         encodings: what may encode text before the training.
+        asked: the same, where a prompt may take the text's place.
+        textless: whether a step encodes no text.
         wordless: why the base model cannot be given other text than the one in training.
         target, compare: name of the target, and the first statement that does anything with it or with the prediction.
         factor: the first statement that takes something else of the batch, such as a mask, into the loss (its source).
         loss, backward: name of the loss, and the statement that differentiates it.
         log, step: the statement that logs to the trackers, if there is one, and the source of its step.
-        loop: the outermost loop of the training.
+        loops: those of the training, the outermost last.
         save, folder: after it, the LoRA is saved, in this folder (source).
     """
 
@@ -78,6 +82,8 @@ class Anchors:
     frozen: FrozenCopy
     words: ast.stmt | None
     encodings: list[Encoding]
+    asked: list[Encoding]
+    textless: bool
     wordless: str | None
     target: str
     compare: ast.stmt
@@ -86,7 +92,7 @@ class Anchors:
     backward: ast.stmt
     log: ast.stmt | None
     step: str | None
-    loop: ast.stmt
+    loops: list[ast.For | ast.While]
     save: ast.stmt
     folder: str
 
@@ -115,6 +121,7 @@ class _Finder:
     def __init__(self, tree: ast.Module, name: str) -> None:
         self.tree = Tree(tree)
         self.name = name
+        self.defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         self.backward = self._backward()
         self.accelerator = owner(self.backward)
         self.loops = [node for node in self.tree.ancestors(self.backward) if isinstance(node, (ast.For, ast.While))]
@@ -170,9 +177,15 @@ class _Finder:
             call=self.suite[self.at_call],
             prediction=self.prediction,
             predicted=self.suite[max([self.at_call, *made])],
-            frozen=frozen,
+            frozen=dataclasses.replace(
+                frozen,
+                text=tuple(self._reading(statement, names, f"{RUN}.reading") for statement in frozen.text),
+                call=tuple(self._reading(statement, names, f"{RUN}.reading") for statement in frozen.call),
+            ),
             words=self.tree.beside(encoded[0][0], self.loops[-1]) if encoded else None,
             encodings=encoded,
+            asked=[(statement, self._reading(part, names, f"{PROMPTS}.reading")) for statement, part in encoded],
+            textless=not names & read(*frozen.text, *frozen.call),
             wordless=wordless,
             target=target,
             compare=self.suite[at_compare],
@@ -181,7 +194,7 @@ class _Finder:
             backward=self.tree.statement(self.backward),
             log=log,
             step=log_step,
-            loop=self.loops[-1],
+            loops=self.loops,
             save=save,
             folder=folder,
         )
@@ -487,14 +500,13 @@ class _Finder:
 
         Whether one does is seen when it runs. Left out is what could not be run again after its statement.
         """
-        defined = {node.name for node in ast.walk(self.tree.root) if isinstance(node, ast.FunctionDef)}
         found: dict[ast.expr, ast.stmt] = {}
         for statement in self._before_the_loops():
             if not isinstance(statement, _SIMPLE):
                 continue
             for call in (node for node in ast.walk(statement) if isinstance(node, ast.Call)):
                 given = read(*call.args, *(keyword.value for keyword in call.keywords))
-                known = called(call) in names or (called(call) in defined and names & given)
+                known = called(call) in names or (called(call) in self.defined and names & given)
                 if not isinstance(call.func, ast.Name) or not known:
                     continue
                 within = [n for n in self.tree.ancestors(call) if isinstance(n, ast.expr)]
@@ -504,6 +516,16 @@ class _Finder:
                 if not inner and not any(map(draws, ast.walk(part))) and not assigned(statement) & read(part):
                     found[part] = statement
         return [(statement, part) for part, statement in found.items()]
+
+    def _reading(self, part: Any, names: set[str], by: str) -> Any:
+        """The same with each function of the script that encodes text, such as `encode(...)`, as `by(encode)(...)`."""
+        tree = ast.parse(ast.unparse(part))
+        for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]:
+            given = read(*call.args, *(keyword.value for keyword in call.keywords))
+            if called(call) in self.defined and {called(call), *given} & names:
+                call.func = ast.parse(f"{by}({called(call)})", mode="eval").body
+        (statement,) = tree.body
+        return statement.value if isinstance(part, ast.expr) and isinstance(statement, ast.Expr) else statement
 
     def _before_the_loops(self) -> Iterator[ast.stmt]:
         """The training function's own statements up to the loop, of all blocks, in the order of the file."""

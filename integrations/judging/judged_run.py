@@ -37,7 +37,7 @@ def judge_run(
     Raises:
         AptError: fewer than two checkpoints are there; as `run_eval`.
     """
-    files = {one.step: run.path.with_name(one.file) for one in run.checkpoints}
+    files = {one.step: run.path.parent / one.file for one in run.checkpoints}
     files = {step: file for step, file in files.items() if file.exists()}
     if len(files) < 2:
         raise AptError(

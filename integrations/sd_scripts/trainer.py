@@ -24,7 +24,7 @@ from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures import preset_of
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement
-from apt_hooks.training.checkpoints import ENDING, Checkpoints
+from apt_hooks.training.checkpoints import ENDING, STOPPED, STOPS_ALONE, Checkpoints
 from apt_hooks.training.drifts import NEUTRAL, SAMPLES, Drifts
 from apt_hooks.training.held_out import HeldOut
 from apt_hooks.training.objective import AptObjective
@@ -58,7 +58,6 @@ _OTHER_NOISE = (
     "the trainer's step, run twice with the same random numbers, added other noise the second time; it draws from a "
     "stream that apt-hooks does not know of"
 )
-_STOPS_ALONE = "[apt] stop ends no training of several processes; it marks, and keeps the best"
 _LATENTS_AUGMENTED = "the data set gives latents, which are augmented in place of the images; that is an approximation"
 
 
@@ -86,7 +85,7 @@ class AptTrainer:
                     self.apt.objective.verify()
             except _Stopped as stopped:
                 self._accelerator.end_training()
-                logger.info("apt-hooks: [apt] stop has ended the training: %s", stopped)
+                logger.info(STOPPED, stopped)
             except BaseException:
                 with contextlib.suppress(AptError):  # of closing; the error that ended the training matters more
                     self._close()
@@ -215,7 +214,7 @@ class AptTrainer:
             )
         )
         if config.stop and accelerator.num_processes > 1:
-            accelerator.print(f"apt-hooks: {_STOPS_ALONE}")
+            accelerator.print(f"apt-hooks: {STOPS_ALONE}")
 
     def _held_out(self, args: argparse.Namespace, accelerator: Any) -> HeldOut | None:
         """What goes through the validation split with both models; None where there is none, or drifts are off."""

@@ -116,7 +116,9 @@ def _moment(run: RunLog, saved: Saved | None, moment: Moment, picked: bool) -> s
     nearest = saved.nearest(moment) if saved else None
     if nearest is not None:
         step = saved.step_of(moment) if saved else None
-        said.append(f"<code>{'' if step == nearest.step else 'near '}{escape(Path(nearest.file).stem)}</code>")
+        said.append(
+            f"<code>{'' if step == nearest.step else 'near '}{escape(str(Path(nearest.file).with_suffix('')))}</code>"
+        )
     if kind == "step" and int(run.steps[0]) <= count <= int(run.steps[-1]):
         line = int((run.steps - count).abs().argmin())
         said.append(f"gamma {fixed(float(run.gammas[line][run.seen[line]].mean()))}")
