@@ -101,9 +101,17 @@ def again(text: str) -> list[str]:
 def frozen(text: str) -> list[str]:
     """The lines inside the base model's pass."""
     _, lines, _ = group(text, "apt_hooks_run.frozen_pass()")
-    assert lines[0] == "if apt_hooks_run is not None and apt_hooks_run.frozen_due():"
-    assert "apt_hooks_run.begin_tuned_pass(" in lines[-1]
-    return lines[2:-1]
+    assert lines[0] == "if apt_hooks_run is not None:" and lines[1].startswith("def apt_hooks_again():")
+    at = next(i for i, line in enumerate(lines) if line.startswith("return "))
+    prediction = lines[at].removeprefix("return ")
+    assert lines[at + 1].startswith("apt_hooks_run.begin_step(apt_hooks_again, ")
+    assert lines[at + 2 :] == [
+        "if apt_hooks_run is not None and apt_hooks_run.frozen_due():",
+        "with apt_hooks_run.frozen_pass():",
+        f"{prediction} = apt_hooks_again()",
+        f"apt_hooks_run.begin_tuned_pass({prediction})",
+    ]
+    return lines[2:at]
 
 
 # -- the stand-ins -----------------------------------------------------------------------------------------------------
@@ -142,7 +150,7 @@ def test_without_an_argument_of_apt_hooks_nothing_of_it_is_imported(tmp_path: Pa
     new = patched(tmp_path, source(name))
     asked = 'if (getattr(args, "apt_config", None), getattr(args, "apt_preset", None)) != (None, None):'
     _, lines, _ = group(new, "import")
-    assert lines[:2] == ["apt_hooks_words = None", asked]
+    assert lines[:3] == ["apt_hooks_words = None", "apt_hooks_prompts = None", asked]
     assert all("import" not in line for line in inserted(new) if line not in lines)
     assert group(new, "adapter.start(")[1][:2] == ["apt_hooks_run = None", asked]
     (small,) = [lines for _, lines, _ in groups(patched(tmp_path, script())) if "adapter.start(" in "".join(lines)]
@@ -156,7 +164,7 @@ PLACES = {
         ("adapter.class_words(args, locals())", "optimizer = ", "if args.pre_compute_text_embeddings:"),
         ("words.keep(lambda: compute_text_embeddings(args.instance_prompt))", "instance_text = ", "class_text = "),
         ("words.keep(lambda: compute_text_embeddings(args.class_prompt))", "class_text = ", "text_encoder = tok"),
-        ("adapter.start(args, accelerator, unet, noise_scheduler)", "unet, optimizer, train_dataloader = accelerator.p",
+        ("adapter.start(args, accelerator, unet, noise_scheduler,", "unet, optimizer, train_dataloader = accelerator.p",
          "if accelerator.is_main_process:"),
         ("if apt_hooks_run is not None and apt_hooks_run.augments and apt_hooks_run.moves(timesteps, model_input):",
          "timesteps = timesteps.long()", "noisy_model_input = "),
@@ -167,7 +175,8 @@ PLACES = {
         ("loss = apt_hooks_run.regularized(loss)", "loss = F.mse_loss(", "accelerator.backward(loss)"),
         ("accelerator.log(apt_hooks_run.tracker_values(), step=global_step)", "accelerator.log(logs, step=global_step)",
          "if global_step >= args.max_train_steps:"),
-        ("apt_hooks_run.close()", "break", "accelerator.wait_for_everyone()"),
+        ("apt_hooks_run is not None and apt_hooks_run.stops:", "break", "if args.validation_epochs and epoch"),
+        ("apt_hooks_run.finish()", "break", "accelerator.wait_for_everyone()"),
         ("apt_hooks_run.add_metadata(args.output_dir)", ")", "accelerator.end_training()"),
     ],
     "two_encoders": [
@@ -177,7 +186,7 @@ PLACES = {
          "instance_states, instance_pooled = ", "if args.with_prior_preservation"),
         ("words.keep(lambda: compute_text_embeddings(args.class_prompt, text_encoders, tokenizers))", "class_states",
          "if not args.train_text_encoder and not args.captions:"),
-        ("adapter.start(args, accelerator, unet, noise_scheduler)", "unet, optimizer, train_dataloader = accelerator.p",
+        ("adapter.start(args, accelerator, unet, noise_scheduler,", "unet, optimizer, train_dataloader = accelerator.p",
          "global_step = 0"),
         ("if apt_hooks_run is not None and apt_hooks_run.augments and apt_hooks_run.moves(timesteps, model_input):",
          "timesteps = noise_scheduler.timesteps[indices]", "noisy_model_input = noise_scheduler.add_noise("),
@@ -188,7 +197,7 @@ PLACES = {
         ("loss = apt_hooks_run.regularized(loss)", "loss = loss + args.prior_loss", "accelerator.backward(loss)"),
         ("accelerator.log(apt_hooks_run.tracker_values(), step=global_step)", "accelerator.log(logs, step=global_step)",
          "if global_step >= args.max_train_steps:"),
-        ("apt_hooks_run.close()", "break", "if accelerator.is_main_process:"),
+        ("apt_hooks_run.finish()", "break", "if accelerator.is_main_process:"),
         ("apt_hooks_run.add_metadata(args.output_dir)", "save_file(saved,", "accelerator.end_training()"),
     ],
 }  # fmt: skip
@@ -209,7 +218,7 @@ def test_a_group_of_lines_is_indented_as_its_neighbour(tmp_path: Path, name: str
     indent = [len(line) - len(line.lstrip()) for line in lines]
     at = {fragment: next(i for i, line in enumerate(lines) if fragment in line) for fragment, _, _ in PLACES[name]}
     loop = next(i for i, line in enumerate(lines) if "for epoch in" in line or "while global_step" in line)
-    assert indent[at["apt_hooks_run.close()"] - 1] == indent[loop]
+    assert indent[at["apt_hooks_run.finish()"] - 1] == indent[loop]
     save = max(i for i, line in enumerate(lines) if "save_directory=args.output_dir" in line)
     metadata = at["apt_hooks_run.add_metadata(args.output_dir)"]
     assert indent[metadata - 1] == 8 and metadata > save
@@ -478,8 +487,16 @@ class StubRun:
     def add_metadata(self, folder: str) -> None:
         self.told.append(("add_metadata", folder))
 
-    def close(self) -> None:
-        self.told.append(("close", ""))
+    stops = False
+
+    def reading(self, function: Any) -> Any:
+        return function
+
+    def begin_step(self, again: Any, timesteps: Value, latents: Value) -> None:
+        pass
+
+    def finish(self) -> None:
+        self.told.append(("finish", ""))
 
 
 class Workshop:
@@ -501,11 +518,12 @@ class Workshop:
 
         def start(*given: Any, **more: Any) -> StubRun:
             run.started.append(given)
-            run.refused = more
+            run.refused = {name: why for name, why in more.items() if name in ("masked", "unmoved")}
             return run
 
         self.monkeypatch.setattr(adapter, "start", start)
         self.monkeypatch.setattr(adapter, "class_words", lambda *given: None)
+        self.monkeypatch.setattr(adapter, "probe_prompts", lambda *given: None)
         world.train(patched(self.folder, text))
         assert world.options_parsed == ["--apt_config", "--apt_preset"]
         ((args, accelerator, unet, schedule),) = run.started
@@ -536,7 +554,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 
 def test_the_lines_are_called_in_the_order_of_a_training_step(workshop: Workshop) -> None:
     world, run = workshop.train(script(), augments=True)
-    assert [name for name, _ in run.told] == ["moves", "assess", "regularized"] * 2 + ["close", "add_metadata"]
+    assert [name for name, _ in run.told] == ["moves", "assess", "regularized"] * 2 + ["finish", "add_metadata"]
     assert run.told[-1] == ("add_metadata", "out")
     assert world.events == ["load_state", "backward", "log", "log", "backward", "log", "log", "save_state",
                             "save_lora_weights"]  # fmt: skip
@@ -915,11 +933,15 @@ def main(args):
 def test_what_encodes_text_before_the_training_is_told_once_more(tmp_path: Path, line: str, again: str) -> None:
     made = f"{HELPERS}    if args.once:\n        {line}\n"
     new = patched(tmp_path, script().replace("def main(args):\n", made))
-    above, (guard, kept), _ = group(new, "apt_hooks_words.keep(")
+    above, (guard, kept, *asked), _ = group(new, "apt_hooks_words.keep(")
     assert above == line and guard == "if apt_hooks_words is not None:"
     assert kept.startswith(f"apt_hooks_words.keep(lambda: {again}") and kept.endswith(")")
+    # Functions of the script, and not the encoder itself, are given the prompt in place of a text.
+    whole = kept.removeprefix("apt_hooks_words.keep(lambda: ")
+    read = re.sub(r"\b(compute|encode)\(", r"apt_hooks_prompts.reading(\1)(", whole)
+    assert asked == ["if apt_hooks_prompts is not None:", f"apt_hooks_prompts.keep(lambda: {read}"]
     _, making, below = group(new, "adapter.class_words(args, locals())")
-    assert making[0] == "apt_hooks_words = None" and below == "if args.once:"
+    assert making[:2] == ["apt_hooks_words = None", "apt_hooks_prompts = None"] and below == "if args.once:"
 
 
 @pytest.mark.parametrize(
@@ -950,7 +972,7 @@ def test_a_step_that_cannot_be_given_other_text_says_why_when_words_are_given(tm
     assert re.search(r"locals\(\), .script\.py: looked for nothing drawn at random .* found `compute\(choice\(", line)
     assert frozen(new) == ["frozen_pred = unet(noisy, timesteps, emb)[0]"]
     new = patched(tmp_path, script(call=call.replace("choice", "list")).replace("def main(args):\n", HELPERS))
-    assert "frozen_emb = compute(list(batch['captions']))" in frozen(new)
+    assert "frozen_emb = apt_hooks_run.reading(compute)(list(batch['captions']))" in frozen(new)
 
 
 # -- what users make of their scripts ----------------------------------------------------------------------------------
@@ -1557,7 +1579,7 @@ def test_the_status_tells_patched_from_not_patched_and_from_edited_since(path: P
     for text in (
         right.replace("class_labels=class_labels,\n", ""),  # the base model's call still has it
         right.replace("regularized(loss)", "regularised(loss)"),
-        "".join(line for line in right.splitlines(True) if "close()" not in line),
+        "".join(line for line in right.splitlines(True) if "finish()" not in line),
         f"x = 1  {MARK}\n{right}",
     ):
         assert text != right
@@ -1606,11 +1628,11 @@ def test_the_scripts_of_diffusers_are_patched_once_and_restored(tmp_path: Path, 
     assert diffusers.status(tmp_path / "script.py").version in diffusers.TESTED
     once = [
         "add_argument(\"--apt_config\"", "adapter.class_words(args, locals())",
-        "adapter.start(args, accelerator, unet, noise_scheduler)", "apt_hooks_run.read_class_word(apt_hooks_words)",
+        "adapter.start(args, accelerator, unet, noise_scheduler,", "apt_hooks_run.read_class_word(apt_hooks_words)",
         "apt_hooks_run.moves(timesteps, model_input)",
         "apt_hooks_run.begin_tuned_pass(frozen_model_pred)", "model_pred = apt_hooks_run.end_tuned_pass(model_pred)",
         "model_pred = apt_hooks_run.assess(model_pred, target, timesteps)", "loss = apt_hooks_run.regularized(loss)",
-        "accelerator.log(apt_hooks_run.tracker_values(), step=global_step)", "apt_hooks_run.close()",
+        "accelerator.log(apt_hooks_run.tracker_values(), step=global_step)", "apt_hooks_run.finish()",
         "apt_hooks_run.add_metadata(args.output_dir)",
     ]  # fmt: skip
     lines = inserted(new.decode())

@@ -238,11 +238,10 @@ def _augmenting(found: Anchors, statements: Statements) -> Places:
 
 def _start(found: Anchors) -> list[str]:
     given = [found.arguments, found.accelerator, found.unet, str(found.noising.schedule)]
+    given += [f"prompts={PROMPTS}", *(["textless=True"] if found.textless else [])]
     given += [f"masked={found.factor!r}"] if found.factor else []
     given += [f"unmoved={found.again.refused!a}"] if found.again.refused else []
     given += [f"black={BLACK}"] if found.caches else []
-    given += [f"prompts={PROMPTS}"]
-    given += ["textless=True"] if found.textless else []
     starting = [f"{RUN} = apt_hooks_adapter.start({', '.join(given)})"]
     if found.words is None:
         starting = [_making_prompts(found), *starting, _making_words(found)]

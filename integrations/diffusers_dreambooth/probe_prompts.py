@@ -193,10 +193,9 @@ def _tokens(tokenizer: Any, prompt: str, row: list[int]) -> tuple[Tensor, Tensor
     """
     if getattr(tokenizer, "chat_template", None):
         raise AptError(f"tokens of {type(tokenizer).__name__}, which has a chat template, were made before the step")
-    length = max(
-        len(row), len(tokenizer(prompt, truncation=True).input_ids) if tokenizer.pad_token_id not in row else 0
-    )
-    length = min(length, tokenizer.model_max_length)
+    length = len(row)
+    if tokenizer.pad_token_id not in row:  # as long as the longest caption
+        length = max(length, len(tokenizer(prompt, truncation=True).input_ids))
     found = tokenizer([prompt], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     first, own = int(found.input_ids[0, 0]), row[0]
