@@ -31,7 +31,7 @@ Parts = list[Tensor | None]
 """What an encoding came to, piece by piece, on the CPU; None where a piece is none."""
 
 _KEPT = 8
-"""Encodings of the script's own that are kept up to the first step, in which one of them is looked for."""
+"""Of so many encodings the script's own are kept, to be looked for in what the denoiser is given."""
 
 
 class ProbePrompts:
@@ -59,7 +59,7 @@ class ProbePrompts:
         self._said = False  # a function was given the prompt
         self._framed: set[int] = set()  # text encoders that were given it by that, by their places
         self._learning = False
-        self._kept = False
+        self._kept = 0
         # Not to keep alive what the script forgets once it has encoded.
         self._encoders: list[tuple[weakref.ref[Any], Any]] = []
         try:
@@ -81,12 +81,12 @@ class ProbePrompts:
 
         A training is worth more than what is measured of it: whatever goes wrong is the reason that nothing is.
         """
-        if self.refused or (self._kept and len(self.own) >= _KEPT):
+        if self.refused or self._kept == _KEPT:
             return
         try:
             with random_streams_kept(), frozen_base(self._alive(), contextlib.nullcontext):
                 if self._kept:
-                    own = _parts(encode())
+                    own, self._kept = _parts(encode()), self._kept + 1
                     if not any(_equal(own, other) for other in self.own):
                         self.own.append(own)
                     return
@@ -98,7 +98,7 @@ class ProbePrompts:
                     with self.asking(prompt):
                         self.encoded[prompt] = _parts(encode())
                 self.own.append(_parts(encode()))
-                self._kept = True
+                self._kept = 1
         except Exception as error:  # of the script's own lines, asked for what they were not written for
             self.refused = f"the script's lines cannot encode other prompts: {_in_a_line(error)}"
             self.encoded.clear()
