@@ -385,7 +385,11 @@ class DreamBoothRun:
             for path in paths:
                 add_metadata(path, {**self._run.metadata(), **line})
             if not paths:
-                logger.warning("apt-hooks: no %s*.safetensors in %s yet, so no metadata in it", WEIGHTS, folder)
+                logger.warning(
+                    "apt-hooks: no %s*.safetensors in %s yet, so no metadata in it, and no line about it",
+                    WEIGHTS,
+                    folder,
+                )
             own = Path(folder) / f"{WEIGHTS}.safetensors"
             if self._line is not None and own in paths:
                 self._checkpoints.saved(self._line, own)

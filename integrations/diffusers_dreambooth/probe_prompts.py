@@ -50,6 +50,7 @@ class ProbePrompts:
 
     def __init__(self, names: dict[str, Any], prompts: Sequence[str]) -> None:
         models, tokenizers = text_models(names)
+        self._tokenizers = tokenizers
         self.own: list[Parts] = []
         self.encoded: dict[str, Parts] = {}
         self.ran = False
@@ -58,7 +59,7 @@ class ProbePrompts:
         self._prompt: str | None = None
         self._said = False  # a function was given the prompt
         self._framed: set[int] = set()  # text encoders that were given it by that, by their places
-        self._learning = False
+        self._learning: list[list[int]] = []  # the tokens that they read then, of any tokenizer
         self._kept = 0
         # Not to keep alive what the script forgets once it has encoded.
         self._encoders: list[tuple[weakref.ref[Any], Any]] = []
@@ -148,12 +149,13 @@ class ProbePrompts:
         They may read something else too, such as a negative prompt, which is left as it is.
         """
         self._framed.clear()
-        self._learning = True
+        # Without the ends, which what stands around them may change.
+        self._learning = [word_tokens(tokenizer, NEUTRAL[0])[1:-1] for tokenizer in self._tokenizers]
         try:
             with self.asking(NEUTRAL[0]):
                 yield
         finally:
-            self._learning = False
+            self._learning = []
 
     def _put(self, given: Any) -> Any:
         if not _is_text(given):
@@ -174,7 +176,7 @@ class ProbePrompts:
             return None
         self.ran = True
         row = ids[0].tolist()
-        if self._learning and self._said and _has(row, word_tokens(tokenizer, prompt)[1:-1]):
+        if self._said and any(_has(row, tokens) for tokens in self._learning):
             self._framed.add(place)
         if self._learning or place in self._framed:
             return None
