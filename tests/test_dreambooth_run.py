@@ -204,6 +204,7 @@ def bases(monkeypatch: pytest.MonkeyPatch, train: Train) -> dict[str, Any]:
         monkeypatch.setattr(tiny, f"make_{kind}", make_and_keep)
 
     kept("unet")
+    kept("transformer")
     kept("text_encoder")
     return made
 
