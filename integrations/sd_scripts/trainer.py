@@ -528,7 +528,7 @@ class AptTrainer:
         if step is None:
             return loss
         # The trainer differentiates the mean of these, and shows it beside the validation loss.
-        return step.keep(loss)
+        return step.weigh(loss, regularize=True)
 
     def sample_images(
         self, accelerator: Any, args: argparse.Namespace, epoch: Any, global_step: int, *rest: Any
