@@ -27,7 +27,8 @@ from apt_hooks.integrations.sd_scripts import adapter, trainer
 from apt_hooks.results.read_steplog import read_run
 from apt_hooks.results.report.samples import read_samples
 from apt_hooks.training.contract import CONTRACT, Trained
-from apt_hooks.training.run import START_FILE, STATE_FILE, version
+from apt_hooks.training.resume import START_FILE, STATE_FILE
+from apt_hooks.training.run import version
 from apt_hooks.training.steplog import VALUES
 
 # Reentrant checkpointing under no_grad, as a trainer's validation has it.

@@ -28,7 +28,7 @@ from apt_hooks.training.passes import Passes
 from apt_hooks.training.run import AptRun
 from apt_hooks.training.step import AptStep
 
-from ..accelerate_resume import attach
+from ..accelerate_state import attach
 from ..class_captions import ClassCaptions
 from ..noise_options import tell_noise_options
 from ..peft import adapters_off, check_active, dropout

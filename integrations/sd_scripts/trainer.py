@@ -30,7 +30,7 @@ from apt_hooks.training.held_out import HeldOut
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.run import AptRun
 
-from ..accelerate_resume import attach
+from ..accelerate_state import attach
 from ..class_captions import ClassCaptions
 from .augment import black_latent, moved
 from .conditioning import FrozenConditioning, TextEncoders, WithClassCaptions
