@@ -22,7 +22,7 @@ from sd_scripts_standin import SUBSETS, write_checkout, write_dataset
 from torch import Tensor
 
 from apt_hooks import AptConfig, AptObjective
-from apt_hooks.hooks.architectures import unet as blocks
+from apt_hooks.hooks.architectures import unet_common as blocks
 from apt_hooks.integrations.sd_scripts import adapter, trainer
 from apt_hooks.results.read_steplog import read_run
 from apt_hooks.results.report.samples import read_samples

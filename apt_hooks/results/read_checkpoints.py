@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AptError
+from ..training.checkpoint_drifts import Drifts
 from ..training.checkpoints import ENDING
-from ..training.drifts import Drifts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Checkpoint:
         gamma, gap, held_out_gap: means over the bins that were seen.
         bins, unseen: how many there are, and how many of them were not.
         delta_noise: mean over the last steps before it.
-        class_drift, free_drift, text_drift: as `training.drifts` measures them.
+        class_drift, free_drift, text_drift: as `training.checkpoint_drifts` measures them.
         stop: which part of the run's rule held; None: none did.
     """
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..method.losses import SampleLosses
-from .drifts import random_streams_kept
+from .checkpoint_drifts import random_streams_kept
 from .objective import AptObjective
 from .passes import rows_of
 

@@ -17,7 +17,7 @@ from ..hooks.frozen_rows import FrozenRows
 from ..hooks.layout import Layout
 from ..hooks.lora_pairs import lora_pairs
 from ..method.augmentation import Placement, ZoomOutRotate, covered_at
-from ..method.deferred import Deferred
+from ..method.deferred_checks import DeferredChecks
 from ..method.indicator import OverfittingIndicator
 from ..method.losses import SampleLosses, dco_weight
 from ..method.weight_offset import LowRank, difference, weight_offset
@@ -72,7 +72,7 @@ class AptObjective:
         layout: Layout | None = None,
     ) -> None:
         self.config = config
-        self._deferred = Deferred()
+        self._deferred = DeferredChecks()
         self.reference = Reference(config.reference, (unet, *also_frozen), adapters_off, trained, self._deferred)
         self.frozen_rows = FrozenRows()
         self.indicator = OverfittingIndicator(

@@ -17,8 +17,8 @@ import torch
 from ..errors import AptError
 from ..method.augmentation import Placement
 from ..method.units import FLOW, check_target
+from .checkpoint_drifts import Drifts
 from .checkpoints import Checkpoints
-from .drifts import Drifts
 from .held_out import HeldOut
 from .objective import AptObjective
 from .step import AptStep

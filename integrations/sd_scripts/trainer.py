@@ -24,8 +24,8 @@ from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures import preset_of
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement
+from apt_hooks.training.checkpoint_drifts import NEUTRAL, SAMPLES, Drifts
 from apt_hooks.training.checkpoints import ENDING, Checkpoints
-from apt_hooks.training.drifts import NEUTRAL, SAMPLES, Drifts
 from apt_hooks.training.held_out import HeldOut
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.run import AptRun

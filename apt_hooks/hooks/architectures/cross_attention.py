@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layout import AttentionPoint, HiddenPoint, Layout, Read, Source, Tap, Told, arguments
 from .block_choice import select
-from .told_by_calls import taking_part
+from .joint_sequence import taking_part
 
 
 def layout(
