@@ -22,7 +22,7 @@ from apt_hooks.training.checkpoint_drifts import SAMPLES, Drifts, fixed_noise
 from apt_hooks.training.checkpoints import METADATA, Checkpoints
 from apt_hooks.training.held_out import HeldOut
 from apt_hooks.training.objective import AptObjective
-from apt_hooks.training.reference import Reference
+from apt_hooks.training.reference_model import Reference
 
 # -- the numbers -------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from apt_hooks.hooks.architectures import unet_common as blocks
 from apt_hooks.integrations.sd_scripts import adapter, trainer
 from apt_hooks.results.read_steplog import read_run
 from apt_hooks.results.report.samples import read_samples
-from apt_hooks.training.contract import CONTRACT, Trained
+from apt_hooks.training.adapter_contract import CONTRACT, Trained
 from apt_hooks.training.resume import START_FILE, STATE_FILE
 from apt_hooks.training.run import version
 from apt_hooks.training.steplog import VALUES

@@ -14,7 +14,7 @@ from ..errors import AptError
 from ..hooks.capture import FeatureCapture, Features
 from ..hooks.frozen_rows import Counted, FrozenRows
 from ..hooks.gradients import ObservedPass
-from .reference import Reference
+from .reference_model import Reference
 from .regularizers import Regularizers, Weights, frozen_reduction
 from .step import AptStep
 

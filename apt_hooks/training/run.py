@@ -16,7 +16,7 @@ import torch
 
 from ..errors import AptError
 from ..method.augmentation import Placement
-from ..method.units import FLOW, check_target
+from ..method.error_units import FLOW, check_target
 from .checkpoint_drifts import Drifts
 from .checkpoints import Checkpoints
 from .held_out import HeldOut
@@ -36,7 +36,8 @@ class AptRun:
         augment_space: "image" or "latent", decided.
         seed, rank: where the augmentation's own random stream starts; the trainer's stream is not touched.
         trainer: its name and version, for the log.
-        target: what the model predicts, one of `units.TARGETS` or `units.FLOW`, unless `indicator_space` is "target".
+        target: what the model predicts, one of `error_units.TARGETS` or `error_units.FLOW`, unless `indicator_space` is
+            "target".
 
     Raises:
         AptError: `indicator_space` is not "target", and errors of this target cannot be told as errors of epsilon.

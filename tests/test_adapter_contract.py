@@ -8,8 +8,8 @@ from models import LATENTS, TEXT_WIDTH, TOKENS, make_tuned
 from torch.nn import functional as F
 
 from apt_hooks import AptConfig, AptError
-from apt_hooks.integrations.template import Adapter
-from apt_hooks.training.contract import CONTRACT, Trained
+from apt_hooks.integrations.adapter_template import Adapter
+from apt_hooks.training.adapter_contract import CONTRACT, Trained
 from apt_hooks.training.resume import load_state, save_state
 from apt_hooks.training.step import AptStep
 
