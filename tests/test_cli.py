@@ -581,7 +581,7 @@ def test_a_preset_whose_model_sd_scripts_does_not_train_names_the_scripts_that_d
         (("presets", "apply", "sdxl", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "section.toml"), "looked for a section [apt]"),
-        (("check", "mixed.toml"), "Not a homogeneous array (line 2 column 1 char 6); write all its numbers alike"),
+        (("check", "mixed.toml"), "line 2, column 12, `zoom_out = [1, 3.0]`: sd-scripts' parser takes no mixed"),
         (("check", "preset.json"), "preset.json: is JSON, as kohya_ss saves its settings"),
         (("presets", "apply", "sdxl", "preset.json"), "preset.json: is JSON, as kohya_ss saves its settings"),
         (("check", "latin.toml"), "latin.toml: is not valid TOML"),
