@@ -152,5 +152,6 @@ def _held_out(checkpoints: Sequence[Checkpoint], gone: Collection[int]) -> str:
         return "On pictures that were not trained on it gets ahead of the base model to the end: no overfitting there."
     return (
         f"On pictures that were not trained on it was furthest ahead of the base model at step {top.step} "
-        f"({top.held_out_gap:.3g}{', gone' if top.step in gone else ''}), and {last.held_out_gap:.3g} at the end: from there on it overfits."
+        f"({top.held_out_gap:.3g}{', gone' if top.step in gone else ''}), and {last.held_out_gap:.3g} at the end: from "
+        "there on it overfits."
     )

@@ -83,7 +83,7 @@ def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None])
     logs = find_logs(with_logs) if with_logs or not places else {}
     trainers, notes = [], []
     try:
-        trainers = read_events(find_events([*bare, *with_logs]))
+        trainers = read_events(find_events([place for place in places if place in bare or place in with_logs]))
     except AptError as error:  # tensorboard is missing
         if bare:
             raise

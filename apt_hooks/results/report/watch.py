@@ -52,7 +52,7 @@ def run_watch(place: Path, *, once: bool = False, console: Any = None) -> None:
         console: rich's; None makes one.
 
     Raises:
-        AptError: rich is missing; the log is broken, in a folder all are; with `once`, there is no log or no step in it.
+        AptError: rich is missing; the log is broken, or all of a folder are; with `once`, there is none with a step.
     """
     try:
         from rich.console import Console
@@ -69,7 +69,8 @@ def run_watch(place: Path, *, once: bool = False, console: Any = None) -> None:
                 watched.leave_out(watched.path, f"{watched.path}: {watched.waiting_for()}")
                 watched.look()
             if watched.last is None:
-                raise AptError(f"{watched.path or place}: {watched.waiting_for()}")
+                left_out = watched.left_out.values()
+                raise AptError("; ".join([*left_out, f"{watched.path or place}: {watched.waiting_for()}"]))
             console.print(picture(watched, console.width, None))
             return
         with Live(console=console, auto_refresh=False) as live:
@@ -143,7 +144,8 @@ class Watched:
             if self.path is None:
                 return
             try:
-                return self._look_at(self.path)
+                self._look_at(self.path)
+                return
             except AptError as error:
                 if not self.others:
                     raise AptError("; ".join([*self.left_out.values(), str(error)])) from error
@@ -275,7 +277,7 @@ def picture(watched: Watched, width: int, height: int | None) -> Any:
         Text(f"step {last.step}", style="bold").append(f"  {_speed(watched)}", style="not bold"),
         Text(""),
         Text("gamma by timesteps: 0 as good as the base, 1 overfitted", style="dim"),
-        *_bars(last, width, _MOST_BINS if height is None else max(1, height - _OTHER_LINES)),
+        *_bars(last, width, _MOST_BINS if height is None else max(1, height - _OTHER_LINES - len(watched.left_out))),
         Text(""),
     ]
     values = dict(zip(VALUES, last.values, strict=True))
