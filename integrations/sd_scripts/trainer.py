@@ -26,7 +26,7 @@ from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement
 from apt_hooks.training.checkpoints import ENDING, Checkpoints
 from apt_hooks.training.drifts import NEUTRAL, SAMPLES, Drifts
-from apt_hooks.training.held_out import HeldOut
+from apt_hooks.training.held_out import MOST_PICTURES, HeldOut, held_out_batches
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.run import AptRun
 
@@ -223,12 +223,17 @@ class AptTrainer:
         if unseen is None or not self.apt_config.drifts:
             return None
         most = getattr(args, "max_validation_steps", None)
-        count = len(unseen) if most is None else min(most, len(unseen))
+        chosen = held_out_batches(len(unseen), max(part.batch_size for part in unseen.datasets), most)
+        if len(chosen) < len(unseen):
+            accelerator.print(
+                f"apt-hooks: the held-out gap is of {len(chosen)} of {len(unseen)} batches of the validation split, "
+                f"evenly over it: {MOST_PICTURES} pictures at most"
+            )
 
         def compare(held_out: HeldOut) -> None:
             if self._compare is None:
                 raise AptError("a LoRA is saved before the first batch, so nothing was there to measure it with")
-            for index in range(count):
+            for index in chosen:
                 random.seed(index)
                 torch.manual_seed(index)
                 batch = send_to_device(unseen[index], accelerator.device)

@@ -70,9 +70,9 @@ def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None])
         )
     left_out: list[str] = []
 
-    def tried(read: Callable[[Any], _Read], given: Any) -> _Read | None:
+    def tried(read: Callable[..., _Read], *given: Any) -> _Read | None:
         try:
-            return read(given)
+            return read(*given)
         except AptError as error:
             left_out.append(str(error))
             return None
@@ -91,7 +91,7 @@ def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None])
     runs, empty = [], []
     for name, path in logs.items():
         known = len(left_out)
-        run = tried(lambda path, name=name: read_run(path, name), path)
+        run = tried(read_run, path, name)
         if run is not None:
             runs.append(run)
         elif len(left_out) == known:
