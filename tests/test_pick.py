@@ -179,6 +179,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         find_runs(tmp_path)
     with pytest.raises(AptError, match="no such folder"):
         find_runs(tmp_path / "nowhere")
+    (tmp_path / "lora-apt.jsonl").write_text('{"run": {}}\n')
+    with pytest.raises(AptError, match=r"lora-apt.jsonl: is no RUN-checkpoints.jsonl; name that"):
+        find_runs(tmp_path / "lora-apt.jsonl")
     write(tmp_path, [{"step": 1}])
     with pytest.raises(AptError, match="line 2 is none of a checkpoint"):
         find_runs(tmp_path)

@@ -79,6 +79,8 @@ def find_runs(place: Path, left_out: list[str] | None = None) -> list[SavedRun]:
                 f"{place}: looked for *{ENDING}, which a run with APT writes beside the LoRAs that it saves; found none"
             )
     elif place.exists():
+        if not place.match("*-checkpoints*.jsonl"):  # an earlier run's has a number in its name
+            raise AptError(f"{place}: is no RUN{ENDING}; name that, or the folder that a run has saved its LoRAs in")
         paths = [place]
     else:
         raise AptError(f"{place}: no such folder; name the one that a run has saved its LoRAs in")

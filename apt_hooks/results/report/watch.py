@@ -70,7 +70,8 @@ def run_watch(place: Path, *, once: bool = False, console: Any = None) -> None:
                 watched.look()
             if watched.last is None:
                 left_out = watched.left_out.values()
-                raise AptError("; ".join([*left_out, f"{watched.path or place}: {watched.waiting_for()}"]))
+                wrong = "" if place.exists() else f"; name a RUN{ENDING}, or a folder that has some"
+                raise AptError("; ".join([*left_out, f"{watched.path or place}: {watched.waiting_for()}{wrong}"]))
             console.print(picture(watched, console.width, None))
             return
         with Live(console=console, auto_refresh=False) as live:
