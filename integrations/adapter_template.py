@@ -1,8 +1,7 @@
 """A template: APT in a trainer of your own. Copy it, and put your trainer's calls in place of the parameters.
 
 In the order of a step: `augment` once the timesteps are drawn, `predict` in place of the denoiser's call, `loss` of
-your losses, `ended` when the batch is over; `close` at the end. `apt_hooks.training.adapter_contract` has the tests that
-it has to pass.
+your losses, `ended` when the batch is over; `close` at the end. Its tests are in `apt_hooks.training.adapter_contract`.
 """
 
 from __future__ import annotations

@@ -1560,6 +1560,27 @@ class Validated:
         return loss
 
 
+def test_of_many_held_out_pictures_the_same_few_are_measured_and_it_is_said(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared: list[str] = []
+
+    class Compared:
+        """Keeps which held-out pictures go through the model."""
+
+        def get_noise_pred_and_target(self, *args: Any, **options: Any) -> Any:
+            if self._batch is not None and self._batch.held_out is not None:
+                compared.append(args[4]["captions"][0])
+            return super().get_noise_pred_and_target(*args, **options)
+
+    many = {"captions": [f"sks dog {n}" for n in range(40)], "validation": True}  # 20 batches of 2
+    train({"drifts": True}, spy=Compared, subsets=(OWN, many), max_train_steps=2, save_every_n_steps=1)
+    wanted = [f"sks dog {n}" for n in (2, 6, 12, 16, 22, 26, 32, 36)]
+    once = [caption for caption in wanted for _ in range(20)]  # ten timesteps, both models
+    assert len(compared) > len(once) and compared == once * (len(compared) // len(once))
+    assert "the held-out gap is of 8 of 20 batches of the validation split" in capsys.readouterr().out
+
+
 def test_the_held_out_gap_is_that_of_the_losses(train: Train) -> None:
     squares: list[Tensor] = []
 

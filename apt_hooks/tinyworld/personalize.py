@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AptConfig, read_toml
+from ..config import AptConfig
 from ..integrations.peft import adapters_off, unload_adapters
 from ..method.augmentation import Placement
+from ..tomlread import read_toml
 from ..training.held_out import HeldOut
 from ..training.objective import AptObjective
 from ..training.run import AptRun

@@ -19,7 +19,7 @@ from apt_hooks.errors import AptError
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.training.checkpoint_drifts import NEUTRAL, Drifts
 from apt_hooks.training.checkpoints import ENDING, Checkpoints
-from apt_hooks.training.held_out import HeldOut
+from apt_hooks.training.held_out import MOST_PICTURES, HeldOut, held_out_batches
 from apt_hooks.training.run import AptRun
 
 from .probe import Prompts, TrainerProbe
@@ -85,28 +85,34 @@ class MeasuredSaves:
                 path if accelerator.is_main_process else None,
                 None if prompts is None else Drifts(run.objective.reference, self, self.class_prompt),
                 off=off,
-                held_out=self._held_out(args, accelerator.device),
+                held_out=self._held_out(args, accelerator),
                 rule=config.stop,
             )
         )
         if config.stop and accelerator.num_processes > 1:
             accelerator.print(f"apt-hooks: {_STOPS_ALONE}")
 
-    def _held_out(self, args: argparse.Namespace, device: Any) -> HeldOut | None:
+    def _held_out(self, args: argparse.Namespace, accelerator: Any) -> HeldOut | None:
         """What goes through the validation split with both models; None where there is none, or drifts are off."""
         unseen = self.unseen
         if unseen is None or not self._config.drifts:
             return None
         most = getattr(args, "max_validation_steps", None)
-        count = len(unseen) if most is None else min(most, len(unseen))
+        sizes = [getattr(part, "batch_size", 1) for part in getattr(unseen, "datasets", ())]
+        chosen = held_out_batches(len(unseen), max(sizes, default=1), most)
+        if len(chosen) < len(unseen):
+            accelerator.print(
+                f"apt-hooks: the held-out gap is of {len(chosen)} of {len(unseen)} batches of the validation split, "
+                f"evenly over it: {MOST_PICTURES} pictures at most"
+            )
 
         def compare(held_out: HeldOut) -> None:
             if self.compare is None:
                 raise AptError(_TOO_EARLY)
-            for index in range(count):
+            for index in chosen:
                 random.seed(index)
                 torch.manual_seed(index)
-                batch = send_to_device(unseen[index], device)
+                batch = send_to_device(unseen[index], accelerator.device)
                 for number in range(HELD_OUT_TIMESTEPS):
                     torch.manual_seed(index * HELD_OUT_TIMESTEPS + number)
                     self.compare(held_out, batch, number)
