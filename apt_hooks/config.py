@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import difflib
 import sys
@@ -15,6 +14,7 @@ import toml
 
 from .errors import AptError
 from .stop_rule import RULE, is_stop_rule
+from .tomlread import read_toml
 
 
 def _is_number(value: object) -> bool:
@@ -261,66 +261,6 @@ def preset_text(name: Any) -> str:
         listed = ", ".join(f'"{n}"' for n in names)
         raise AptError(f"[apt] preset must be one of {listed}; found {name!r}{_nearest(str(name), names)}")
     return _preset_folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parse a TOML file, as sd-scripts will.
-
-    Raises:
-        AptError: the file cannot be read, or is not TOML to sd-scripts.
-    """
-    try:
-        return parse_toml(Path(path).read_bytes())
-    except OSError as error:
-        raise AptError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise AptError(f"{path}: is not valid TOML: it is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except ValueError as error:
-        raise AptError(f"{path}: is not valid TOML: {error}") from error
-
-
-def parse_toml(content: bytes) -> dict[str, Any]:
-    """Parse TOML with sd-scripts' own parser, the package `toml`, which takes some things otherwise than TOML's text.
-
-    An array of whole and decimal numbers is refused, an ideographic space is a space. What it would misread in silence
-    is refused here: a byte order mark, which becomes part of the first name, and a value that it takes to go on up to
-    the end of the file.
-
-    Raises:
-        ValueError: it is not TOML, or not UTF-8 (`UnicodeDecodeError`).
-    """
-    if content.startswith(codecs.BOM_UTF8):
-        raise ValueError(
-            "it begins with a byte order mark, which sd-scripts takes for part of the first name; save it as UTF-8 "
-            'without one (not as "UTF-8 with BOM")'
-        )
-    text = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # as `open` does
-    try:
-        values = toml.loads(text)
-    except toml.TomlDecodeError as error:
-        alike = "; write all its numbers alike, as in [1.0, 3.0]" if "homogeneous" in str(error) else ""
-        raise ValueError(f"{error}{alike}") from error
-    except _PARSER_ERRORS as error:
-        raise ValueError(f"sd-scripts' parser breaks off ({type(error).__name__}: {error})") from error
-    if not _is_closed(text):
-        raise ValueError(
-            "sd-scripts' parser takes the end of the file for part of a value: look for an array without its closing "
-            "bracket, and for spaces or a comment behind the closing quotes of a text over several lines"
-        )
-    return values
-
-
-def _is_closed(text: str) -> bool:
-    """Whether a section that follows would be seen as one."""
-    try:
-        return _AFTER in toml.loads(f"{text}\n[{_AFTER}]\n")
-    except _PARSER_ERRORS:
-        return False
-
-
-_AFTER = "apt-hooks-after-the-end"
-_PARSER_ERRORS = (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError)
-"""What the parser raises, which has no check of its own for some mistakes."""
 
 
 def _preset_folder() -> Any:

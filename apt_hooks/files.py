@@ -68,7 +68,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AptError(f"{path}: cannot be made: {error.strerror}") from error
+        raise AptError(f"{path}: cannot be made: {error.strerror}; name another folder") from error
 
 
 def write_figure(path: Path, figure: Any) -> None:

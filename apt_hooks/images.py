@@ -21,7 +21,11 @@ def find_photos(folder: Path) -> tuple[Path, ...]:
         AptError: no folder, or no photo in it.
     """
     if not folder.is_dir():
-        what = "is no folder; name the one that it is in" if folder.exists() else "no such folder"
+        what = (
+            "is no folder; name the one that it is in"
+            if folder.exists()
+            else "no such folder; name the one with the pictures"
+        )
         raise AptError(f"--references {folder}: {what}")
     files = tuple(p for p in sorted(folder.glob("*")) if p.suffix.lower() in PHOTOS)
     if not files:

@@ -20,9 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .config import AptConfig, parse_toml, read_toml
+from .config import AptConfig
 from .errors import AptError
 from .files import write_atomically
+from .tomlread import parse_toml, read_toml
 
 _HEADER = re.compile(r"\s*\[\s*(?:apt|\"apt\"|'apt')\s*\]\s*(?:#.*)?")
 _ANY_HEADER = re.compile(r"\s*\[")

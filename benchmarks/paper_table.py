@@ -34,7 +34,7 @@ from processes import Execute, Processes, devices
 from step import commit, version
 from tinyworld import numbers
 
-from apt_hooks.config import AptConfig, read_toml
+from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.files import make_folder, write_atomically
 from apt_hooks.integrations.diffusers_dreambooth import patch
@@ -45,6 +45,7 @@ from apt_hooks.results.comparison.folders import BASE
 from apt_hooks.results.read_steplog import read_run
 from apt_hooks.tinyworld.methods import METHODS
 from apt_hooks.tinyworld.model import PIPELINES
+from apt_hooks.tomlread import read_toml
 
 CHOICES = [name for name, method in METHODS.items() if not method.beside]  # what a script trains by [apt] alone
 LIVE = ("cat", "dog")  # classes that DreamBooth's prompts for animals are for; all others are objects

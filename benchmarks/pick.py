@@ -71,7 +71,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--concepts", type=numbers, default=[4, 5, 6, 7])
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    parser.add_argument("--seeds", type=numbers, default=[0])
+    parser.add_argument("--learning-rates", type=_rates, default=[1e-3, 3e-3, 9e-3])
     parser.add_argument("--steps", type=int, default=Training.steps)
     parser.add_argument("--scenes", type=int, default=24, help="prompts, of one picture each")
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
@@ -79,7 +80,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one small run, to see that it works")
     args = parser.parse_args()
     if args.smoke:
-        args.concepts, args.seeds, args.steps, args.scenes = [4], [0], CHECKPOINTS, 5
+        args.concepts, args.seeds, args.learning_rates = [4], [0], [3e-3]
+        args.steps, args.scenes = CHECKPOINTS, 5
     with errors_in_one_line():
         run(args)
 
@@ -93,9 +95,10 @@ def run(args: argparse.Namespace) -> None:
             raise AptError(f"--concepts takes 0 to {len(CONCEPTS) - 1}, separated by commas; found {concept}")
     log = args.out / "judged.jsonl"
     asked = [
-        {"concept": concept, "seed": seed, "steps": args.steps, "scenes": args.scenes}
+        {"concept": concept, "seed": seed, "learning_rate": rate, "steps": args.steps, "scenes": args.scenes}
         for concept in args.concepts
         for seed in args.seeds
+        for rate in args.learning_rates
     ]
     if not args.table_only:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -108,19 +111,23 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join([*table(args.out, rows), "", *ranks(args.out, rows)]))
 
 
+def _rates(text: str) -> list[float]:
+    return list(dict.fromkeys(float(rate) for rate in text.split(",")))
+
+
 def _find(log: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     return next((row for row in read_rows(log) if asked.items() <= row.items()), None)
 
 
 def folder_of(out: Path, run: Mapping[str, Any]) -> Path:
-    return out / f"{run['concept']}-{run['seed']}"
+    return out / f"{run['concept']}-{run['seed']}-{run['learning_rate']:g}"
 
 
 def train_and_judge(out: Path, log: Path, asked: dict[str, Any]) -> None:
     """One run, in a process of its own."""
     torch.set_num_threads(1)
     start = time.monotonic()
-    training = Training(steps=asked["steps"])
+    training = Training(steps=asked["steps"], learning_rate=asked["learning_rate"])
     setting = Setting(asked["concept"], asked["seed"], training=training, scenes=asked["scenes"], repeats=1)
     examination, concept = setting.examination(), CONCEPTS[setting.concept]
     judged: dict[str, dict[str, list[float]]] = {"ideal": _scores(examination, examination.ideal())}
@@ -199,7 +206,8 @@ def choices(checkpoints: Sequence[Checkpoint]) -> dict[str, int | None]:
 
 def table(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown: what each rule takes in each run, and how often that is as good as the best."""
-    lines = ["| concept | seed | best | score | " + " | ".join(RULES) + " |", "|---" * (4 + len(RULES)) + "|"]
+    columns = ["concept", "seed", "learning rate", "best", "score", *RULES]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     hits: dict[str, list[float]] = {name: [] for name in RULES}
     paired: dict[str, list[float]] = {name: [] for name in RULES}
     short: dict[str, list[float]] = {name: [] for name in RULES}
@@ -219,13 +227,13 @@ def table(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
             short[name] += [statistics.fmean(difference for difference, _ in taken)] if taken else []
             told = f"{sum(good)} of {len(good)}" if name == "random" else f"{steps[0]}{'' if all(good) else ' (no)'}"
             cells.append(told if taken else "none")
-        told = f"{best.value:.3f} ± {best.error:.3f}"
-        lines.append(f"| {row['concept']} | {row['seed']} | {at} | {told} | {' | '.join(cells)} |")
+        run = f"{row['concept']} | {row['seed']} | {row['learning_rate']:g}"
+        lines.append(f"| {run} | {at} | {best.value:.3f} ± {best.error:.3f} | {' | '.join(cells)} |")
     counts = {"within the standard error": hits, "within that of the difference": paired}
     for title, of in counts.items():
-        lines.append(f"| {title} | | | | {' | '.join(f'{sum(of[name]):.3g} of {len(rows)}' for name in RULES)} |")
+        lines.append(f"| {title} | | | | | {' | '.join(f'{sum(of[name]):.3g} of {len(rows)}' for name in RULES)} |")
     means = [f"{statistics.fmean(short[name]):.3f}" if short[name] else "-" for name in RULES]
-    return [*lines, f"| short of the best | | | | {' | '.join(means)} |"]
+    return [*lines, f"| short of the best | | | | | {' | '.join(means)} |"]
 
 
 def _ranked(values: Sequence[float]) -> list[float]:

@@ -138,7 +138,7 @@ def kernels_left_out(counter: LiveStorages) -> Iterator[None]:
     if importlib.util.find_spec("triton") is None:
         raise AptError("fused cannot be counted here: the package triton is not installed; name others by --methods")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("apt_hooks.method.ops.choice.unavailable", lambda device: None))
+        stack.enter_context(mock.patch("apt_hooks.method.ops.triton_choice.unavailable", lambda device: None))
         for module in ("attention_alignment", "channel_statistics"):
             stack.enter_context(mock.patch(f"apt_hooks.method.ops.{module}._trial", lambda *_: None))
         stack.enter_context(mock.patch("apt_hooks.method.ops.attention_alignment_triton._launch", alignment))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from step_models import DTYPES, Setting, make_denoiser
 
 from apt_hooks.hooks.architectures import unet_up_blocks
-from apt_hooks.hooks.architectures.unet import select
+from apt_hooks.hooks.architectures.unet_common import select
 
 
 class Least(NamedTuple):

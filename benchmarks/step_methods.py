@@ -13,11 +13,11 @@ from step_models import MODELS, UNET, Training
 from torch import Tensor
 
 from apt_hooks import AptConfig, AptObjective
-from apt_hooks.config import parse_toml
 from apt_hooks.errors import AptError
 from apt_hooks.hooks.architectures import layout_of
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.indicator import OverfittingIndicator
+from apt_hooks.tomlread import parse_toml
 
 FLOOR = "floor"
 METHODS = {

@@ -135,7 +135,8 @@ def run(args: argparse.Namespace) -> None:
     found = find(read_rows(log), asked)
     print("\n".join(tables(found, args.methods, by_concept=len(args.concepts) > 1)))
     if args.checkpoints:
-        _draw_curves(args.out / "curves.png", {name: found[name] for name in args.methods})
+        curves = {name: found[name] for name in args.methods}
+        _draw_curves(args.out / "curves.png", curves, by_concept=len(args.concepts) > 1)
     if failed:
         raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
 
@@ -244,18 +245,27 @@ def _pairs_needed(differences: list[float]) -> str:
     return str(max(2, math.ceil((4 * statistics.stdev(differences) / mean) ** 2)))
 
 
-def _draw_curves(path: Path, found: Mapping[str, Scores]) -> None:
-    """Text and identity of each checkpoint: against the step, and against each other."""
+def _draw_curves(path: Path, found: Mapping[str, Scores], by_concept: bool) -> None:
+    """Text and identity of each checkpoint: against the step, and against each other; errors as in the tables."""
     curves = {}
     for name, scores in found.items():
-        rows = [{**row["curve"], str(row["steps"]): row} for row in scores.values() if row.get("curve")]
-        if rows:
-            steps = sorted(map(int, set.intersection(*map(set, rows))))
+        judged = {place: {**row["curve"], str(row["steps"]): row} for place, row in scores.items() if row.get("curve")}
+        if judged:
+            steps = sorted(map(int, set.intersection(*map(set, judged.values()))))
+            of_steps = {step: {place: row[str(step)] for place, row in judged.items()} for step in steps}
             curves[NAMES[name]] = {
-                step: {key: _mean_and_error([row[str(step)][key] for row in rows]) for key in ("text", "identity")}
-                for step in steps
+                step: {key: _mean_and_error(_means(of, key, by_concept)) for key in ("text", "identity")}
+                for step, of in of_steps.items()
             }
     draw_curves(path, curves)
+
+
+def _means(scores: Scores, column: str, by_concept: bool) -> list[float]:
+    """Of each concept, or of each seed where there is one concept: what errors are the spread of."""
+    groups: dict[int, list[float]] = {}
+    for (concept, seed), row in scores.items():
+        groups.setdefault(concept if by_concept else seed, []).append(row[column])
+    return [statistics.fmean(values) for values in groups.values()]
 
 
 def _mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -275,11 +285,7 @@ def _differences(scores: Scores, reference: Scores) -> Scores:
 def _table(methods: Mapping[str, Scores], by_concept: bool, sign: str = "") -> list[str]:
     lines = ["| method | runs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name, scores in methods.items():
-        groups: dict[int, list[dict[str, float]]] = {}
-        for (concept, seed), row in scores.items():
-            groups.setdefault(concept if by_concept else seed, []).append(row)
-        means = {column: [statistics.fmean(row[column] for row in g) for g in groups.values()] for column in COLUMNS}
-        cells = [cell(means[column], style, sign) for column, style in COLUMNS.items()]
+        cells = [cell(_means(scores, column, by_concept), style, sign) for column, style in COLUMNS.items()]
         lines.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
     return lines
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from apt_hooks.errors import AptError, why_not_imported
 from apt_hooks.images import to_tensor
 
-from .quiet import quiet
+from .library_logging import quiet
 
 CLIP, DINO, HPS = "openai/clip-vit-base-patch32", "facebook/dinov2-base", "adams-story/HPSv2-hf"
 """Names on the hub of the usual ones; the last is HPSv2's v2.0 (arXiv 2306.09341) as a CLIP model of transformers."""

@@ -18,6 +18,6 @@ def tell_noise_options(args: argparse.Namespace, names: Sequence[str] = OPTIONS)
     if used:
         logger.warning(
             "apt-hooks: %s: over a base model that was not trained with this noise, a LoRA that learns it opens a gap "
-            "that is no overfitting, and gamma is higher by that (docs/tinyworld.md has measured it for its model)",
+            "that is no overfitting, and gamma is higher by that (docs/tinyworld-tuning.md measured it for its model)",
             ", ".join(used),
         )

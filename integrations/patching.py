@@ -11,6 +11,7 @@ import difflib
 import importlib.metadata
 import io
 import json
+import re
 import tokenize
 from collections.abc import Iterable, Sequence
 
@@ -109,17 +110,27 @@ def strip(content: bytes) -> bytes:
 
 
 def stripped_python(content: bytes, name: str) -> bytes:
-    """`strip` of a Python file, once it is known that what is left is Python.
+    """`strip` of a Python file, once it is known that no piece of an inserted line is left, and what is left is Python.
 
     Raises:
-        AptError: it is not, although the file is: a formatter has broken inserted lines apart, and the marks are on
-            pieces of them.
+        AptError: an inserted line has lost its mark; or what is left is no Python, although the file is: a formatter
+            has broken inserted lines apart, and the marks are on pieces of them, or a line among them is the user's.
     """
     plain = strip(content)
-    if plain != content and _is_python(content) and not _is_python(plain):
+    if left := [(n, line) for n, line in _unmarked(content) if _OURS.search(line.split(b"#")[0])]:
+        (number, line), more = left[0], f" (and {len(left) - 1} more)" if left[1:] else ""
         raise AptError(
-            f"{name}: inserted lines were rewritten (by a formatter?) and cannot be told from its own; undo that, or "
-            "take the file from where it came from. Nothing was changed"
+            f"{name}: inserted lines were rewritten (by a formatter?): line {number}{more} is of apt-hooks and has "
+            f"lost the mark {MARK} at its end: {_shown(line)}; put that back or take the line out, or take the file "
+            "from where it came from. Nothing was changed"
+        )
+    if plain != content and _error(content) is None and (error := _error(plain)) is not None:
+        unmarked = _unmarked(content)
+        number, line = unmarked[max(0, min(error.lineno or 1, len(unmarked)) - 1)] if unmarked else (1, b"")
+        raise AptError(
+            f"{name}: inserted lines were rewritten (by a formatter?) and cannot be told from its own: line {number}, "
+            f"{_shown(line)}, does not stand without them; undo that, or take the file from where it came from. "
+            "Nothing was changed"
         )
     return plain
 
@@ -147,13 +158,29 @@ def install_hint() -> str:
     return f"pip install {url}".translate({ord(c): f"%{ord(c):02X}" for c in "\"'{}\\"})
 
 
-def _is_python(content: bytes) -> bool:
+_OURS = re.compile(rb"\bapt_hooks_(?:run|words|black|adapter)\b|--apt_(?:config|preset)\b")
+"""Names that stand in inserted lines, and not in a trainer's own."""
+
+
+def _unmarked(content: bytes) -> list[tuple[int, bytes]]:
+    """The lines that `strip` leaves, with their numbers, from 1."""
+    return [(n, line) for n, line in enumerate(content.splitlines(), 1) if not _is_marked(line)]
+
+
+def _shown(line: bytes) -> str:
+    text = line.decode("utf-8", "replace").strip()
+    return f"`{text if len(text) <= 60 else f'{text[:57]}...'}`"
+
+
+def _error(content: bytes) -> SyntaxError | None:
     try:
         ast.parse(content)
-    except (SyntaxError, ValueError):
-        return False
-    return True
+    except SyntaxError as error:
+        return error
+    except ValueError as error:  # a null byte
+        return SyntaxError(str(error))
+    return None
 
 
 def _is_marked(line: bytes) -> bool:
-    return line.rstrip(b"\r\n").endswith(MARK.encode("ascii"))
+    return line.rstrip().endswith(MARK.encode("ascii"))  # an editor may have put spaces behind it

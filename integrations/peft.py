@@ -10,6 +10,7 @@ from torch import nn
 
 from apt_hooks.errors import AptError
 from apt_hooks.hooks.frozen import all_modules
+from apt_hooks.hooks.lora_dropout import largest_dropout
 
 
 @contextlib.contextmanager
@@ -61,21 +62,17 @@ def check_active(*models: nn.Module) -> None:
 
 
 def dropout(*models: nn.Module) -> dict[str, float]:
-    """The largest probability of each kind of dropout that the active adapters of `models` have, without those of 0.
+    """`largest_dropout` of the active adapters of `models`, by the attribute that keeps it: `lora_dropout`, for LoHa
+    `module_dropout` and so on."""
 
-    By the attribute that keeps it: `lora_dropout`, for LoHa `module_dropout` and so on.
-    """
-    found: dict[str, float] = {}
-    for layer in adapter_layers(*models):
-        active = set(getattr(layer, "active_adapters", ()))
-        kinds = {kind: held for kind, held in layer.named_children() if kind.endswith("dropout")}
-        kinds |= {kind: held for kind, held in vars(layer).items() if kind.endswith("dropout")}
-        for kind, held in kinds.items():
-            for adapter, p in held.items() if hasattr(held, "items") else ():
-                p = getattr(p, "p", p)  # of an nn.Dropout
-                if adapter in active and isinstance(p, (int, float)) and p > 0:
-                    found[kind] = max(float(p), found.get(kind, 0.0))
-    return found
+    def found() -> Iterator[tuple[str, Any]]:
+        for layer in adapter_layers(*models):
+            active = set(getattr(layer, "active_adapters", ()))
+            for kind, held in [*layer.named_children(), *vars(layer).items()]:
+                if kind.endswith("dropout") and hasattr(held, "items"):
+                    yield from ((kind, p) for adapter, p in held.items() if adapter in active)
+
+    return largest_dropout(found())
 
 
 def adapter_layers(*models: nn.Module) -> list[Any]:

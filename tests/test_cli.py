@@ -581,14 +581,26 @@ def test_a_preset_whose_model_sd_scripts_does_not_train_names_the_scripts_that_d
         (("presets", "apply", "sdxl", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "section.toml"), "looked for a section [apt]"),
-        (("check", "mixed.toml"), "Not a homogeneous array (line 2 column 1 char 6); write all its numbers alike"),
+        (("check", "mixed.toml"), "line 2, column 12, `zoom_out = [1, 3.0]`: sd-scripts' parser takes no mixed"),
         (("check", "preset.json"), "preset.json: is JSON, as kohya_ss saves its settings"),
         (("presets", "apply", "sdxl", "preset.json"), "preset.json: is JSON, as kohya_ss saves its settings"),
         (("check", "latin.toml"), "latin.toml: is not valid TOML"),
         (("compare", "eval", "--page", "a.html", "--result", "v.jsonl"), "--result counts votes: name one of them"),
         (("compare", "eval", "--page", "a.txt"), "--page must name a .html file; found a.txt"),
         (("compare", "eval", "--methods", "apt"), "--methods goes with --page and --result"),
-        (("demo", "--out", "section.toml"), "section.toml: cannot be made"),
+        (("unpatch", "diffusers", "null.py"), "null.py: cannot be read as Python: it has bytes that are 0; name a"),
+        (("status", "diffusers", "null.py"), "null.py: cannot be read as Python: it has bytes that are 0; name a"),
+        (
+            ("maps", "--model", "tinyworld", "--prompt", "p", "--out", "x.jpg"),
+            "--out must name a .png file; found x.jpg",
+        ),
+        (
+            ("caption", "no", "--subject", "s", "--local", "m"),
+            "no: no such folder; name the one that the photos are in",
+        ),
+        (("watch", "no", "--once"), "no: no such file or folder yet; name a RUN-apt.jsonl, or a folder that has some"),
+        (("calibrate", "folder"), "folder: cannot be read: Is a directory; name a RUN-apt.jsonl"),
+        (("demo", "--out", "section.toml"), "section.toml: cannot be made: File exists; name another folder"),
         (("demo", "--concept", "99"), "--concept must be from 0 to 13; found 99"),
         (("demo", "--methods", "base,lora"), "found 'lora'"),
         (("demo", "--methods", "apt,apt"), "must name each method once; found 'apt,apt'"),
@@ -609,6 +621,7 @@ def test_a_mistake_is_one_line_and_no_traceback(
     Path("mixed.toml").write_text("[apt]\nzoom_out = [1, 3.0]\n")
     Path("preset.json").write_text('{"seed": 1}')
     Path("latin.toml").write_bytes("[apt]\nidentifier = 'é'\n".encode("latin-1"))
+    Path("null.py").write_bytes(b"x = 1\0")
     Path("folder").mkdir()
     Path("other.py").write_text("print('no training')\n")
     Path("t.py").write_bytes(SCRIPT)

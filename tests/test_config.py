@@ -4,7 +4,8 @@ import math
 import pytest
 
 from apt_hooks import AptConfig, AptError
-from apt_hooks.config import preset_names, preset_text, read_toml
+from apt_hooks.config import preset_names, preset_text
+from apt_hooks.tomlread import read_toml
 
 WRONG_VALUES = {
     "enabled": ["yes", 1, None],

@@ -29,7 +29,7 @@ from apt_hooks.integrations.diffusers_dreambooth.probe import StepProbe
 from apt_hooks.integrations.diffusers_dreambooth.probe_prompts import ProbePrompts
 from apt_hooks.results.checkpoint_table import checkpoint_table
 from apt_hooks.results.read_checkpoints import find_runs
-from apt_hooks.training.drifts import NEUTRAL, SAMPLES, Drifts, fixed_noise
+from apt_hooks.training.checkpoint_drifts import NEUTRAL, SAMPLES, Drifts, fixed_noise
 
 train, unpatched, bases = runs.train, runs.unpatched, runs.bases  # fixtures
 pytestmark = runs.pytestmark

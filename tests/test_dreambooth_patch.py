@@ -1487,6 +1487,49 @@ def test_inserted_lines_that_a_formatter_broke_apart_are_told_and_nothing_is_los
         assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("lost", "found", "more"),
+    [
+        (("",), 'parser.add_argument("--apt_config"', True),  # by a search and replace of them all
+        (("is not None:  # scales", ".assess("), "if apt_hooks_run is not None:  # scales", True),
+        ((".assess(",), "model_pred = apt_hooks_run.assess(", False),
+        (('"--apt_preset"', "no other"), 'parser.add_argument("--apt_preset"', False),
+    ],
+)
+def test_inserted_lines_that_lost_their_marks_are_told_and_nothing_is_lost(
+    path: Path, lost: tuple[str, ...], found: str, more: bool
+) -> None:
+    diffusers.patch(path, path)
+    lines = path.read_text().splitlines(keepends=True)
+    old = [n for n, line in enumerate(lines, 1) if MARK in line and any(one in line.split("help")[0] for one in lost)]
+    path.write_text("".join(line.replace(f"  {MARK}", "") if n in old else line for n, line in enumerate(lines, 1)))
+    before = path.read_bytes()
+    for change in (diffusers.unpatch, diffusers.status, lambda path: diffusers.patch(path, path)):
+        with pytest.raises(AptError, match=rf"rewritten .*: line {old[0]} .*: `{re.escape(found)}") as error:
+            change(path)
+        assert (" more) is of apt-hooks" in str(error.value)) == more and "\n" not in str(error.value)
+        assert path.read_bytes() == before
+
+
+def test_other_line_ends_spaces_behind_marks_and_lines_moved_or_taken_out_do_no_harm(path: Path) -> None:
+    plain = path.read_bytes()
+    diffusers.patch(path, path)
+    patched = path.read_bytes()
+    lines = patched.splitlines(keepends=True)
+    at = next(n for n, line in enumerate(lines) if b".assess(" in line)
+    moved = [*lines[: at - 1], *lines[at + 1 : at + 3], *lines[at - 1 : at + 1], *lines[at + 3 :]]
+    mark = MARK.encode()
+    for edited, wanted in (
+        (patched.replace(b"\n", b"\r\n"), plain.replace(b"\n", b"\r\n")),
+        (patched.replace(mark, mark + b" \t"), plain),
+        (b"".join(moved), plain),
+        (b"".join(lines[: at - 1] + lines[at + 1 :]), plain),
+    ):
+        path.write_bytes(edited)
+        diffusers.unpatch(path)
+        assert path.read_bytes() == wanted
+
+
 def test_an_equal_copy_is_not_written_again(path: Path) -> None:
     output = path.with_name("copy.py")
     shown = diffusers.patch(path, output)

@@ -37,7 +37,7 @@ from diffusers import DDPMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from apt_hooks.hooks.architectures import unet as blocks
+from apt_hooks.hooks.architectures import unet_common as blocks
 from apt_hooks.hooks.starting_weights import from_file, to_bytes
 from apt_hooks.integrations.diffusers_dreambooth import adapter
 from apt_hooks.integrations.diffusers_dreambooth.adapter import DreamBoothRun

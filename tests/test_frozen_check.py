@@ -17,7 +17,7 @@ from apt_hooks import AptConfig, AptError, AptObjective
 from apt_hooks.hooks.frozen_check import Reach
 from apt_hooks.integrations.peft import adapters_off
 from apt_hooks.integrations.sd_scripts.lora import LoraSwitch
-from apt_hooks.method.deferred import Deferred
+from apt_hooks.method.deferred_checks import DeferredChecks
 from apt_hooks.method.indicator import OverfittingIndicator
 
 NOT_THE_BASE = r"^the frozen pass is not the base model's: trained parameters take part in it, "
@@ -267,7 +267,7 @@ def test_a_forward_replaced_during_the_training_is_an_error() -> None:
 
 
 def test_numbers_of_a_device_are_looked_at_a_step_later_and_at_the_end() -> None:
-    deferred, found = Deferred(), []
+    deferred, found = DeferredChecks(), []
     for i in range(3):
         numbers: Any = types.SimpleNamespace(device=torch.device("xpu"), tolist=lambda i=i: [float(i)])
         deferred.expect(numbers, found.append)

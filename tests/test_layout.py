@@ -5,9 +5,9 @@ from torch import nn
 
 from apt_hooks import AptConfig, AptError
 from apt_hooks.hooks.architectures import ALL, layout_of, preset_of, unet_sdxl_output_blocks, unet_up_blocks
-from apt_hooks.hooks.architectures import unet as up_blocks
-from apt_hooks.hooks.architectures.block_choice import select as select_blocks
-from apt_hooks.hooks.architectures.unet import select
+from apt_hooks.hooks.architectures import unet_common as up_blocks
+from apt_hooks.hooks.architectures.transformer_block_choice import select as select_blocks
+from apt_hooks.hooks.architectures.unet_common import select
 
 
 def find_up_blocks(unet):

@@ -774,7 +774,7 @@ def test_a_kept_loss_has_its_own_value_and_the_gradient_of_the_weighed_one_to_th
             step = objective.step(case.predict, case.target, TIMESTEPS)
             step.weight = torch.tensor([0.1, 0.7, 1.0, 0.0])
             per_sample = case.per_sample(step.prediction).to(dtype)
-            loss = step.keep(per_sample).mean() if kept else step.loss(per_sample)
+            loss = step.weigh(per_sample, regularize=True).mean() if kept else step.loss(per_sample)
             assert torch.equal(loss, per_sample.mean()) == kept
             (loss * 1024.0).backward()  # as a gradient scaler does
             found.append(case.network.gradient())

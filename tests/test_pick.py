@@ -116,7 +116,46 @@ def test_the_table_marks_what_was_picked_and_what_is_gone(tmp_path: Path) -> Non
     assert marked.split() == [">", "300", "0.60", "0.05", "0.02", "0.30", "0.30", "lora-300.safetensors"]
     assert said[2].endswith("lora-100.safetensors (gone)") and "text drift" not in said[1]
     assert said[-3].startswith("Step 300 (lora-300.safetensors)") and len(said) == 11
+    assert said[-2].startswith("Before it less is learned, and behind it")
     assert said[-1].startswith("By these numbers alone, which are no match for pictures")
+
+
+def test_one_that_is_gone_is_not_picked_while_others_are_there(tmp_path: Path) -> None:
+    """Benefits: 0.76 at step 300, behind it 0.61, 0.37 and 0."""
+    write(tmp_path, LINES)
+    for step in (400, 500, 600):
+        (tmp_path / f"lora-{step}.safetensors").touch()
+    said = pick(tmp_path).splitlines()
+    assert [text.split()[1] for text in said if text.startswith(">")] == ["400"]
+    assert said[-3].startswith("Step 400 (lora-400.safetensors): from the first checkpoint on it has 91% of what was")
+    assert said[-2].startswith(
+        "Step 300 (lora-300.safetensors) was better, but is gone: the trainer deletes older ones "
+    )
+    assert said[-2].endswith("This is the best of those still there.")
+    for step in (400, 500, 600):
+        (tmp_path / f"lora-{step}.safetensors").unlink()
+    said = pick(tmp_path).splitlines()
+    assert [text.split()[1] for text in said if text.startswith(">")] == ["300"]
+    assert said[-2].startswith("Its file is gone, as all of this run are: ")
+
+
+def test_those_that_are_gone_are_none_to_look_at() -> None:
+    found = verdict(run(range(6), range(6)), gone=(300, 400))  # learning and drift go together
+    assert found.picked is not None and found.picked.step == 100
+    assert "cannot be told from steps 200, 500, 600" in str(found)
+    held_out = [checkpoint(one.step, one.gap, one.class_drift, held_out_gap=-one.step) for one in run()]
+    assert "at step 100 (-100, gone), and -600 at the end" in str(verdict(held_out, gone=(100,)))
+
+
+def test_a_run_that_cannot_be_read_is_left_out_beside_others(tmp_path: Path) -> None:
+    write(tmp_path, LINES)
+    broken = write(tmp_path, [{"step": 1}], "broken")
+    write(tmp_path, [], "begun")
+    result = CliRunner().invoke(app, ["pick", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "Step 300 (" in result.stdout and "No checkpoint has been saved yet." in result.stdout
+    assert result.stderr.startswith(f"apt-hooks: left out: {broken}: line 2 is none of a checkpoint")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_run_without_drifts_or_class_says_why(tmp_path: Path) -> None:
@@ -140,6 +179,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         find_runs(tmp_path)
     with pytest.raises(AptError, match="no such folder"):
         find_runs(tmp_path / "nowhere")
+    (tmp_path / "lora-apt.jsonl").write_text('{"run": {}}\n')
+    with pytest.raises(AptError, match=r"lora-apt.jsonl: is no RUN-checkpoints.jsonl; name that"):
+        find_runs(tmp_path / "lora-apt.jsonl")
     write(tmp_path, [{"step": 1}])
     with pytest.raises(AptError, match="line 2 is none of a checkpoint"):
         find_runs(tmp_path)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from apt_hooks.cli import app
 from apt_hooks.integrations.judging import evaluation, judged_run
-from apt_hooks.results.front import front
+from apt_hooks.results.pareto_front import front
 from apt_hooks.tinyworld.model import PIPELINES
 
 PROMPTS = ("a photo of a big {} on the left in the city", "a drawing of a small {} in the middle at night")

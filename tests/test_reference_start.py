@@ -16,7 +16,8 @@ from apt_hooks import AptConfig, AptError, AptObjective
 from apt_hooks.hooks.starting_weights import StartingWeights, from_file, to_bytes
 from apt_hooks.integrations import peft as peft_adapters
 from apt_hooks.integrations.sd_scripts.lora import dropout as dropout_of
-from apt_hooks.training.run import START_FILE, STATE_FILE, AptRun
+from apt_hooks.training.resume import START_FILE, STATE_FILE, load_state, save_state
+from apt_hooks.training.run import AptRun
 
 NO_HOOKS = {"augmentation": False, "lambda_dist": 0.0, "lambda_attn": 0.0}
 
@@ -274,20 +275,20 @@ def run_of(**config: Any) -> tuple[AptRun, nn.Module, LoRANetwork]:
 
 def test_a_resumed_run_has_the_start_of_the_first(tmp_path: Path) -> None:
     run, unet, network = run_of()
-    run.save(tmp_path)
+    save_state(run, tmp_path)
     assert not (tmp_path / START_FILE).exists()  # nothing is trained yet: the LoRA of the state is the start
-    assert run_of()[0].load(tmp_path)
+    assert load_state(run_of()[0], tmp_path)
     run.record(step(run.objective, unet))
     descend(network)
-    run.save(tmp_path)
+    save_state(run, tmp_path)
     wanted = step(run.objective, unet).values
     resumed, unet, other = run_of()
-    assert resumed.load(tmp_path)
+    assert load_state(resumed, tmp_path)
     other.load_state_dict(network.state_dict())
-    resumed.save(tmp_path)  # as one that is stopped before its first step
+    save_state(resumed, tmp_path)  # as one that is stopped before its first step
     assert step(resumed.objective, unet).values == wanted and float(wanted["delta_noise"]) > 0
     again, unet, other = run_of()
-    assert again.load(tmp_path)
+    assert load_state(again, tmp_path)
     other.load_state_dict(network.state_dict())
     assert step(again.objective, unet).values == wanted
 
@@ -297,14 +298,14 @@ def test_a_state_without_the_start_is_an_error_that_says_the_way_out_and_changes
     with pytest.raises(
         AptError, match=r'has no apt-hooks\.json, .*; resume with reference = "base", or begin a new run'
     ):
-        run.load(tmp_path)
+        load_state(run, tmp_path)
     run.record(step(run.objective, unet))
-    run.save(tmp_path)
+    save_state(run, tmp_path)
     based = run_of(reference="base")[0]
     with pytest.raises(
         AptError, match=r'of reference = "start", this run\'s of "base": resume with \[apt\] reference = "s'
     ):
-        based.load(tmp_path)
+        load_state(based, tmp_path)
     content = (tmp_path / START_FILE).read_bytes()
     for broken in (None, content[: len(content) // 2]):
         (tmp_path / START_FILE).unlink() if broken is None else (tmp_path / START_FILE).write_bytes(broken)
@@ -312,15 +313,15 @@ def test_a_state_without_the_start_is_an_error_that_says_the_way_out_and_changes
         with pytest.raises(
             AptError, match=rf"{STATE_FILE}: {START_FILE} cannot be read .*begin a new run from its LoRA$"
         ):
-            resumed.load(tmp_path)
+            load_state(resumed, tmp_path)
         assert (resumed.step, resumed.objective.reference.saved_start) == (0, None)
         assert bool(resumed.objective.indicator.gaps.isnan().all())
     (tmp_path / STATE_FILE).unlink()
-    based.save(tmp_path)
+    save_state(based, tmp_path)
     with pytest.raises(
         AptError, match=r'of reference = "base", this run\'s of "start": resume with \[apt\] reference = "b'
     ):
-        run_of()[0].load(tmp_path)
+        load_state(run_of()[0], tmp_path)
 
 
 # -- what is said of the LoRA that a run begins with -------------------------------------------------------------------
@@ -374,12 +375,12 @@ def test_a_run_that_goes_on_from_a_state_of_ours_does_not(
 ) -> None:
     run, unet, _ = run_of(reference="base")
     run.record(step(run.objective, unet))
-    run.save(tmp_path)
+    save_state(run, tmp_path)
     assert len(caplog.messages) == 1
     if not resumed:
         (tmp_path / STATE_FILE).unlink()
     again, unet, _ = run_of(reference="base")
-    assert again.load(tmp_path) == resumed
+    assert load_state(again, tmp_path) == resumed
     step(again.objective, unet)
     assert sum(CHANGES in message for message in caplog.messages) == (1 if resumed else 2)
 

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import sys
+from html import escape
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -19,8 +20,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from step_logs import checkpoint, start, step, write
+from typer.testing import CliRunner
 
 from apt_hooks import AptError
+from apt_hooks.cli import app
 from apt_hooks.results.read_checkpoints import Checkpoint, SavedRun
 from apt_hooks.results.read_events import find_events, read_events
 from apt_hooks.results.read_steplog import RunLog, find_logs, read_run
@@ -549,6 +552,47 @@ def test_a_log_without_steps_is_noted_beside_others_and_refused_alone(tmp_path: 
     write(tmp_path / "a-apt.jsonl", [step(1)])
     page, said = report([tmp_path], out)
     assert f"{begun}: no step yet, left out." in page and said[0].endswith(f"1 run, 1 step; no step yet in {begun}")
+
+
+def broken(path: Path) -> Path:
+    return write(path, [start(), step(1)], end="no json\n")
+
+
+def test_what_cannot_be_read_is_left_out_and_named_once_and_the_others_are_reported(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    good = write(tmp_path / "good-apt.jsonl", [start(), step(1)], end='{"step": 2, "gam')  # a crash's last line
+    bad, begun, no = broken(tmp_path / "bad-apt.jsonl"), write(tmp_path / "begun-apt.jsonl", [start()]), tmp_path / "no"
+    lines = write(tmp_path / "good-checkpoints.jsonl", [{"step": 1}])
+    (tmp_path / "none").mkdir()
+    places, out = [bad, no, tmp_path / "none", begun, good], tmp_path / "r.html"
+    result = CliRunner().invoke(app, ["report", *map(str, places), "--out", str(out)], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert result.stdout == f"{out}: 1 run, 1 step; no step yet in {begun}\n"
+    said = result.stderr.splitlines()
+    assert [line.split(": ")[:3] for line in said] == [
+        ["apt-hooks", "left out", str(no)],
+        ["apt-hooks", "left out", str(tmp_path / "none")],
+        ["apt-hooks", "left out", str(bad)],
+        ["apt-hooks", "left out", str(lines)],
+    ]
+    page = out.read_text()
+    assert all(f"Left out: {escape(line.removeprefix('apt-hooks: left out: '))}." in page for line in said)
+    assert "No verdict: good-checkpoints.jsonl cannot be read, as said at the top." in page
+
+
+def test_where_nothing_can_be_read_all_is_named_in_one_line_and_no_page_is_written(tmp_path: Path) -> None:
+    bad, begun = broken(tmp_path / "bad-apt.jsonl"), write(tmp_path / "begun-apt.jsonl", [start()])
+    with pytest.raises(AptError, match=r"no: no such .*; .*bad-apt.jsonl: line 3 .*; .*begun-apt.jsonl: no step"):
+        report([bad, begun, tmp_path / "no"], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_run_that_has_no_step_yet_is_no_failure(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    write(tmp_path / "begun-apt.jsonl", [start()])
+    write(tmp_path / "good-apt.jsonl", [step(1)])
+    result = CliRunner().invoke(app, ["report", str(tmp_path), "--out", str(tmp_path / "r.html")])
+    assert (result.exit_code, result.stderr) == (0, "")
 
 
 def test_bad_places_and_outputs_are_refused(tmp_path: Path) -> None:

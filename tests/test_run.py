@@ -1,7 +1,6 @@
 import datetime
 import gc
 import json
-import logging
 import math
 import os
 import sys
@@ -11,60 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from models import make_tuned
+from runs import GAMMAS, GAPS, KEYS, lines, make_run, make_step, moved, numbers
 
-from apt_hooks import AptConfig, AptError, AptObjective, AptStep
-from apt_hooks.method.augmentation import Placement
-from apt_hooks.training.run import STATE_FILE, AptRun, version
+from apt_hooks import AptConfig, AptError, AptObjective
+from apt_hooks.training.resume import load_state, save_state
+from apt_hooks.training.run import AptRun, version
 from apt_hooks.training.steplog import StepLog
-
-KEYS = [
-    "step",
-    "gamma",
-    "gap",
-    "loss_tuned",
-    "loss_frozen",
-    "loss_weight",
-    "augmented",
-    "l_mu",
-    "l_sigma",
-    "l_attn",
-    "l_joint",
-    "l_offset",
-    "delta_noise",
-]
-GAMMAS = [0.5, 0.25] + [0.0] * 8
-GAPS = [0.004, 0.002, -0.001] + [None] * 7
-
-
-def make_run(folder, *, log="log.jsonl", seed=0, rank=0, augment_space="image", target="epsilon", **config):
-    """A run around a model without attention, its regularizers off; logs into `folder`."""
-    config = AptConfig(lambda_dist=0, lambda_attn=0, **config)
-    objective = AptObjective(config, torch.nn.Linear(1, 1), torch.no_grad)
-    path = None if log is None else folder / log
-    return AptRun(objective, log_path=path, augment_space=augment_space, seed=seed, rank=rank, target=target)
-
-
-def make_step(instances=2, **values):
-    """A step of a batch of four; scalars not given are 0, those given as None are left out."""
-    values = dict.fromkeys(KEYS[3:], 0.0) | values if instances else {}
-    values = {name: torch.tensor(v) for name, v in values.items() if v is not None and name != "augmented"}
-    gammas = torch.tensor(GAMMAS, dtype=torch.float64)
-    gaps = torch.tensor([math.nan if gap is None else gap for gap in GAPS], dtype=torch.float64)
-    return AptStep(torch.zeros(4), torch.ones(4), torch.zeros(()), gammas, gaps, instances, values)
-
-
-def moved(count):
-    return Placement(torch.ones(4), torch.zeros(4), torch.arange(4) < count)
-
-
-def lines(path, key="step"):
-    """The log's lines of steps, or of runs, read strictly: JSON has no NaN."""
-
-    def refuse(constant):
-        raise AssertionError(constant)
-
-    found = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-    return [line for line in found if key in line]
 
 
 def test_one_line_a_step_with_exactly_these_keys(tmp_path):
@@ -180,12 +131,12 @@ def test_a_resumed_run_logs_on_behind_its_step_and_drops_what_came_after_it(tmp_
     for step in range(1, 6):
         first.record(make_step(loss_tuned=float(step)))
         if step == 3:
-            first.save(tmp_path)
+            save_state(first, tmp_path)
     first.close()
     path = tmp_path / "log.jsonl"
     path.write_text(path.read_text() + '{"step": 2, "gamma": [0.1')  # the piece of a line that a crash leaves
     second = make_run(tmp_path)
-    assert second.load(tmp_path)
+    assert load_state(second, tmp_path)
     second.record(make_step(loss_tuned=40.0))
     second.record(make_step(loss_tuned=50.0))
     second.close()
@@ -196,11 +147,11 @@ def test_no_log_of_an_earlier_run_is_lost_and_a_line_says_where_it_is(tmp_path, 
     for loss in (1.0, 2.0, 3.0):
         run = make_run(tmp_path)
         run.record(make_step(loss_tuned=loss))
-        run.save(tmp_path)
+        save_state(run, tmp_path)
         run.record(make_step(loss_tuned=loss + 0.5))
         run.close()
     resumed = make_run(tmp_path)
-    resumed.load(tmp_path)
+    load_state(resumed, tmp_path)
     resumed.record(make_step(loss_tuned=9.0))
     resumed.close()
     found = {path.name: [line["loss_tuned"] for line in lines(path)] for path in tmp_path.glob("*.jsonl")}
@@ -217,9 +168,9 @@ def test_a_run_that_goes_on_where_its_log_ends_leaves_one_log(tmp_path):
     for loss in (1.0, 2.0):
         run = make_run(tmp_path)
         if loss == 2.0:
-            run.load(tmp_path)
+            load_state(run, tmp_path)
         run.record(make_step(loss_tuned=loss))
-        run.save(tmp_path)
+        save_state(run, tmp_path)
         run.close()
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["log.jsonl"]
     assert [line["loss_tuned"] for line in lines(tmp_path / "log.jsonl")] == [1.0, 2.0]
@@ -252,11 +203,11 @@ def test_a_trainer_that_begins_later_is_followed_and_one_that_counts_anew_is_tol
 ):
     first = make_run(tmp_path)
     first.record(make_step())
-    first.save(tmp_path)
+    save_state(first, tmp_path)
     first.close()
     run = make_run(tmp_path)
     if resumed:
-        run.load(tmp_path)
+        load_state(run, tmp_path)
     run.trainer_counts(0)  # before the first step
     for i in range(2):
         run.record(make_step())
@@ -271,12 +222,12 @@ def test_a_trainer_that_begins_later_is_followed_and_one_that_counts_anew_is_tol
 def test_the_log_says_first_what_run_it_is_of_and_again_where_it_was_resumed(tmp_path):
     path, first = tmp_path / "log.jsonl", make_run(tmp_path, ema_alpha=0.5)
     first.record(make_step())
-    first.save(tmp_path)
+    save_state(first, tmp_path)
     first.record(make_step())
     first.close()
     for _ in range(2):  # the second one takes the place of the first, and of what that had written
         resumed = make_run(tmp_path, ema_alpha=0.25)
-        resumed.load(tmp_path)
+        load_state(resumed, tmp_path)
         resumed.record(make_step())
         resumed.close()
     assert [next(iter(json.loads(text))) for text in path.read_text().splitlines()] == ["run", "step", "run", "step"]
@@ -287,52 +238,6 @@ def test_the_log_says_first_what_run_it_is_of_and_again_where_it_was_resumed(tmp
     assert begun["torch"] == torch.__version__
     loaded, started = (datetime.datetime.fromisoformat(begun[key]) for key in ("loaded", "started"))
     assert loaded <= started and started.utcoffset() == started.astimezone().utcoffset()
-
-
-def test_saving_writes_the_lines_up_to_its_step_first(tmp_path):
-    run = make_run(tmp_path)
-    run.record(make_step())
-    run.save(tmp_path)
-    assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [1]
-
-
-def test_state_round_trip_keeps_step_indicator_and_the_place_in_the_random_stream(tmp_path):
-    first = make_run(tmp_path)
-    first.objective.indicator.update(torch.tensor([5, 505]), torch.tensor([0.1, 0.2]), torch.tensor([0.1004, 0.2005]))
-    first.record(make_step(), ends_step=False)
-    first.record(make_step())
-    first.save(tmp_path)
-    second = make_run(tmp_path)
-    assert second.load(tmp_path) is True
-    assert second.step == 1
-    assert torch.equal(second.objective.indicator.gammas, first.objective.indicator.gammas)
-    assert torch.equal(torch.rand(9, generator=second.generator()), torch.rand(9, generator=first.generator()))
-
-
-def test_a_state_of_half_a_step_is_warned_of(tmp_path, caplog):
-    run = make_run(tmp_path)
-    run.objective.indicator.add(torch.tensor([5]), torch.tensor([0.1]), torch.tensor([0.2]))
-    run.save(tmp_path)
-    assert "is saved in the middle of step 1" in caplog.text
-    caplog.clear()
-    run.objective.indicator.end_step()
-    run.save(tmp_path)
-    assert not caplog.text
-
-
-def numbers(run):
-    return tuple(torch.rand(3, generator=run.generator()).tolist())
-
-
-def test_the_place_between_two_frozen_passes_comes_back(tmp_path):
-    first = make_run(tmp_path, frozen_every=3)
-    first.objective.steps = 2
-    first.save(tmp_path)
-    second = make_run(tmp_path, frozen_every=3)
-    assert second.load(tmp_path)
-    assert not second.objective.passes().due
-    second.objective.steps += 1
-    assert second.objective.passes().due
 
 
 def test_the_random_stream_is_another_for_every_batch_and_the_same_until_the_batch_is_assessed(tmp_path):
@@ -357,72 +262,6 @@ def test_the_random_stream_is_not_the_trainers(tmp_path):
     before = torch.get_rng_state()
     numbers(run)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_folder_without_state_is_warned_about_and_changes_nothing(tmp_path, caplog):
-    run = make_run(tmp_path)
-    run.record(make_step())
-    with caplog.at_level(logging.WARNING, "apt_hooks"):
-        assert run.load(tmp_path) is False
-    (record,) = caplog.records
-    assert f"{tmp_path} has no {STATE_FILE}" in record.getMessage()
-    assert run.step == 1
-
-
-def broken(change):
-    """The text of a saved state after a change."""
-    indicator = {"num_bins": 10, "num_train_timesteps": 1000, "loss_tuned": [None] * 10, "loss_frozen": [None] * 10}
-    state = {"format": 1, "step": 3, "batches": 3, "indicator": indicator}
-    change(state)
-    return json.dumps(state)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b'{"format": 1, "step"',
-        b"[1]",
-        b"\xff\xfe",
-        broken(lambda s: s.pop("batches")).encode(),
-        broken(lambda s: s.update(step="three")).encode(),
-        broken(lambda s: s.update(indicator=None)).encode(),
-        broken(lambda s: s["indicator"].pop("loss_frozen")).encode(),
-        broken(lambda s: s["indicator"].update(loss_tuned=["x"] * 10)).encode(),
-        broken(lambda s: s["indicator"].update(loss_tuned=[0.5] * 3, loss_frozen=[0.5] * 3)).encode(),
-    ],
-    ids=[
-        "empty",
-        "cut off",
-        "a list",
-        "not UTF-8",
-        "without batches",
-        "step is text",
-        "no indicator",
-        "indicator without a row",
-        "averages are text",
-        "averages too few",
-    ],
-)
-def test_a_broken_state_file_is_one_error_that_names_it_and_changes_nothing(tmp_path, content):
-    (tmp_path / STATE_FILE).write_bytes(content)
-    run = make_run(tmp_path)
-    with pytest.raises(AptError) as caught:
-        run.load(tmp_path)
-    assert str(tmp_path / STATE_FILE) in str(caught.value)
-    assert run.step == 0
-    assert run.objective.indicator.gammas.tolist() == [0.0] * 10
-
-
-def test_a_state_of_other_bins_is_refused(tmp_path):
-    make_run(tmp_path).save(tmp_path)
-    with pytest.raises(AptError, match="the saved indicator has num_bins = 10, this run 5"):
-        make_run(tmp_path, num_bins=5).load(tmp_path)
-
-
-def test_a_state_folder_that_is_missing_is_an_error(tmp_path):
-    with pytest.raises(AptError, match="cannot be written"):
-        make_run(tmp_path).save(tmp_path / "missing")
 
 
 def test_a_log_that_cannot_be_written_is_an_error(tmp_path):
@@ -520,14 +359,6 @@ def test_the_units_of_gamma_are_in_the_metadata_and_where_they_are_not_the_train
 def test_a_target_of_unknown_units_is_refused_but_where_it_is_measured_as_it_is(tmp_path):
     with pytest.raises(AptError, match="the model predicts 'noise'"):
         make_run(tmp_path, target="noise")
-
-
-@pytest.mark.parametrize(("saved", "resumed"), [("target", "epsilon"), ("epsilon", "target")])
-def test_a_state_of_other_units_is_refused_and_the_key_that_fits_is_named(tmp_path, saved, resumed):
-    make_run(tmp_path, target="v_prediction", indicator_space=saved).save(tmp_path)
-    assert make_run(tmp_path, target="v_prediction", indicator_space=saved).load(tmp_path)
-    with pytest.raises(AptError, match=f'indicator_space = "{saved}"'):
-        make_run(tmp_path, target="v_prediction", indicator_space=resumed).load(tmp_path)
 
 
 def test_the_start_line_says_what_is_off(tmp_path):

@@ -159,6 +159,18 @@ def test_lines_of_another_version_are_told_and_replaced_and_taken_out(checkout: 
     assert tree(checkout) == before
 
 
+def test_lines_that_lost_their_marks_are_told_and_nothing_is_changed(checkout: Path) -> None:
+    sd_scripts.patch(checkout)
+    name = "train_network.py"
+    path = checkout / name
+    path.write_bytes(path.read_bytes().replace(MARK.encode(), b""))
+    before = tree(checkout)
+    for change in (sd_scripts.status, sd_scripts.patch, sd_scripts.unpatch):
+        with pytest.raises(AptError, match=rf"^{re.escape(name)}: .* line \d+ .*has lost the mark"):
+            change(checkout)
+        assert tree(checkout) == before
+
+
 def test_a_checkout_without_a_readme_is_patched_and_its_version_called_unknown(checkout: Path) -> None:
     (checkout / "README.md").unlink()
     assert sd_scripts.patch(checkout)

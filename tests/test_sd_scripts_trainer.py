@@ -22,12 +22,13 @@ from sd_scripts_standin import SUBSETS, write_checkout, write_dataset
 from torch import Tensor
 
 from apt_hooks import AptConfig, AptObjective
-from apt_hooks.hooks.architectures import unet as blocks
+from apt_hooks.hooks.architectures import unet_common as blocks
 from apt_hooks.integrations.sd_scripts import adapter, trainer
 from apt_hooks.results.read_steplog import read_run
 from apt_hooks.results.report.samples import read_samples
-from apt_hooks.training.contract import CONTRACT, Trained
-from apt_hooks.training.run import START_FILE, STATE_FILE, version
+from apt_hooks.training.adapter_contract import CONTRACT, Trained
+from apt_hooks.training.resume import START_FILE, STATE_FILE
+from apt_hooks.training.run import version
 from apt_hooks.training.steplog import VALUES
 
 # Reentrant checkpointing under no_grad, as a trainer's validation has it.
@@ -1557,6 +1558,27 @@ class Validated:
         if not is_train and self._batch is None:  # type: ignore[attr-defined]
             self.losses.append(loss.item())
         return loss
+
+
+def test_of_many_held_out_pictures_the_same_few_are_measured_and_it_is_said(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared: list[str] = []
+
+    class Compared:
+        """Keeps which held-out pictures go through the model."""
+
+        def get_noise_pred_and_target(self, *args: Any, **options: Any) -> Any:
+            if self._batch is not None and self._batch.held_out is not None:
+                compared.append(args[4]["captions"][0])
+            return super().get_noise_pred_and_target(*args, **options)
+
+    many = {"captions": [f"sks dog {n}" for n in range(40)], "validation": True}  # 20 batches of 2
+    train({"drifts": True}, spy=Compared, subsets=(OWN, many), max_train_steps=2, save_every_n_steps=1)
+    wanted = [f"sks dog {n}" for n in (2, 6, 12, 16, 22, 26, 32, 36)]
+    once = [caption for caption in wanted for _ in range(20)]  # ten timesteps, both models
+    assert len(compared) > len(once) and compared == once * (len(compared) // len(once))
+    assert "the held-out gap is of 8 of 20 batches of the validation split" in capsys.readouterr().out
 
 
 def test_the_held_out_gap_is_that_of_the_losses(train: Train) -> None:

@@ -109,11 +109,16 @@ def test_curves_are_drawn_of_the_steps_that_all_runs_have(benchmark, tmp_path, m
         (4, 0): {**row(benchmark, text=0.8, identity=0.3), "steps": 9, "curve": {"3": scores, "6": scores}},
         (4, 1): {**row(benchmark, text=0.6, identity=0.5), "steps": 9, "curve": {"3": scores}},
     }
-    benchmark._draw_curves(tmp_path / "curves.png", {"apt": runs, "base": {(4, 0): {**row(benchmark), "curve": {}}}})
+    found = {"apt": runs, "base": {(4, 0): {**row(benchmark), "curve": {}}}}
+    benchmark._draw_curves(tmp_path / "curves.png", found, by_concept=False)
     assert list(drawn) == ["APT"] and list(drawn["APT"]) == [3, 9]
     assert drawn["APT"][3] == {"text": pytest.approx((0.9, 0)), "identity": pytest.approx((0.1, 0))}
     # Mean, and a deviation of 0.1 * sqrt(2) over sqrt(2).
     assert drawn["APT"][9] == {"text": pytest.approx((0.7, 0.1)), "identity": pytest.approx((0.4, 0.1))}
+    runs[5, 0] = {**row(benchmark, text=0.9, identity=0.4), "steps": 9, "curve": {"3": scores}}
+    benchmark._draw_curves(tmp_path / "curves.png", found, by_concept=True)
+    # Concept 4 is 0.7, the mean of its seeds, as in the tables: 0.7 and 0.9 are of a mean of 0.8.
+    assert drawn["APT"][9] == {"text": pytest.approx((0.8, 0.1)), "identity": pytest.approx((0.4, 0), abs=1e-12)}
 
 
 # What is run.

@@ -140,7 +140,7 @@ def test_a_value_that_goes_on_to_the_end_is_refused_since_the_trainer_loses_a_pa
 ) -> None:
     path = written(tmp_path / "train.toml", text)
     trainer_reads(path)  # without a word
-    assert "takes the end of the file for part of a value" in refused(path)
+    assert "takes the end of the file for part of this value" in refused(path)
 
 
 @pytest.mark.parametrize(

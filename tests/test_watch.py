@@ -110,6 +110,40 @@ def test_of_a_folder_the_newest_log_is_shown_and_others_are_named(tmp_path: Path
     assert any(line == "also here: c, a" for line in shown(tmp_path / "out"))
 
 
+def test_of_a_folder_a_broken_log_is_left_out_until_it_is_written_again(tmp_path: Path) -> None:
+    bad, good = tmp_path / "bad-apt.jsonl", write(tmp_path / "good-apt.jsonl", [start(), step(4)])
+    write(bad, [step(1)], end="no json\n")
+    os.utime(good, (1000, 1000))
+    watched = looked(tmp_path)
+    assert watched.path == good and watched.last is not None and watched.last.step == 4
+    assert [path.name for path in watched.left_out] == ["bad-apt.jsonl"]
+    assert any(line.startswith(f"left out: {tmp_path}"[:79]) for line in shown(tmp_path))
+    write(bad, [step(1), step(2)])
+    os.utime(bad, (2000, 2000))
+    watched._looked = -math.inf
+    watched.look()
+    assert watched.path == bad and not watched.left_out and watched.last.step == 2
+    append(bad, end="no json\n")  # while it is shown
+    watched.look()
+    assert watched.path == good and watched.last is not None and watched.last.step == 4
+    append(good, end="no json\n")
+    with pytest.raises(AptError, match=r"bad-apt.jsonl: line 3 .*; .*good-apt.jsonl: line 3 "):
+        watched.look()
+
+
+def test_once_shows_the_newest_log_of_a_folder_that_has_a_step(tmp_path: Path) -> None:
+    log = write(tmp_path / "old-apt.jsonl", [start(), step(4)])
+    os.utime(log, (1000, 1000))
+    write(tmp_path / "new-apt.jsonl", [start()])
+    assert (
+        shown(tmp_path, width=200)[-1]
+        == f"left out: {tmp_path / 'new-apt.jsonl'}: no step yet; a run writes a line a step"
+    )
+    log.unlink()
+    with pytest.raises(AptError, match=r"new-apt.jsonl: no step yet"):
+        shown(tmp_path)
+
+
 def test_a_broken_new_line_is_named_by_its_number(tmp_path: Path) -> None:
     log = write(tmp_path / "a-apt.jsonl", [start(), step(1)])
     watched = looked(log)

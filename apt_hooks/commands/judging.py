@@ -9,7 +9,7 @@ import typer
 
 from apt_hooks.errors import AptError
 
-from .options import GuidanceScale, Model, Seed, Steps
+from .options import GuidanceScale, Model, Seed, Steps, tell_left_out
 
 app = typer.Typer()
 
@@ -81,10 +81,13 @@ def report(
     ],
     out: Annotated[Path, typer.Option(metavar="PAGE.html", help="Where to write the page.")] = Path("report.html"),
 ) -> None:
-    """Show runs on one page: which checkpoint and why, sample pictures, indicator, losses. Also while they go on."""
+    """Show runs on one page: which checkpoint and why, sample pictures, indicator, losses. Also while they go on.
+
+    What cannot be read is left out and named on stderr, and the exit code is then 1, as that of `cat` would be.
+    """
     from apt_hooks.results.report.page import run_report
 
-    run_report(runs, out, say=typer.echo)
+    tell_left_out(run_report(runs, out, say=typer.echo))
 
 
 @app.command(epilog="Example: `apt-hooks watch out/`")

@@ -1,7 +1,8 @@
-"""Options that several commands have."""
+"""Options that several commands have, and what they say of what they leave out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -13,3 +14,11 @@ Prompt = Annotated[str, typer.Option(help="With the identifier that the LoRAs we
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 GuidanceScale = Annotated[float, typer.Option(help="Classifier-free guidance.")]
+
+
+def tell_left_out(lines: Sequence[str]) -> None:
+    """Say on stderr what could not be read beside what was shown, and end with exit code 1 if there is any."""
+    for line in lines:
+        typer.echo(f"apt-hooks: left out: {line}", err=True)
+    if lines:
+        raise typer.Exit(1)

@@ -13,7 +13,7 @@ from apt_hooks.results.checkpoint_table import checkpoint_table, what_is_missing
 from apt_hooks.results.read_checkpoints import SavedRun
 from apt_hooks.results.verdict import Verdict
 
-from .options import GuidanceScale, Seed, Steps
+from .options import GuidanceScale, Seed, Steps, tell_left_out
 
 app = typer.Typer()
 
@@ -51,7 +51,8 @@ def pick(
 
     All of them in a table: gamma, gap and delta noise on the pictures that are trained on, and how far other prompts
     have moved. It says so where that does not tell. With --judge also by pictures: `eval`'s scores of each checkpoint,
-    and which of them no other beats by both subject and prompt.
+    and which of them no other beats by both subject and prompt. Of several runs one that cannot be read is left out and
+    named on stderr, and the exit code is then 1.
     """
     from apt_hooks.results.read_checkpoints import find_runs
     from apt_hooks.results.verdict import verdict
@@ -64,14 +65,15 @@ def pick(
         raise AptError(f"--judge draws with the checkpoints, and needs {_options(missing)} too")
     if given and not judge:
         raise AptError(f"{_options(given)}: only with --judge")
-    runs = find_runs(run)
+    left_out: list[str] = []
+    runs = find_runs(run, left_out)
     if judge and len(runs) > 1:
         names = ", ".join(str(found.path) for found in runs)
         raise AptError(f"--judge takes one run; {run} has {len(runs)}, name one of {names}")
     for number, found in enumerate(runs):
         if number:
             typer.echo("")
-        said = verdict(found.checkpoints)
+        said = verdict(found.checkpoints, found.gone())
         for line in _lines(found, said):
             typer.echo(line)
         if said.picked is not None and not judge:
@@ -89,6 +91,7 @@ def pick(
         typer.echo("")
         for line in judge_run(found, models=Models(**models), say=typer.echo, **task, **drawing):  # type: ignore[arg-type]
             typer.echo(line)
+    tell_left_out(left_out)
 
 
 def _options(names: Sequence[str]) -> str:

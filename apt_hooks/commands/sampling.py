@@ -97,6 +97,8 @@ def maps(
             raise AptError("--collapse draws nothing: leave out --out and --timesteps")
         run_collapse(model, lora or [], prompt, seed=seed, options=options, say=typer.echo)
         return
+    if out is not None and out.suffix.lower() != ".png":
+        raise AptError(f"--out must name a .png file; found {out}")
     try:
         moments = [int(moment) for moment in (timesteps or "800,500,200").split(",")]
     except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import AptError
-from ..method.weight_offset import LowRank
+from ..method.l2_sp import LowRank
 from .frozen import all_modules
 
 

@@ -15,9 +15,9 @@ def prediction_drift(tuned: Tensor, frozen: Tensor, without_text: Tensor) -> flo
 
     At 1 the LoRA moves a prediction as far as the prompt does. Ours. A ratio taken sample by sample, since it then does
     not depend on what the model predicts: an error of v, x0 or velocity is one of epsilon times a number of the
-    sample's timestep (`units`), which is above and below the line. Nor does it depend on the size of the latents, or on
-    how much of the noise can be told at all. The (lower) median, since at low noise a prompt hardly matters, and a few
-    ratios are huge.
+    sample's timestep (`error_units`), which is above and below the line. Nor does it depend on the size of the latents,
+    or on how much of the noise can be told at all. The (lower) median, since at low noise a prompt hardly matters, and
+    a few ratios are huge.
 
     Args:
         tuned, frozen: [samples, ...], of the same noisy latents, timesteps and prompt.

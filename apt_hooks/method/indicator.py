@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AptError
-from .deferred import Deferred
+from .deferred_checks import DeferredChecks
 
 
 def gamma_of_gap(gap: Tensor, scale: float) -> Tensor:
@@ -76,7 +76,7 @@ class OverfittingIndicator:
         self._bin_of = bin_of
         # One row per model (tuned, frozen), one column per bin; NaN marks a bin never seen.
         self._ema = torch.full((2, num_bins), float("nan"), dtype=torch.float64)
-        self._deferred = Deferred()
+        self._deferred = DeferredChecks()
         # Of the step that has not ended: per bin the sums of both losses, and how many samples they are of.
         self._pending: Tensor | None = None
 

@@ -20,12 +20,11 @@ _NUMBERS = {
 def checkpoint_table(run: SavedRun) -> tuple[list[str], list[list[str]]]:
     """The columns' names and the rows' cells: step, what was measured of any of them, and file."""
     columns = [name for name in _NUMBERS if not all(math.isnan(getattr(one, name)) for one in run.checkpoints)]
-    rows = []
+    rows, lost = [], run.gone()
     for one in run.checkpoints:
         values = [(getattr(one, name), _NUMBERS[name]) for name in columns]
         cells = ["-" if math.isnan(value) else format(value, digits) for value, digits in values]
-        gone = "" if (run.path.parent / one.file).exists() else " (gone)"
-        rows.append([str(one.step), *cells, f"{one.file}{gone}"])
+        rows.append([str(one.step), *cells, f"{one.file}{' (gone)' if one.step in lost else ''}"])
     return ["step", *(name.replace("_", " ") for name in columns), "file"], rows
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AptError
+from ..training.checkpoint_drifts import Drifts
 from ..training.checkpoints import ENDING
-from ..training.drifts import Drifts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Checkpoint:
         gamma, gap, held_out_gap: means over the bins that were seen.
         bins, unseen: how many there are, and how many of them were not.
         delta_noise: mean over the last steps before it.
-        class_drift, free_drift, text_drift: as `training.drifts` measures them.
+        class_drift, free_drift, text_drift: as `training.checkpoint_drifts` measures them.
         stop: which part of the run's rule held; None: none did.
     """
 
@@ -56,12 +56,20 @@ class SavedRun:
     about: dict[str, Any]
     checkpoints: list[Checkpoint]
 
+    def gone(self) -> frozenset[int]:
+        """The steps of the checkpoints whose files are not beside the lines: trainers delete older ones."""
+        return frozenset(one.step for one in self.checkpoints if not (self.path.parent / one.file).exists())
 
-def find_runs(place: Path) -> list[SavedRun]:
+
+def find_runs(place: Path, left_out: list[str] | None = None) -> list[SavedRun]:
     """The runs of a folder and below it, or the one whose lines the file has.
 
+    Args:
+        place: the folder, or the file.
+        left_out: where given, takes what is wrong with the runs whose lines are broken, beside others.
+
     Raises:
-        AptError: no such place, no lines there, or broken ones.
+        AptError: no such place, no lines there, or broken ones (with `left_out`, in all of the runs).
     """
     if place.is_dir():
         # Not NAME-checkpoints.1.jsonl, which is of an earlier run.
@@ -71,10 +79,22 @@ def find_runs(place: Path) -> list[SavedRun]:
                 f"{place}: looked for *{ENDING}, which a run with APT writes beside the LoRAs that it saves; found none"
             )
     elif place.exists():
+        if not place.match("*-checkpoints*.jsonl"):  # an earlier run's has a number in its name
+            raise AptError(f"{place}: is no RUN{ENDING}; name that, or the folder that a run has saved its LoRAs in")
         paths = [place]
     else:
         raise AptError(f"{place}: no such folder; name the one that a run has saved its LoRAs in")
-    return [read_checkpoints(path) for path in paths]
+    runs, broken = [], []
+    for path in paths:
+        try:
+            runs.append(read_checkpoints(path))
+        except AptError as error:
+            broken.append(str(error))
+    if broken and (left_out is None or not runs):
+        raise AptError("; ".join(broken))
+    if left_out is not None:
+        left_out += broken
+    return runs
 
 
 def read_checkpoints(path: Path) -> SavedRun:
@@ -97,9 +117,10 @@ def read_checkpoints(path: Path) -> SavedRun:
             else:
                 checkpoint = _checkpoint(line)
                 found[checkpoint.step] = checkpoint
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise AptError(
-                f"{path}: line {number} is none of a checkpoint, with step and gamma; found {text[:40]!r}"
+                f"{path}: line {number} is none of a checkpoint, with step and gamma; found {text[:40]!r}: name the "
+                f"RUN{ENDING} that a run writes beside its LoRAs, or take that line out"
             ) from error
     name = path.name.removesuffix(ENDING)
     return SavedRun(name, path, about, [found[step] for step in sorted(found)])

@@ -125,7 +125,7 @@ def read_run(path: Path, name: str | None = None, most: int = MOST_LINES) -> Run
             while lines := file.readlines(1 << 19):
                 chosen.add(lines)
     except OSError as error:
-        raise AptError(f"{path}: cannot be read: {error.strerror}") from error
+        raise AptError(f"{path}: cannot be read: {error.strerror}; name a RUN{ENDING}") from error
     steps = chosen.parse()
     if not steps:
         return None

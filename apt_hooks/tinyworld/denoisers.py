@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..method.error_units import flow_error_scale
 from ..method.indicator import sigma_bins
-from ..method.units import flow_error_scale
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = 16

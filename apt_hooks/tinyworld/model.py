@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AptError, why_not_imported
-from ..integrations.quiet import quiet
+from ..integrations.library_logging import quiet
 from .denoisers import DENOISERS, LATENT_CHANNELS, LATENT_SIZE, TEXT_WIDTH, UNET, Denoiser
 from .world import vocabulary
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AptConfig, read_toml
+from ..config import AptConfig
 from ..integrations.peft import adapters_off, unload_adapters
 from ..method.augmentation import Placement
+from ..tomlread import read_toml
 from ..training.held_out import HeldOut
 from ..training.objective import AptObjective
 from ..training.run import AptRun
@@ -150,15 +151,15 @@ def train(
     of_class = _ClassTerms(method, samples, captions, off, seed)
     objective = AptObjective(config, module, off, bin_of=bin_of)
     run = AptRun(objective, log_path=log_path, augment_space="image", seed=seed, trainer="tinyworld")
-    if saving is not None:
-        held_out = None
-        if saving.held_out is not None and config.drifts:
-            unseen = _Samples(pipeline, saving.held_out, captions[:1] * len(saving.held_out), training.batch, seed)
-            held_out = HeldOut(objective, _Compared(unseen))
-        run.watch_checkpoints(saving.checkpoints(pipeline, run, held_out))
     trained = Trained(config, [], [])
-    module.train()
     try:
+        if saving is not None:
+            held_out = None
+            if saving.held_out is not None and config.drifts:
+                unseen = _Samples(pipeline, saving.held_out, captions[:1] * len(saving.held_out), training.batch, seed)
+                held_out = HeldOut(objective, _Compared(unseen))
+            run.watch_checkpoints(saving.checkpoints(pipeline, run, held_out))
+        module.train()
         for step in range(1, training.steps + 1):
             rows, timesteps, noise = samples.draw()
             placement = objective.draw_augmentation(timesteps, generator=run.generator())

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..integrations.diffusers_dreambooth.lora_metadata import add_metadata
+from ..training.checkpoint_drifts import SAMPLES, Drifts, fixed_noise
 from ..training.checkpoints import ENDING, Checkpoints
-from ..training.drifts import SAMPLES, Drifts, fixed_noise
 from ..training.held_out import HeldOut
 from ..training.run import AptRun
 from .lora_file import save_lora
@@ -67,7 +67,7 @@ class Saving:
 
 
 class _Probe:
-    """As `training.drifts.Probe`; the text encoder is never trained."""
+    """As `training.checkpoint_drifts.Probe`; the text encoder is never trained."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline

@@ -15,7 +15,7 @@ import torch
 from ..errors import AptError
 from ..files import free_name, write_atomically
 from ..stop_rule import StopRule
-from .drifts import Drifts
+from .checkpoint_drifts import Drifts
 from .held_out import HeldOut
 
 ENDING = "-checkpoints.jsonl"

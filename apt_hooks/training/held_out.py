@@ -8,9 +8,24 @@ import torch
 from torch import Tensor
 
 from ..method.losses import SampleLosses
-from .drifts import random_streams_kept
+from .checkpoint_drifts import random_streams_kept
 from .objective import AptObjective
 from .passes import rows_of
+
+MOST_PICTURES = 16
+"""That a checkpoint is measured on: a picture costs as much as training on five samples or more."""
+
+
+def held_out_batches(count: int, batch_size: int, most: int | None = None) -> list[int]:
+    """Which of a validation split's batches are compared, the same at every checkpoint: evenly over all, from 0.
+
+    Args:
+        count: how many there are.
+        batch_size: pictures in each, so that they come to `MOST_PICTURES` or fewer; a single batch may have more.
+        most: a limit of the user's.
+    """
+    kept = min(count, max(1, MOST_PICTURES // batch_size), *([] if most is None else [most]))
+    return [(2 * i + 1) * count // (2 * kept) for i in range(kept)]
 
 
 class HeldOut:

@@ -17,12 +17,12 @@ from ..hooks.frozen_rows import FrozenRows
 from ..hooks.layout import Layout
 from ..hooks.lora_pairs import lora_pairs
 from ..method.augmentation import Placement, ZoomOutRotate, covered_at
-from ..method.deferred import Deferred
+from ..method.deferred_checks import DeferredChecks
 from ..method.indicator import OverfittingIndicator
+from ..method.l2_sp import LowRank, difference, weight_offset
 from ..method.losses import SampleLosses, dco_weight
-from ..method.weight_offset import LowRank, difference, weight_offset
 from .passes import Passes, rows_of
-from .reference import Reference
+from .reference_model import Reference
 from .step import AptStep, scale_gradient
 
 
@@ -72,7 +72,7 @@ class AptObjective:
         layout: Layout | None = None,
     ) -> None:
         self.config = config
-        self._deferred = Deferred()
+        self._deferred = DeferredChecks()
         self.reference = Reference(config.reference, (unet, *also_frozen), adapters_off, trained, self._deferred)
         self.frozen_rows = FrozenRows()
         self.indicator = OverfittingIndicator(
@@ -172,8 +172,8 @@ class AptObjective:
             ends_step: under gradient accumulation, whether the optimizer steps after this batch; up to there gamma
                 stays what it is, and then the indicator is updated once with all the batches' samples.
             error_scale: [batch], what each sample's error has to be multiplied by to be an error of epsilon
-                (`units.epsilon_error_scale`); the indicator measures that, unless `indicator_space` is "target". None
-                measures the error as it is.
+                (`error_units.epsilon_error_scale`); the indicator measures that, unless `indicator_space` is "target".
+                None measures the error as it is.
             mask: as `target`, or with 1 in place of any of its sizes but the first; what each element counts in your
                 loss. Losses are means over what it covers, whatever its size; a sample without any is not measured.
 

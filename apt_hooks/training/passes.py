@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..config import AptConfig
 from ..errors import AptError
-from ..hooks.frozen_rows import Counted
+from ..hooks.capture import FeatureCapture, Features
+from ..hooks.frozen_rows import Counted, FrozenRows
 from ..hooks.gradients import ObservedPass
+from .reference_model import Reference
 from .regularizers import Regularizers, Weights, frozen_reduction
+from .step import AptStep
 
-if TYPE_CHECKING:
-    from ..hooks.capture import Features
-    from .objective import AptObjective
-    from .step import AptStep
+
+class Objective(Protocol):
+    """What the passes need of an `AptObjective`."""
+
+    config: AptConfig
+    reference: Reference
+    capture: FeatureCapture | None
+    frozen_rows: FrozenRows
+    steps: int
+
+    @property
+    def _step(self) -> Callable[..., AptStep]: ...
 
 
 class Passes:
@@ -45,7 +57,7 @@ class Passes:
         terms: `l_mu`, `l_sigma`, `l_attn`, `l_joint`, those that are on; scalars that reach the LoRA.
     """
 
-    def __init__(self, objective: AptObjective, instances: Tensor | None = None, covered: Tensor | None = None) -> None:
+    def __init__(self, objective: Objective, instances: Tensor | None = None, covered: Tensor | None = None) -> None:
         self._objective = objective
         self.instances, self.covered = instances, covered
         self._weights = None if covered is None else Weights(covered)

@@ -17,8 +17,8 @@ from ..hooks.gradients import Contribution, Factors, Kind
 from ..method.augmentation import covered_at
 from ..method.ops.attention_alignment import sum_and_gradients
 from ..method.ops.channel_statistics import gradient_of_statistics, mean_and_deviation
-from ..method.ops.choice import Impl
 from ..method.ops.precision import full_precision
+from ..method.ops.triton_choice import Impl
 
 
 def frozen_reduction(

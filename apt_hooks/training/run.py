@@ -1,4 +1,4 @@
-"""A training run's side of APT, the same for every trainer: start-up line, log, trackers, metadata, saved state."""
+"""A training run's side of APT, the same for every trainer: start-up line, log, trackers, metadata."""
 
 from __future__ import annotations
 
@@ -15,22 +15,16 @@ from typing import Any
 import torch
 
 from ..errors import AptError
-from ..files import write_atomically
-from ..hooks.starting_weights import from_file, to_bytes
 from ..method.augmentation import Placement
-from ..method.units import FLOW, check_target
+from ..method.error_units import FLOW, check_target
+from .checkpoint_drifts import Drifts
 from .checkpoints import Checkpoints
-from .drifts import Drifts
 from .held_out import HeldOut
 from .objective import AptObjective
 from .step import AptStep
 from .steplog import VALUES, StepLog
 
 logger = logging.getLogger("apt_hooks")
-
-STATE_FILE = "apt-hooks.json"
-START_FILE = "apt-hooks-start.pt"
-FORMAT = 1
 
 
 class AptRun:
@@ -42,7 +36,8 @@ class AptRun:
         augment_space: "image" or "latent", decided.
         seed, rank: where the augmentation's own random stream starts; the trainer's stream is not touched.
         trainer: its name and version, for the log.
-        target: what the model predicts, one of `units.TARGETS` or `units.FLOW`, unless `indicator_space` is "target".
+        target: what the model predicts, one of `error_units.TARGETS` or `error_units.FLOW`, unless `indicator_space` is
+            "target".
 
     Raises:
         AptError: `indicator_space` is not "target", and errors of this target cannot be told as errors of epsilon.
@@ -68,7 +63,7 @@ class AptRun:
         self.log = StepLog(log_path, self._about(trainer))
         self.checkpoints: Checkpoints | None = None
         self._checkpoint: dict[str, Any] = {}  # the last one's line, until the trackers have it
-        self._resumed = False
+        self.resumed = False
         self._begun_at: int | None = None  # the step behind which this process's first one stands
         self._stream = f"{seed}/{rank}"
 
@@ -167,7 +162,7 @@ class AptRun:
         if self.step - 1 != self._begun_at:
             return
         self._begun_at = -2  # asked once
-        if self.step == 1 and not self._resumed:
+        if self.step == 1 and not self.resumed:
             self.step = number
         if number != self.step:
             logger.info(
@@ -224,87 +219,6 @@ class AptRun:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-
-    def save(self, folder: str | Path) -> None:
-        """Write the state into a trainer's state folder, as `apt-hooks.json`.
-
-        With `reference = "start"` the weights that the training began from are beside it, in `apt-hooks-start.pt`.
-        """
-        if self.objective.indicator.is_within_step:
-            logger.warning(
-                "apt-hooks: %s is saved in the middle of step %d: the batches so far are in no indicator, as their "
-                "gradients are in no state",
-                folder,
-                self.step + 1,
-            )
-        self.log.flush()
-        objective, reference = self.objective.state_dict(), self.objective.reference
-        state = {
-            "format": FORMAT,
-            "step": self.step,
-            "batches": objective["steps"],
-            "indicator_units": self.indicator_units,
-            "reference": reference.kind,
-            "indicator": objective["indicator"],
-        }
-        start = reference.saved_start if reference.start is None else reference.start.named()
-        if start is not None:
-            write_atomically(Path(folder) / START_FILE, to_bytes(start))
-        write_atomically(Path(folder) / STATE_FILE, json.dumps(state, indent=1).encode())
-
-    def load(self, folder: str | Path) -> bool:
-        """Take over the state of `save`; a folder without one is warned about and changes nothing.
-
-        Raises:
-            AptError: the file is broken, of other bins, of other units or of another reference; `reference = "start"`,
-                and the folder has not the weights that the training began from.
-        """
-        path = Path(folder) / STATE_FILE
-        if not path.exists():
-            if self.objective.config.reference == "start":
-                raise AptError(
-                    f'{folder}: [apt] reference = "start" needs the weights that the training began from, and this '
-                    f'state has no {STATE_FILE}, it was saved without apt-hooks; resume with reference = "base", or '
-                    "begin a new run from its LoRA"
-                )
-            logger.warning(
-                "apt-hooks: %s has no %s, it was saved without apt-hooks; the overfitting indicator starts anew",
-                folder,
-                STATE_FILE,
-            )
-            return False
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            if state["format"] != FORMAT:
-                raise AptError(f"has format {state['format']!r}, this apt-hooks reads {FORMAT}; update apt-hooks")
-            units = state.get("indicator_units", self.target)  # as they were before there was a choice
-            if units != self.indicator_units:
-                raise AptError(
-                    f"the saved indicator is of errors of {units}, this run's of {self.indicator_units}: resume with "
-                    f'[apt] indicator_space = "{"target" if units == self.target else "epsilon"}", or delete the saved '
-                    "state to start the indicator anew"
-                )
-            own, saved = self.objective.reference.kind, state.get("reference", "base")
-            if saved != own:
-                raise AptError(
-                    f'the saved indicator is of reference = "{saved}", this run\'s of "{own}": resume with [apt] '
-                    f'reference = "{saved}", or begin a new run from its LoRA'
-                )
-            step, batches = int(state["step"]), int(state["batches"])
-            # Before the first batch the LoRA of the state is what the training begins from.
-            start = from_file(path.with_name(START_FILE)) if own == "start" and batches else None
-            self.objective.load_state_dict({"steps": batches, "indicator": state["indicator"]})
-        except AptError as error:
-            raise AptError(f"{path}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AptError(
-                f"{path}: no state of apt-hooks ({error!r}); delete it to start the indicator anew"
-            ) from error
-        self.step, self._resumed = step, True
-        if self.checkpoints is not None:
-            self.checkpoints.resumed(step)
-        self.objective.reference.start, self.objective.reference.saved_start = None, start
-        return True
 
     def close(self) -> None:
         """Write what is left of the log and take the hooks off."""

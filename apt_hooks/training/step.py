@@ -52,48 +52,35 @@ class AptStep:
             )
         return (per_sample * self.weight.to(per_sample.dtype)).mean() + self.regularizer
 
-    def keep(self, per_sample: Tensor) -> Tensor:
-        """`per_sample`, [batch], whose mean has its own value, to the bit, and the gradient of `loss(per_sample)`.
+    def weigh(self, x: Tensor, *, regularize: bool = False) -> Tensor:
+        """`x`, of its own value to the bit, with each sample's gradient multiplied by its weight; for adapters.
 
-        For a loop that shows what it differentiates: weighed, a loss falls as gamma rises, however well a LoRA does.
+        A prediction, for a loop whose loss is a mean already: every loss that is a sum over the samples gets the
+        gradient of the weighted one. Or a loss for each sample, for a loop that shows the mean that it differentiates:
+        weighed, that would fall as gamma rises, however well a LoRA does.
+
+        Args:
+            x: [batch, ...].
+            regularize: give the regularizer its gradient as well, as if it were added to the mean of `x`, [batch].
         """
-        return _OtherGradient.apply(per_sample, self.weight, self.regularizer)
-
-    def weigh(self, prediction: Tensor) -> Tensor:
-        """The prediction, [batch, ...], with each sample's gradient multiplied by its weight.
-
-        For a loop whose loss is a mean already: every loss that is a sum over the samples gets the gradient of the
-        weighted one, and keeps its value.
-        """
-        return scale_gradient(prediction, self.weight.reshape(-1, *[1] * (prediction.ndim - 1)))
+        factor = self.weight.reshape(-1, *[1] * (x.ndim - 1))
+        return _Gradient.apply(x, factor, self.regularizer if regularize else None)
 
 
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
     """`x`, whose gradient is multiplied by `factor`, of a shape that broadcasts to its own."""
-    return _ScaleGradient.apply(x, factor)
+    return _Gradient.apply(x, factor, None)
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """Identity; its backward multiplies by a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, prediction: Tensor, factor: Tensor) -> Tensor:
-        ctx.factor = factor
-        return prediction.clone()  # which a script may change in place; a view would refuse
+class _Gradient(torch.autograd.Function):
+    """Identity; its backward is that of `x * factor`, and of a scalar term that is added to each element's share."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient * ctx.factor.to(gradient.device)).to(gradient.dtype), None
-
-
-class _OtherGradient(torch.autograd.Function):
-    """Identity of losses; its backward is that of `losses * factor + term`."""
+    def forward(ctx: Any, x: Tensor, factor: Tensor, term: Tensor | None) -> Tensor:
+        ctx.factor, ctx.term = factor, None if term is None else (term.device, term.dtype)
+        return x.clone()  # which a script may change in place; a view would refuse
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, factor: Tensor, term: Tensor) -> Tensor:
-        ctx.factor, ctx.term = factor, (term.device, term.dtype)
-        return losses.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
-        return gradient * ctx.factor.to(gradient.device, gradient.dtype), None, gradient.sum().to(*ctx.term)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        of_term = None if ctx.term is None else gradient.sum().to(*ctx.term)
+        return (gradient * ctx.factor.to(gradient.device)).to(gradient.dtype), None, of_term

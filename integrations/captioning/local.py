@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from apt_hooks.errors import AptError
-from apt_hooks.integrations.quiet import quiet
+from apt_hooks.integrations.library_logging import quiet
 
 from .answers import BadAnswer, shorten
 

@@ -27,7 +27,7 @@ def find_photos(folder: Path) -> list[Path]:
         AptError: no such folder, no photos, or two photos that would share a caption.
     """
     if not folder.is_dir():
-        raise AptError(f"{folder}: no such folder")
+        raise AptError(f"{folder}: no such folder; name the one that the photos are in")
     try:
         below = [path for path in sorted(folder.iterdir()) if path.is_dir() and _REPEATS.fullmatch(path.name)]
         photos = [photo for place in (folder, *below) for photo in _photos_in(place)]

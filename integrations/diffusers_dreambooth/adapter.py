@@ -21,16 +21,16 @@ from apt_hooks.hooks.architectures import preset_of
 from apt_hooks.hooks.call_structure import prediction_of
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement, color_of
+from apt_hooks.method.error_units import FLOW, FlowLoss, epsilon_error_scale, per_sample
 from apt_hooks.method.indicator import sigma_bins
-from apt_hooks.method.units import FLOW, FlowLoss, epsilon_error_scale, per_sample
+from apt_hooks.training.checkpoint_drifts import NEUTRAL, Drifts
 from apt_hooks.training.checkpoints import ENDING, STOPPED, STOPS_ALONE, Checkpoints
-from apt_hooks.training.drifts import NEUTRAL, Drifts
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.passes import Passes
 from apt_hooks.training.run import AptRun
 from apt_hooks.training.step import AptStep
 
-from ..accelerate_resume import attach
+from ..accelerate_state import attach
 from ..class_captions import ClassCaptions
 from ..noise_options import tell_noise_options
 from ..peft import adapters_off, check_active, dropout

@@ -21,7 +21,7 @@ from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.call_structure import batch_axes, first_tensor, mapped
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.hooks.frozen_rows import Counted
-from apt_hooks.method.deferred import Deferred
+from apt_hooks.method.deferred_checks import DeferredChecks
 
 from ..class_captions import ClassCaptions, word_tokens
 
@@ -130,7 +130,7 @@ class ClassWords:
         self.captions = captions
         self._tokens = [ClassTokens(captions, read_by(model, self.tokenizers)) for model in models]
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._deferred = Deferred()
+        self._deferred = DeferredChecks()
         self._ran = self._heard = self._ever_heard = self._lengths_change = False
         self._passes: int | None = 0  # until the identifier was heard, or its absence said
         self._epoch = math.inf

@@ -160,9 +160,12 @@ def report(path: Path, found: Status) -> list[str]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise AptError(f"{path}: cannot be read: {error.strerror}; name a training script") from error
+    if b"\0" in content:
+        raise AptError(f"{path}: cannot be read as Python: it has bytes that are 0; name a training script")
+    return content
 
 
 def _patched(content: bytes, name: str) -> bytes:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from apt_hooks.errors import AptError
 from apt_hooks.hooks.call_structure import batch_axes, first_tensor, is_samples, mapped, prediction_of
-from apt_hooks.method.units import per_sample
-from apt_hooks.training.drifts import NEUTRAL, SAMPLES, fixed_noise
+from apt_hooks.method.error_units import per_sample
+from apt_hooks.training.checkpoint_drifts import NEUTRAL, SAMPLES, fixed_noise
 
 from .probe_prompts import Parts, ProbePrompts
 
@@ -81,7 +81,7 @@ class _Call:
 
 
 class StepProbe:
-    """As `training.drifts.Probe`, of a script's denoiser.
+    """As `training.checkpoint_drifts.Probe`, of a script's denoiser.
 
     Noise stands in the pictures' place too, as what the LoRA makes of the training's own pictures is no matter of the
     class; so it does in a reference picture's. What else a call tells, such as SDXL's sizes, is that of the run's first

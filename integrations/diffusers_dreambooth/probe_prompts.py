@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from apt_hooks.errors import AptError
 from apt_hooks.hooks.frozen import frozen_base
-from apt_hooks.training.drifts import NEUTRAL, random_streams_kept
+from apt_hooks.training.checkpoint_drifts import NEUTRAL, random_streams_kept
 
 from ..class_captions import word_tokens
 from .class_word import read_by, text_models

@@ -9,7 +9,7 @@ from typing import Any
 from apt_hooks.errors import AptError
 from apt_hooks.integrations.sampling.pipelines import TINY_WORLD
 from apt_hooks.results.comparison.folders import BASE
-from apt_hooks.results.front import front
+from apt_hooks.results.pareto_front import front
 from apt_hooks.results.pictures import draw_curves
 from apt_hooks.results.read_checkpoints import SavedRun
 

@@ -53,7 +53,7 @@ def check_file(path: Path) -> None:
     if path.is_dir():
         raise AptError(f"{path}: is a folder; name the .safetensors file in it")
     if not path.is_file():
-        raise AptError(f"{path}: no such file")
+        raise AptError(f"{path}: no such file; name a LoRA, as a trainer has saved it")
 
 
 def read_lora(path: Path) -> dict[str, Delta]:
@@ -92,7 +92,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise AptError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise AptError(f"{path}: is no safetensors file ({error})") from error
+        raise AptError(f"{path}: is no safetensors file ({error}); name a LoRA, as a trainer has saved it") from error
 
 
 _PARTS = {

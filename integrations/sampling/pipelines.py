@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from apt_hooks.errors import AptError, why_not_imported
-from apt_hooks.integrations.quiet import quiet
+from apt_hooks.integrations.library_logging import quiet
 
 from .denoising_steps import MOVABLE, check_pipeline
 

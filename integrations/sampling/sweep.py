@@ -29,7 +29,7 @@ def find_checkpoints(folder: Path) -> dict[str, Path]:
         AptError: fewer than two.
     """
     if not folder.is_dir():
-        raise AptError(f"--sweep {folder}: no such folder")
+        raise AptError(f"--sweep {folder}: no such folder; name the one that a run has saved its LoRAs in")
     files = [p for p in sorted(folder.rglob("*.safetensors")) if not p.parent.name.endswith("-state")]
     if len(files) < 2:
         raise AptError(f"--sweep {folder}: needs two or more .safetensors, found {len(files)}")

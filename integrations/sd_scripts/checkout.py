@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from apt_hooks.errors import AptError
 
-from ..patching import Places, Statements, strip
+from ..patching import Places, Statements, stripped_python
 
 SCRIPTS = ("train_network.py", "sdxl_train_network.py")
 NOISING, SAMPLER, READER = "get_noise_noisy_latents_and_timesteps", "get_timesteps", "read_config_from_file"
@@ -224,7 +224,7 @@ class Checkout:
     def _read(self, name: str) -> Source:
         content = self._contents.get(name)
         try:
-            content = strip((self.folder / name).read_bytes() if content is None else content)
+            content = stripped_python((self.folder / name).read_bytes() if content is None else content, name)
             return Source(name, content, ast.parse(content))
         except OSError as error:
             raise AptError(f"{self.folder / name}: cannot be read: {error.strerror}") from error

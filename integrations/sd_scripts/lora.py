@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from apt_hooks.errors import AptError
+from apt_hooks.hooks.lora_dropout import largest_dropout
 
 
 class LoraSwitch:
@@ -80,20 +81,14 @@ class LoraSwitch:
 
 
 def dropout(network: nn.Module) -> dict[str, float]:
-    """The largest probability of each kind of dropout that the LoRA modules of a network have, without those of 0.
+    """`largest_dropout` of the LoRA modules of a network.
 
     The kinds are called as in sd-scripts (`rank_dropout`, `module_dropout`; `dropout` is its `network_dropout`).
     LyCORIS keeps the same attributes, some of them as modules.
     """
-    found: dict[str, float] = {}
-    for module in network.modules():
-        for kind in _DROPOUTS if hasattr(module, "org_forward") else ():
-            p = getattr(module, kind, None)
-            p = getattr(p, "p", p)  # of an nn.Dropout
-            if isinstance(p, (int, float)) and p > 0:
-                name = f"network_{kind}" if kind == "dropout" else kind
-                found[name] = max(float(p), found.get(name, 0.0))
-    return found
+    loras = [module for module in network.modules() if hasattr(module, "org_forward")]
+    names = {kind: f"network_{kind}" if kind == "dropout" else kind for kind in _DROPOUTS}
+    return largest_dropout((names[kind], getattr(lora, kind, None)) for lora in loras for kind in _DROPOUTS)
 
 
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")

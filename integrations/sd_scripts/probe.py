@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apt_hooks.errors import AptError
-from apt_hooks.training.drifts import SAMPLES, fixed_noise
+from apt_hooks.training.checkpoint_drifts import SAMPLES, fixed_noise
 
 from .conditioning import TextEncoders
 from .denoiser import prepare_block_swap
@@ -54,7 +54,7 @@ class Prompts:
 
 @dataclasses.dataclass
 class TrainerProbe:
-    """As `training.drifts.Probe`.
+    """As `training.checkpoint_drifts.Probe`.
 
     Noise stands in the pictures' place too: what the LoRA makes of the training's own pictures is no matter of the
     class. What else a batch tells, such as SDXL's sizes, is that of the run's first sample.

@@ -10,13 +10,11 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from apt_hooks.config import AptConfig
@@ -24,19 +22,20 @@ from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures import preset_of
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement
-from apt_hooks.training.checkpoints import ENDING, STOPPED, STOPS_ALONE, Checkpoints
-from apt_hooks.training.drifts import NEUTRAL, SAMPLES, Drifts
+from apt_hooks.training.checkpoint_drifts import SAMPLES
+from apt_hooks.training.checkpoints import STOPPED
 from apt_hooks.training.held_out import HeldOut
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.run import AptRun
 
-from ..accelerate_resume import attach
+from ..accelerate_state import attach
 from ..class_captions import ClassCaptions
 from .augment import black_latent, moved
 from .conditioning import FrozenConditioning, TextEncoders, WithClassCaptions
 from .denoiser import FirstCall, prepare_block_swap
 from .lora import LoraSwitch, dropout
-from .probe import Prompts, TrainerProbe
+from .measured_saves import HELD_OUT_TIMESTEPS, MeasuredSaves
+from .probe import TrainerProbe
 from .sample_prompts import sample_prompts
 from .trainer_functions import FlowNoising, LossMask, noising_of
 
@@ -47,9 +46,6 @@ UNCOUNTED = "apt_hooks_uncounted"
 
 PRESERVATION = "diff_output_preservation"
 """The trainer's own custom attribute of subsets whose samples are to stay as the base model has them."""
-
-_HELD_OUT_TIMESTEPS = 10
-"""Of each held-out picture; evenly over the trainer's range, or as a transformer's trainer draws them."""
 
 _OTHER_TIMESTEPS = (
     "the trainer adds noise at other timesteps than those drawn for the augmentation; set [apt] augmentation = false"
@@ -69,15 +65,12 @@ class AptTrainer:
     _batch: _Batch | None = None
     _captions: ClassCaptions | None = None
     _conditioning: FrozenConditioning | None = None
-    _prompts: Prompts | None = None  # of the drifts; None where these are off
-    _probe: TrainerProbe | None = None  # from the first batch on
-    _measured: nn.Module | None = None  # the network whose saves are
-    _validation: Any = None  # the validation split, a group of data sets; None where there is none
-    _compare: Callable[[HeldOut, dict[str, Any], int], None] | None = None  # from the first batch on
+    _measured: MeasuredSaves
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
     def train(self, args: argparse.Namespace) -> None:
+        self._measured = MeasuredSaves(self.apt_config)
         with errors_in_one_line():
             try:
                 super().train(args)  # type: ignore[misc]
@@ -113,7 +106,7 @@ class AptTrainer:
         captions: list[str] = []
         _mark_uncounted(val_dataset_group)
         _mark_uncounted(train_dataset_group)
-        self._validation = val_dataset_group if val_dataset_group is not None and len(val_dataset_group) else None
+        self._measured.unseen = val_dataset_group if val_dataset_group is not None and len(val_dataset_group) else None
         for dataset in getattr(train_dataset_group, "datasets", []):
             for subset in getattr(dataset, "subsets", []):
                 captions += [
@@ -157,9 +150,9 @@ class AptTrainer:
             if self._captions is not None:
                 self._conditioning.prepare(encoders, dataset)  # type: ignore[union-attr]
             if prompts is not None:
-                prompts.encode(encoders, self._asked())
+                prompts.encode(encoders, self._measured.asked)
 
-        prompts = self._prompts = self._prompts_of_drifts(args)
+        prompts = self._measured.prompts_of_drifts(args, self.is_train_text_encoder(args))  # type: ignore[attr-defined]
         seen = dataset
         if self._captions is not None:
             self._conditioning = self._frozen_conditioning(args)
@@ -174,68 +167,6 @@ class AptTrainer:
             return self._conditioning
         trained = bool(self.is_train_text_encoder(args))  # type: ignore[attr-defined]
         return FrozenConditioning(self._captions, lora=trained, weighted=args.weighted_captions)
-
-    def _prompts_of_drifts(self, args: argparse.Namespace) -> Prompts | None:
-        """What encodes the prompts of the drifts; None where these are off."""
-        if not self.apt_config.drifts:
-            return None
-        trained = bool(self.is_train_text_encoder(args))  # type: ignore[attr-defined]
-        if trained and getattr(args, "cache_text_encoder_outputs", False):
-            return None  # some encoders are trained, and the others gone by then
-        return self._prompts or Prompts(trained=trained, weighted=args.weighted_captions)
-
-    @property
-    def _awaits_probe(self) -> bool:
-        """Whether drifts are measured, and the first batch has not come yet."""
-        return self._prompts is not None and self._probe is None
-
-    def _asked(self) -> list[str]:
-        """All prompts of the drifts."""
-        own = self._class_prompt()
-        return ["", *NEUTRAL, *([] if own is None else [own])]
-
-    def _class_prompt(self) -> str | None:
-        word = self.apt_config.class_word
-        return None if word is None else f"a photo of a {word}"
-
-    def _watch_checkpoints(self, args: argparse.Namespace, accelerator: Any) -> None:
-        config, prompts = self.apt_config, self._prompts_of_drifts(args)
-        self._prompts = prompts
-        off = "drifts = false" if not config.drifts else "text encoders are trained while outputs of others are cached"
-        drifts = Drifts(self.apt.objective.reference, _Later(self), self._class_prompt())
-        path = Path(args.output_dir or ".") / f"{args.output_name or 'last'}{ENDING}"
-        self.apt.watch_checkpoints(
-            Checkpoints(
-                path if accelerator.is_main_process else None,
-                None if prompts is None else drifts,
-                off=off,
-                held_out=self._held_out(args, accelerator),
-                rule=config.stop,
-            )
-        )
-        if config.stop and accelerator.num_processes > 1:
-            accelerator.print(f"apt-hooks: {STOPS_ALONE}")
-
-    def _held_out(self, args: argparse.Namespace, accelerator: Any) -> HeldOut | None:
-        """What goes through the validation split with both models; None where there is none, or drifts are off."""
-        unseen = self._validation
-        if unseen is None or not self.apt_config.drifts:
-            return None
-        most = getattr(args, "max_validation_steps", None)
-        count = len(unseen) if most is None else min(most, len(unseen))
-
-        def compare(held_out: HeldOut) -> None:
-            if self._compare is None:
-                raise AptError("a LoRA is saved before the first batch, so nothing was there to measure it with")
-            for index in range(count):
-                random.seed(index)
-                torch.manual_seed(index)
-                batch = send_to_device(unseen[index], accelerator.device)
-                for number in range(_HELD_OUT_TIMESTEPS):
-                    torch.manual_seed(index * _HELD_OUT_TIMESTEPS + number)
-                    self._compare(held_out, batch, number)
-
-        return HeldOut(self.apt.objective, compare)
 
     def _prepare(self, args: argparse.Namespace, accelerator: Any, text_encoder: Any, denoiser: nn.Module) -> None:
         """All that is known before the network is applied."""
@@ -280,7 +211,7 @@ class AptTrainer:
         if space == "latent" and objective.augments:
             self._black(accelerator.device)
         self._accelerator = accelerator
-        self._watch_checkpoints(args, accelerator)
+        self._measured.watch(self.apt, args, accelerator, trains_text=bool(trained))
         attach(self.apt, accelerator)
         if objective.augments and config.augment_space == "auto" and space == "latent":
             accelerator.print(f"apt-hooks: {_LATENTS_AUGMENTED}")
@@ -340,7 +271,7 @@ class AptTrainer:
 
         def known(batch: dict[str, Any]) -> _Batch:
             current = _Batch(_instances(batch), accelerator.sync_gradients)
-            if self._conditioning is not None or self._awaits_probe:
+            if self._conditioning is not None or self._measured.awaits_probe:
                 models = self.get_models_for_text_encoding(args, accelerator, text_encoders)  # type: ignore[attr-defined]
                 current.encoders = TextEncoders(models, text_encoding_strategy, tokenize_strategy)
             if self._conditioning is not None:
@@ -360,12 +291,12 @@ class AptTrainer:
         def compare(held_out: HeldOut, batch: dict[str, Any], number: int) -> None:
             current = known(batch)
             current.held_out = held_out
-            spread = self._noising.spread(args, noise_scheduler, _HELD_OUT_TIMESTEPS, accelerator.device)
+            spread = self._noising.spread(args, noise_scheduler, HELD_OUT_TIMESTEPS, accelerator.device)
             current.drawn = None if spread is None else spread[number].expand(len(current.instances))
             with self.apt.objective.reference.apart(frozen=False), on_its_way(current, batch):
                 process(batch, is_train=False)
 
-        self._compare = compare
+        self._measured.compare = compare
         current = known(batch)
         if self.apt.objective.augments:
             batch = self._augment(batch, current, args, noise_scheduler, accelerator.device, weight_dtype)
@@ -410,8 +341,8 @@ class AptTrainer:
             return run(batch, text_conds, denoiser, is_train)
         if current.held_out is not None:
             return self._compare_on(current, current.held_out, accelerator, batch, text_conds, denoiser, run)
-        if self._awaits_probe and accelerator.is_main_process:
-            self._probe = self._probe_of(
+        if self._measured.awaits_probe and accelerator.is_main_process:
+            self._measured.probe = self._probe_of(
                 current, args, accelerator, noise_scheduler, latents, batch, text_conds, denoiser, *rest
             )
         passes = self.apt.objective.passes(current.instances, current.covered)
@@ -516,7 +447,7 @@ class AptTrainer:
             text_conds,
             latents,
             current.encoders,
-            self._prompts,  # type: ignore[arg-type]
+            self._measured.prompts,  # type: ignore[arg-type]
             at_timesteps,
             accelerator.autocast,
         )
@@ -527,7 +458,7 @@ class AptTrainer:
         if step is None:
             return loss
         # The trainer differentiates the mean of these, and shows it beside the validation loss.
-        return step.keep(loss)
+        return step.weigh(loss, regularize=True)
 
     def sample_images(
         self, accelerator: Any, args: argparse.Namespace, epoch: Any, global_step: int, *rest: Any
@@ -577,23 +508,7 @@ class AptTrainer:
         if self.apt_config.reference == "start" or self.apt_config.objective == "l2-sp":
             objective.reference.modules = (*objective.reference.modules, network)
         self.apt.has_dropout(dropout(network))
-        self._measure_saves(network)
-
-    def _measure_saves(self, network: Any) -> None:
-        """Have the network's own method measure what it saves: the one place that is told the file's name."""
-        plain = network.save_weights
-
-        @functools.wraps(plain)
-        def save_weights(file: Any, dtype: Any, metadata: dict[str, str] | None, *rest: Any) -> Any:
-            with frozen_base([network], contextlib.nullcontext):  # without the LoRA's dropout
-                checkpoints, line = self.apt.checkpoints, self.apt.measure_checkpoint()
-            if metadata and "ss_apt_version" in metadata:  # not with `no_metadata`
-                metadata = {**metadata, **checkpoints.metadata(line)}  # type: ignore[union-attr]
-            saved = plain(file, dtype, metadata, *rest)
-            checkpoints.saved(line, Path(file))  # type: ignore[union-attr]
-            return saved
-
-        network.save_weights, self._measured = save_weights, network
+        self._measured.begin(network)
 
     @contextlib.contextmanager
     def _lora_off(self) -> Iterator[None]:
@@ -643,9 +558,7 @@ class AptTrainer:
         return self._latent_of_black
 
     def _close(self) -> None:
-        if self._measured is not None:
-            vars(self._measured).pop("save_weights", None)
-        self._measured = self._probe = self._compare = None
+        self._measured.close()
         if hasattr(self, "apt"):
             self.apt.close()
 
@@ -661,18 +574,6 @@ class AptTrainer:
 
 class _Stopped(Exception):
     """The key `stop` ends the training; what it says is why."""
-
-
-class _Later:
-    """The probe that a trainer has from its first batch on."""
-
-    def __init__(self, trainer: AptTrainer) -> None:
-        self._trainer = trainer
-
-    def __getattr__(self, name: str) -> Any:
-        if self._trainer._probe is None:
-            raise AptError("a LoRA is saved before the first batch, so nothing was there to measure it with")
-        return getattr(self._trainer._probe, name)
 
 
 @dataclasses.dataclass

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from apt_hooks.errors import AptError
+from apt_hooks.method.error_units import FLOW, FlowLoss, epsilon_error_scale, per_sample
 from apt_hooks.method.indicator import sigma_bins
-from apt_hooks.method.units import FLOW, FlowLoss, epsilon_error_scale, per_sample
 
 from ..noise_options import tell_noise_options
 from .checkout import FLOW_NOISING, MASKING, METHOD, NOISING, SAMPLER

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..layout import AttentionPoint, HiddenPoint, Layout, Source, Tap, Told, arguments, flat
-from .block_choice import select
+from .transformer_block_choice import select
 
 NAME = "Anima"
 

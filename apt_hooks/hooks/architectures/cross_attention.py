@@ -8,8 +8,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..layout import AttentionPoint, HiddenPoint, Layout, Read, Source, Tap, Told, arguments
-from .block_choice import select
-from .told_by_calls import taking_part
+from .joint_sequence import taking_part
+from .transformer_block_choice import select
 
 
 def layout(

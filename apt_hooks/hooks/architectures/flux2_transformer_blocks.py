@@ -11,7 +11,7 @@ from torch import nn
 from ..layout import Layout, Source, Tap
 from . import joint_attention
 from .joint_attention import Block
-from .told_by_calls import lengths, rotary, text_first
+from .joint_sequence import lengths, rotary, text_first
 
 NAME = "FLUX.2 in diffusers"
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint
-from .told_by_calls import rotary
+from .joint_sequence import rotary
 
 NAME = "HiDream in diffusers"
 

@@ -12,8 +12,8 @@ from ...errors import AptError
 from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint
+from .joint_sequence import rotary
 from .rotary_embedding import rotate_halves
-from .told_by_calls import rotary
 
 NAME = "Ideogram 4 in diffusers"
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...errors import AptError
 from ..layout import AttentionPoint, HiddenPoint, Layout, Source, Tap, Told
-from .block_choice import select
 from .rotary_embedding import rotate_pairs
+from .transformer_block_choice import select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Block:
 def layout(
     found: Sequence[Block], blocks: Literal["auto"] | Sequence[int], source: Source, noun: str = "blocks"
 ) -> Layout:
-    """The points of the chosen blocks (`block_choice.select`), of all that are found in the order in which they run."""
+    """The points of the chosen blocks (`transformer_block_choice.select`), of all found, in the order they run."""
     numbers = select(len(found), blocks, found[0].heads * found[0].channels)
     attention, hidden = [], []
     for block in (found[number] for number in numbers):

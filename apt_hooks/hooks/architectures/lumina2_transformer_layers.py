@@ -11,8 +11,8 @@ from torch import nn
 from ..layout import Layout, Source, Tap, Told, arguments
 from . import joint_attention
 from .joint_attention import Block, Joint, before
+from .joint_sequence import rotary
 from .rotary_embedding import pairs
-from .told_by_calls import rotary
 
 NAME = "Lumina 2 in diffusers"
 

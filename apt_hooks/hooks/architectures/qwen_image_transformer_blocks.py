@@ -11,8 +11,8 @@ from torch import nn
 from ..layout import Layout, Source, Tap
 from . import joint_attention
 from .joint_attention import Block, Joint
+from .joint_sequence import lengths, rotary
 from .rotary_embedding import pairs
-from .told_by_calls import lengths, rotary
 
 NAME = "Qwen-Image in diffusers"
 

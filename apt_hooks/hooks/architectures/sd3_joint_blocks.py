@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..layout import AttentionPoint, HiddenPoint, Layout, Source, Tap, flat
-from .block_choice import select
+from .transformer_block_choice import select
 
 NAME = "SD 3"
 

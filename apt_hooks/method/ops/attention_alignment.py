@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .choice import Impl, fault, takes_triton
 from .precision import full_precision
+from .triton_choice import Impl, fault, takes_triton
 
 CHUNK = 2**22
 """Numbers of a map that the eager way holds at a time (16 MiB in float32; five such pieces live at once)."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...errors import AptError
-from .choice import Impl, fault, takes_triton
 from .precision import full_precision
+from .triton_choice import Impl, fault, takes_triton
 
 CHUNK = 2**22
 """Numbers that the eager way casts at a time: 16 MiB in float32."""

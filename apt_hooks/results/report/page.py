@@ -10,6 +10,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import Any, TypeVar
 
 from apt_hooks.errors import AptError
 from apt_hooks.files import write_atomically
@@ -21,11 +22,12 @@ from . import figures
 from .figures import Plot
 from .markup import key, note
 from .samples import read_samples
-from .saved import read_saved
+from .saved import Saved, read_saved
 from .summary import fixed, how_trained, in_words, number, summarize
 from .tables import results_table, settings_table
 from .which_checkpoint import which_checkpoint
 
+_Read = TypeVar("_Read")
 _TERMS = {
     "loss_weight": ("Factor of the loss", "1: as without APT; near 0: what the LoRA is overfitted to hardly counts."),
     "augmented": ("Augmented images", "Share of the images that were zoomed out and rotated."),
@@ -37,7 +39,7 @@ _TERMS = {
 }
 
 
-def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None]) -> None:
+def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None]) -> list[str]:
     """Write the page for some runs, side by side.
 
     Args:
@@ -46,9 +48,13 @@ def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None])
         out: the page, an .html file.
         say: takes the one line of text for the user.
 
+    Returns:
+        What could not be read, a line each: a place without a log, or a broken log or checkpoints' file beside others,
+        which are shown without it. The page says so too.
+
     Raises:
-        AptError: no step log there, a log that is broken, plotly is missing (or Pillow, where there are sample
-            pictures, or tensorboard, where a place has nothing but event files), or the page cannot be written.
+        AptError: nothing could be read, plotly is missing (or Pillow, where there are sample pictures, or tensorboard,
+            where a place has nothing but event files), or the page cannot be written.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise AptError(f"--out must name an .html file; found {out}")
@@ -62,35 +68,53 @@ def run_report(places: Sequence[Path], out: Path, *, say: Callable[[str], None])
             f"{', '.join(map(str, bare))}: has event files of TensorBoard, and no *{ENDING}; name a run with APT too, "
             "beside which their losses are shown"
         )
-    logs = find_logs([place for place in places if place not in bare])
+    left_out: list[str] = []
+
+    def tried(read: Callable[..., _Read], *given: Any) -> _Read | None:
+        try:
+            return read(*given)
+        except AptError as error:
+            left_out.append(str(error))
+            return None
+
+    with_logs = [place for place in places if place not in bare]
+    if len(with_logs) > 1:
+        with_logs = [place for place in with_logs if tried(find_logs, [place])]
+    logs = find_logs(with_logs) if with_logs or not places else {}
     trainers, notes = [], []
     try:
-        trainers = read_events(find_events(places))
+        trainers = read_events(find_events([place for place in places if place in bare or place in with_logs]))
     except AptError as error:  # tensorboard is missing
         if bare:
             raise
         notes.append(f"Left out: {error}.")
-    read = {name: read_run(path, name) for name, path in logs.items()}
-    runs = [run for run in read.values() if run is not None]
-    empty = [str(logs[name]) for name, run in read.items() if run is None]
+    runs, empty = [], []
+    for name, path in logs.items():
+        known = len(left_out)
+        run = tried(read_run, path, name)
+        if run is not None:
+            runs.append(run)
+        elif len(left_out) == known:
+            empty.append(str(path))
     if not runs:
-        raise AptError(f"{', '.join(empty)}: no step yet; a run writes a line a step")
-    notes += [f"{path}: no step yet, left out." for path in empty]
-    page = _Page(runs, trainers)
+        raise AptError("; ".join(left_out + [f"{path}: no step yet; a run writes a line a step" for path in empty]))
+    saved = [tried(read_saved, run.path) for run in runs]
+    notes += [*(f"Left out: {line}." for line in left_out), *(f"{path}: no step yet, left out." for path in empty)]
+    page = _Page(runs, saved, trainers)
     write_atomically(out, page.html(notes, get_plotlyjs()).encode(errors="replace"))
     steps = sum(run.total for run in runs)
     counts = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {steps} {'step' if steps == 1 else 'steps'}"
     others = f", losses of {page.others} other{'s' if page.others > 1 else ''}" if page.others else ""
-    left_out = f"; no step yet in {', '.join(empty)}" if empty else ""
-    say(f"{out}: {counts}{others}{left_out}")
+    begun = f"; no step yet in {', '.join(empty)}" if empty else ""
+    say(f"{out}: {counts}{others}{begun}")
+    return left_out
 
 
 class _Page:
     """What fills the gaps of page.html; `plots` collects what its script is to draw, by the ids of their places."""
 
-    def __init__(self, runs: list[RunLog], trainers: Sequence[TrainerLog]) -> None:
-        self.runs = runs
-        self.saved = [read_saved(run.path) for run in runs]
+    def __init__(self, runs: list[RunLog], saved: list[Saved | None], trainers: Sequence[TrainerLog]) -> None:
+        self.runs, self.saved = runs, saved
         self.found = [summarize(run) for run in runs]
         self.trainers = list(_named_and_colored(runs, trainers))
         logged = [int(steps.max()) for *_, log in self.trainers for steps, _ in log.scalars.values()]

@@ -74,4 +74,4 @@ def read_saved(log: Path) -> Saved | None:
     if not path.exists():
         return None
     run = read_checkpoints(path)
-    return Saved(run, verdict(run.checkpoints))
+    return Saved(run, verdict(run.checkpoints, run.gone()))

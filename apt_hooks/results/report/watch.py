@@ -45,12 +45,14 @@ def run_watch(place: Path, *, once: bool = False, console: Any = None) -> None:
     """Show a run's gammas, losses and speed in the terminal while its log grows, until Ctrl-C.
 
     Args:
-        place: a step log, or a folder, of which the newest log is shown; neither needs to be there yet.
-        once: show what there is and return, as is done where the output is no terminal.
+        place: a step log, or a folder, of which the newest log is shown that is not broken; neither needs to be there
+            yet.
+        once: show what there is and return, as is done where the output is no terminal; of a folder then the newest log
+            that has a step.
         console: rich's; None makes one.
 
     Raises:
-        AptError: rich is missing; the log is broken; with `once`, there is no log or no step in it.
+        AptError: rich is missing; the log is broken, or all of a folder are; with `once`, there is none with a step.
     """
     try:
         from rich.console import Console
@@ -63,8 +65,13 @@ def run_watch(place: Path, *, once: bool = False, console: Any = None) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         watched.look()
         if once or not console.is_terminal:
+            while watched.last is None and watched.others and watched.path is not None:
+                watched.leave_out(watched.path, f"{watched.path}: {watched.waiting_for()}")
+                watched.look()
             if watched.last is None:
-                raise AptError(f"{watched.path or place}: {watched.waiting_for()}")
+                left_out = watched.left_out.values()
+                wrong = "" if place.exists() else f"; name a RUN{ENDING}, or a folder that has some"
+                raise AptError("; ".join([*left_out, f"{watched.path or place}: {watched.waiting_for()}{wrong}"]))
             console.print(picture(watched, console.width, None))
             return
         with Live(console=console, auto_refresh=False) as live:
@@ -101,6 +108,7 @@ class Watched:
     Attributes:
         path: the log; None while a folder has none.
         others: further logs of the folder.
+        left_out: those of the folder that are not shown, and why; a broken one until it is written to again.
         start: what the log says of the run where it started last; empty for older logs.
         last: its last step; None while there is none.
         histories: by the names in `VALUES`.
@@ -111,6 +119,8 @@ class Watched:
         self.place = place
         self.path: Path | None = None
         self.others: list[Path] = []
+        self.left_out: dict[Path, str] = {}
+        self._left_at: dict[Path, float] = {}
         self._looked = -math.inf
         self._forget()
 
@@ -127,23 +137,41 @@ class Watched:
         """Take in what has been written since the last look.
 
         Raises:
-            AptError: a new line is none of a step log, or the log cannot be read.
+            AptError: a new line is none of a step log, or the log cannot be read; of a folder's log, where there is no
+                other.
         """
-        self._find()
-        if self.path is None:
-            return
+        while True:
+            self._find()
+            if self.path is None:
+                return
+            try:
+                self._look_at(self.path)
+                return
+            except AptError as error:
+                if not self.others:
+                    raise AptError("; ".join([*self.left_out.values(), str(error)])) from error
+                self.leave_out(self.path, str(error))
+
+    def leave_out(self, path: Path, why: str) -> None:
+        """Pass over a log of the folder as it is now."""
+        self.left_out[path] = why
+        self._left_at[path] = _modified(path)
+        self._looked = -math.inf  # for another
+        self._forget()
+
+    def _look_at(self, path: Path) -> None:
         try:
-            found = self.path.stat()
+            found = path.stat()
             if (found.st_dev, found.st_ino) != self._file or found.st_size < self._end:
                 self._forget()  # another run has begun there
                 self._file = (found.st_dev, found.st_ino)
             if found.st_size > self._end:
                 self.written = datetime.fromtimestamp(found.st_mtime)
-                self._read(self.path)
+                self._read(path)
         except FileNotFoundError:
             self._forget()
         except OSError as error:
-            raise AptError(f"{self.path}: cannot be read: {error.strerror}") from error
+            raise AptError(f"{path}: cannot be read: {error.strerror}") from error
         if self.last is not None and (not self._times or self._times[-1][1] != self.last.step):
             now = time.monotonic()
             self._times.append((now, self.last.step))
@@ -187,6 +215,8 @@ class Watched:
             return
         self._looked = now
         logs = sorted(self.place.rglob(f"*{ENDING}"), key=_modified, reverse=True)
+        self.left_out = {log: why for log, why in self.left_out.items() if _modified(log) == self._left_at[log]}
+        logs = [log for log in logs if log not in self.left_out]
         self.path, self.others = (logs[0], logs[1:]) if logs else (None, [])
 
     def _read(self, path: Path) -> None:
@@ -248,7 +278,7 @@ def picture(watched: Watched, width: int, height: int | None) -> Any:
         Text(f"step {last.step}", style="bold").append(f"  {_speed(watched)}", style="not bold"),
         Text(""),
         Text("gamma by timesteps: 0 as good as the base, 1 overfitted", style="dim"),
-        *_bars(last, width, _MOST_BINS if height is None else max(1, height - _OTHER_LINES)),
+        *_bars(last, width, _MOST_BINS if height is None else max(1, height - _OTHER_LINES - len(watched.left_out))),
         Text(""),
     ]
     values = dict(zip(VALUES, last.values, strict=True))
@@ -259,6 +289,7 @@ def picture(watched: Watched, width: int, height: int | None) -> Any:
     if watched.others:
         names = ", ".join(run_name(path) for path in watched.others)
         lines.append(Text(f"also here: {names}", style="dim"))
+    lines += [Text(f"left out: {why}", style="dim") for why in watched.left_out.values()]
     for line in lines:
         line.no_wrap, line.overflow = True, "ellipsis"
     return Group(*lines)

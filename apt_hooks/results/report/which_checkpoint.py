@@ -31,7 +31,9 @@ def which_checkpoint(
     parts = [f'<h3 style="--run: {figures.run_color(number)}">{escape(run.name)}</h3>']
     if saved is None:
         lines = run_name(run.path) + ENDING
-        parts.append(note(f"No verdict: beside its log there is no {lines}, a line of which tells of each saved LoRA."))
+        broken = run.path.with_name(lines).exists()
+        said = f"beside its log there is no {lines}, a line of which tells of each saved LoRA"
+        parts.append(note(f"No verdict: {f'{lines} cannot be read, as said at the top' if broken else said}."))
     else:
         parts += [_verdict(saved), _plots(number, saved, last_step, figure), _table(saved)]
     if samples:

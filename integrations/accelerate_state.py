@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from apt_hooks.errors import errors_in_one_line
+from apt_hooks.training.resume import load_state, save_state
 from apt_hooks.training.run import AptRun
 
 logger = logging.getLogger("apt_hooks")
@@ -20,11 +21,11 @@ def attach(run: AptRun, accelerator: Any) -> None:
 
     def save(models: Any, weights: Any, folder: str) -> None:
         if accelerator.is_main_process:
-            run.save(folder)
+            save_state(run, folder)
 
     def load(models: Any, folder: str) -> None:
         with errors_in_one_line():
-            loaded = run.load(folder)
+            loaded = load_state(run, folder)
         if loaded:
             logger.info("apt-hooks: the indicator goes on from step %d", run.step)
 

@@ -8,8 +8,9 @@ from models import LATENTS, TEXT_WIDTH, TOKENS, make_tuned
 from torch.nn import functional as F
 
 from apt_hooks import AptConfig, AptError
-from apt_hooks.integrations.template import Adapter
-from apt_hooks.training.contract import CONTRACT, Trained
+from apt_hooks.integrations.adapter_template import Adapter
+from apt_hooks.training.adapter_contract import CONTRACT, Trained
+from apt_hooks.training.resume import load_state, save_state
 from apt_hooks.training.step import AptStep
 
 
@@ -50,7 +51,7 @@ class Trainer:
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save({**state, "stream": self.stream.get_state()}, self.folder / "state.pt")
         if self.adapter is not None:
-            self.adapter.run.save(self.folder)
+            save_state(self.adapter.run, self.folder)
 
     def load(self):
         state = torch.load(self.folder / "state.pt")
@@ -58,7 +59,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.stream.set_state(state["stream"])
         if self.adapter is not None:
-            self.adapter.run.load(self.folder)
+            load_state(self.adapter.run, self.folder)
 
     def close(self):
         if self.adapter is not None:

@@ -5,7 +5,7 @@
         check(train)
 
 `train` trains one small LoRA from the same start each time (`Train`); a check raises an `AssertionError` that says
-which rule is broken. `integrations/template.py` is an adapter to begin with.
+which rule is broken. `integrations/adapter_template.py` is an adapter to begin with.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from apt_hooks import AptConfig, AptError
-from apt_hooks.method.deferred import Deferred
+from apt_hooks.method.deferred_checks import DeferredChecks
 from apt_hooks.method.drift import embedding_drift, prediction_drift
 from apt_hooks.stop_rule import StopRule
+from apt_hooks.training.checkpoint_drifts import SAMPLES, Drifts, fixed_noise
 from apt_hooks.training.checkpoints import METADATA, Checkpoints
-from apt_hooks.training.drifts import SAMPLES, Drifts, fixed_noise
 from apt_hooks.training.held_out import HeldOut
 from apt_hooks.training.objective import AptObjective
-from apt_hooks.training.reference import Reference
+from apt_hooks.training.reference_model import Reference
 
 # -- the numbers -------------------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ def drifts_of(embeds: bool = True, class_prompt: str | None = "a photo of a dog"
     with torch.no_grad():
         model.weight.copy_(torch.eye(2))
     probe = Probe(model, embeds)
-    reference = Reference("base", [model], off, model.named_parameters(), Deferred())
+    reference = Reference("base", [model], off, model.named_parameters(), DeferredChecks())
     return Drifts(reference, probe, class_prompt), probe, model
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Deferred:
+class DeferredChecks:
     """Checks of numbers that a device still has to compute."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What diffusers' transformers of a joint sequence are told by the names that they have in common."""
+"""A joint sequence of picture and text, by the arguments that diffusers' transformers have in common."""
 
 from __future__ import annotations
 

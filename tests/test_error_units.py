@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from apt_hooks import AptError
-from apt_hooks.method.units import TARGETS, epsilon_error_scale, flow_error_scale, flow_target
+from apt_hooks.method.error_units import TARGETS, epsilon_error_scale, flow_error_scale, flow_target
 
 # The schedule of Stable Diffusion and SDXL: betas linear in their roots.
 ALPHAS_CUMPROD = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..hooks.frozen import AdaptersOff, frozen_base
 from ..hooks.frozen_check import Watches
 from ..hooks.starting_weights import Named, StartingWeights
-from ..method.deferred import Deferred
+from ..method.deferred_checks import DeferredChecks
 
 logger = logging.getLogger("apt_hooks")
 
@@ -40,7 +40,7 @@ class Reference:
         modules: Iterable[nn.Module],
         adapters_off: AdaptersOff,
         trained: Iterable[tuple[str, nn.Parameter]] | None,
-        deferred: Deferred,
+        deferred: DeferredChecks,
     ) -> None:
         self.kind = kind
         self.modules = tuple(modules)

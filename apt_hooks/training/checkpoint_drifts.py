@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..method.drift import embedding_drift, prediction_drift
-from .reference import Reference
+from .reference_model import Reference
 
 SAMPLES = 8
 """Noisy latents of a probe. Class drift and trigger-free drift are so many passes of one sample each at a checkpoint,

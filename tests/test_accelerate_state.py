@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from apt_hooks import AptConfig, AptObjective
-from apt_hooks.integrations.accelerate_resume import attach
-from apt_hooks.training.run import STATE_FILE, AptRun
+from apt_hooks.integrations.accelerate_state import attach
+from apt_hooks.training.resume import STATE_FILE
+from apt_hooks.training.run import AptRun
 
 
 class FakeAccelerator:

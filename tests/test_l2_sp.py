@@ -9,7 +9,7 @@ from torch import nn
 
 from apt_hooks import AptConfig, AptError, AptObjective
 from apt_hooks.hooks.lora_pairs import lora_pairs
-from apt_hooks.method.weight_offset import LowRank, difference, weight_offset
+from apt_hooks.method.l2_sp import LowRank, difference, weight_offset
 
 BASE = {"linear": nn.Linear(5, 7), "other": nn.Linear(5, 7), "wide": nn.Linear(6, 3), "conv": nn.Conv2d(4, 6, 3)}
 

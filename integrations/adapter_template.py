@@ -1,8 +1,7 @@
 """A template: APT in a trainer of your own. Copy it, and put your trainer's calls in place of the parameters.
 
 In the order of a step: `augment` once the timesteps are drawn, `predict` in place of the denoiser's call, `loss` of
-your losses, `ended` when the batch is over; `close` at the end. `apt_hooks.training.contract` has the tests that it has
-to pass.
+your losses, `ended` when the batch is over; `close` at the end. Its tests are in `apt_hooks.training.adapter_contract`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError
 from apt_hooks.hooks.frozen import AdaptersOff
 from apt_hooks.method.augmentation import Placement
-from apt_hooks.method.units import epsilon_error_scale
+from apt_hooks.method.error_units import epsilon_error_scale
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.passes import Passes
 from apt_hooks.training.run import AptRun
