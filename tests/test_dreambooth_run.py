@@ -44,7 +44,7 @@ from apt_hooks.integrations.diffusers_dreambooth.adapter import DreamBoothRun
 from apt_hooks.integrations.diffusers_dreambooth.patch import patch
 from apt_hooks.method.augmentation import Placement
 from apt_hooks.method.indicator import OverfittingIndicator
-from apt_hooks.training import contract
+from apt_hooks.training import adapter_contract as contract
 from apt_hooks.training.objective import AptObjective
 
 SCRIPTS = Path(__file__).with_name("dreambooth_scripts")

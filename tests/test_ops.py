@@ -3,7 +3,8 @@ import torch
 from models import relative_difference
 
 from apt_hooks import AptError, attention_alignment_loss
-from apt_hooks.method.ops import attention_alignment, channel_statistics, choice
+from apt_hooks.method.ops import attention_alignment, channel_statistics
+from apt_hooks.method.ops import triton_choice as choice
 from apt_hooks.method.ops.attention_alignment import sum_and_gradients
 from apt_hooks.method.ops.channel_statistics import mean_and_deviation, representation_statistics
 
