@@ -16,12 +16,12 @@ from apt_hooks.results.read_checkpoints import Checkpoint, find_runs, read_check
 from apt_hooks.results.verdict import verdict
 
 GAPS = (0.02, 0.04, 0.05, 0.052, 0.054, 0.055)
-DRIFTS = (0.2, 0.25, 0.3, 0.5, 0.8, 1.2)
+DRIFTS = (0.4, 0.9, 1.2, 1.21, 1.6, 2.4)  # of the trigger-free prompts
 
 
 def checkpoint(step: int, gap: float = 0.01, drift: float = 0.1, **other: Any) -> Checkpoint:
     known: dict[str, Any] = {"gamma": 0.5, "held_out_gap": math.nan, "bins": 10, "unseen": 0, "delta_noise": 0.02}
-    drifts = {"class_drift": drift, "free_drift": drift / 2, "text_drift": math.nan}
+    drifts = {"class_drift": 2 * drift, "free_drift": drift, "text_drift": math.nan}
     return Checkpoint(step=step, file=f"lora-{step}.safetensors", gap=gap, **{**known, **drifts, **other})
 
 
@@ -31,30 +31,61 @@ def run(gaps: Any = GAPS, drifts: Any = DRIFTS, **other: Any) -> list[Checkpoint
     ]
 
 
-def test_the_knee_of_learning_against_drift_is_picked() -> None:
+def unseen(gaps: Any, drifts: Any = (0.1,) * 6) -> list[Checkpoint]:
+    """A run with a held-out gap."""
+    return [
+        checkpoint(100 * k, 0.05, drift, held_out_gap=gap)
+        for k, (gap, drift) in enumerate(zip(gaps, drifts, strict=True), 1)
+    ]
+
+
+def test_the_last_that_leaves_other_prompts_alone_is_picked() -> None:
     found = verdict(run())
     assert found.picked is not None and found.picked.step == 300
-    # learned 0.03 of 0.035, drifted 0.1 of 1.0
-    assert found.benefits[2] == pytest.approx(0.03 / 0.035 - 0.1)
-    assert found.benefits[0] == 0 and found.benefits[-1] == pytest.approx(0)
-    assert str(found).startswith("Step 300 (lora-300.safetensors): from the first checkpoint on it has 86% of what was")
-    assert len(found.sentences) == 2
+    assert str(found) == (
+        "Step 300 (lora-300.safetensors): the last that is not worn out: other prompts have moved by 1.20 of what they "
+        "mean. At step 400 other prompts have moved by 1.21 of what they mean, and are ignored."
+    )
+
+
+def test_a_drift_that_comes_back_is_no_end() -> None:
+    found = verdict(run(drifts=(0.4, 1.3, 0.9, 1.3, 1.1, 1.3)))
+    assert found.picked is not None and found.picked.step == 500
 
 
 def test_of_the_last_one_nothing_behind_it_is_said() -> None:
     found = verdict(run(drifts=(0.1, 0.2, 0.2, 0.19, 0.15, 0.1)))
-    assert found.picked is not None and found.picked.step == 600 and found.sure
-    assert found.sentences[1].startswith("Before it less is learned, and it is the last: a longer training may")
+    assert found.picked is not None and found.picked.step == 600
+    assert found.sentences[1] == "It is the last: a longer training may give one that is better still."
 
 
-def test_the_unit_of_gaps_and_drifts_is_no_matter() -> None:
-    one, other = verdict(run()), verdict(run([7 * gap for gap in GAPS], [30 * drift for drift in DRIFTS]))
-    assert one.benefits == pytest.approx(other.benefits)
+def test_where_all_are_worn_out_the_least_is_picked_and_what_to_do_is_said() -> None:
+    found = verdict(run(drifts=(1.5, 1.3, 1.4, 1.7, 1.8, 1.9)))
+    assert found.picked is not None and found.picked.step == 200
+    assert found.sentences[0].endswith(
+        "all are worn out, it by least: other prompts have moved by 1.30 of what they mean."
+    )
+    assert found.sentences[1] == "Save earlier ones, or train at a lower learning rate."
 
 
-def test_where_others_are_as_good_it_says_which() -> None:
-    found = verdict(run(range(6), range(6)))  # learning and drift go together
-    assert not found.sure and "cannot be told from steps 200, 300, 400, 500, 600" in str(found)
+def test_what_is_lost_on_pictures_that_were_not_trained_on_counts() -> None:
+    # 0.88 of 0.02 is 0.0176.
+    found = verdict(unseen((0.01, 0.02, 0.019, 0.0177, 0.0175, 0.01)))
+    assert found.picked is not None and found.picked.step == 400
+    assert found.sentences[1] == (
+        "At step 500 it is behind what it was on pictures that were not trained on: it overfits."
+    )
+    assert "furthest ahead of the base model at step 200 (0.02), and 0.01 at the end" in found.sentences[2]
+
+
+def test_a_lora_that_is_never_ahead_on_them_is_judged_by_its_best_too() -> None:
+    found = verdict(unseen((-0.01, -0.0105, -0.0111, -0.0113, -0.02, -0.03)))
+    assert found.picked is not None and found.picked.step == 300
+
+
+def test_both_have_to_hold() -> None:
+    found = verdict(unseen((0.02,) * 5 + (0.01,), DRIFTS[::-1]))
+    assert found.picked is not None and found.picked.step == 500  # of those with a small drift, 400 to 600
 
 
 @pytest.mark.parametrize(
@@ -66,22 +97,13 @@ def test_where_others_are_as_good_it_says_which() -> None:
             "Too short to say: 20 steps, and the LoRA has hardly moved the model (delta noise 1",
         ),
         ([checkpoint(20, unseen=2)], "Too short to say: 20 steps, and 2 of 10 bins of timesteps were never seen."),
-        (run()[:2], "Cannot tell from 2 checkpoints"),
         (run(class_drift=math.nan, free_drift=math.nan), "Cannot tell: not all of these checkpoints have drifts"),
-        (run(gaps=[0.05] * 6), "Cannot tell: behind the first checkpoint the LoRA got no further ahead"),
+        ([*run(), checkpoint(700, drift=math.nan)], "Cannot tell: not all of these checkpoints have drifts"),
     ],
 )
 def test_it_says_when_it_cannot_tell(checkpoints: list[Checkpoint], said: str) -> None:
     found = verdict(checkpoints)
-    assert found.picked is None and str(found).startswith(said) and len(found.benefits) == len(checkpoints)
-
-
-def test_pictures_that_were_not_trained_on_have_a_sentence() -> None:
-    held_out = (0.01, 0.02, 0.015, 0.01, 0.0, -0.01)
-    checkpoints = [
-        checkpoint(one.step, one.gap, one.class_drift, held_out_gap=h) for one, h in zip(run(), held_out, strict=True)
-    ]
-    assert "furthest ahead of the base model at step 200 (0.02), and -0.01 at the end" in str(verdict(checkpoints))
+    assert found.picked is None and str(found).startswith(said)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -113,38 +135,40 @@ def test_the_table_marks_what_was_picked_and_what_is_gone(tmp_path: Path) -> Non
     (tmp_path / "lora-300.safetensors").write_bytes(b"")
     said = pick(tmp_path).splitlines()
     (marked,) = [text for text in said if text.startswith(">")]
-    assert marked.split() == [">", "300", "0.60", "0.05", "0.02", "0.30", "0.30", "lora-300.safetensors"]
+    assert marked.split() == [">", "300", "0.60", "0.05", "0.02", "1.20", "1.20", "lora-300.safetensors"]
     assert said[2].endswith("lora-100.safetensors (gone)") and "text drift" not in said[1]
     assert said[-3].startswith("Step 300 (lora-300.safetensors)") and len(said) == 11
-    assert said[-2].startswith("Before it less is learned, and behind it")
+    assert said[-2].startswith("At step 400 other prompts have moved by 1.21")
     assert said[-1].startswith("By these numbers alone, which are no match for pictures")
 
 
 def test_one_that_is_gone_is_not_picked_while_others_are_there(tmp_path: Path) -> None:
-    """Benefits: 0.76 at step 300, behind it 0.61, 0.37 and 0."""
     write(tmp_path, LINES)
-    for step in (400, 500, 600):
+    for step in (100, 200, 600):
         (tmp_path / f"lora-{step}.safetensors").touch()
     said = pick(tmp_path).splitlines()
-    assert [text.split()[1] for text in said if text.startswith(">")] == ["400"]
-    assert said[-3].startswith("Step 400 (lora-400.safetensors): from the first checkpoint on it has 91% of what was")
+    assert [text.split()[1] for text in said if text.startswith(">")] == ["200"]
+    assert said[-3].startswith(
+        "Step 200 (lora-200.safetensors): the last that is not worn out: other prompts have moved"
+    )
     assert said[-2].startswith(
         "Step 300 (lora-300.safetensors) was better, but is gone: the trainer deletes older ones "
     )
     assert said[-2].endswith("This is the best of those still there.")
-    for step in (400, 500, 600):
+    for step in (100, 200, 600):
         (tmp_path / f"lora-{step}.safetensors").unlink()
     said = pick(tmp_path).splitlines()
     assert [text.split()[1] for text in said if text.startswith(">")] == ["300"]
     assert said[-2].startswith("Its file is gone, as all of this run are: ")
 
 
-def test_those_that_are_gone_are_none_to_look_at() -> None:
-    found = verdict(run(range(6), range(6)), gone=(300, 400))  # learning and drift go together
-    assert found.picked is not None and found.picked.step == 100
-    assert "cannot be told from steps 200, 500, 600" in str(found)
-    held_out = [checkpoint(one.step, one.gap, one.class_drift, held_out_gap=-one.step) for one in run()]
-    assert "at step 100 (-100, gone), and -600 at the end" in str(verdict(held_out, gone=(100,)))
+def test_where_those_that_are_left_are_worn_out_the_least_is_picked() -> None:
+    found = verdict(run(), gone=(100, 200, 300))
+    assert found.picked is not None and found.picked.step == 400
+    assert "all are worn out, it by least" in found.sentences[0] and "Step 300" in found.sentences[1]
+    assert "at step 100 (-100, gone), and -600 at the end" in str(
+        verdict(unseen([-100 * k for k in range(1, 7)]), (100,))
+    )
 
 
 def test_a_run_that_cannot_be_read_is_left_out_beside_others(tmp_path: Path) -> None:

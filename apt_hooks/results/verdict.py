@@ -1,15 +1,16 @@
 """Which checkpoint, and why: from what was measured of each while it was trained, without a picture.
 
-The rule is ours. Between its first and its last checkpoint a LoRA gets ahead of the base model on its own pictures
-(`gap`), and moves what other prompts give (the drifts). Both as shares of what they come to in all,
+The rule is ours. A LoRA gets better at its subject up to the end of a training as a rule, so the last checkpoint is
+taken that is not worn out:
 
-    benefit(k) = share(gap)_k - mean over the drifts of share(drift)_k,   share(x)_k = (x_k - x_1) / (max x - x_1)
+- prompts without class and subject have moved by at most `MOST_DRIFT` of what a prompt itself does to a prediction
+  (`free_drift`, whose unit is the same whatever a model predicts): behind that they are ignored;
+- where there are pictures that were not trained on, the LoRA is still ahead of the base model on them by `KEPT` of the
+  most that it was in this run (`held_out_gap`): behind that it overfits.
 
-and the checkpoint with the largest benefit is picked: behind it, drift grows faster than what is learned, the knee of
-the one against the other. No threshold of gamma or of a drift is in it, whose sizes differ between models and subjects.
-Compared with judges of pictures it is no better than chance (docs/checkpoints.md), and is told with that.
-
-Of checkpoints whose files are gone the numbers count, and none is picked while there are others.
+Both numbers were chosen on the tiny world, on concepts other than those on which the rule was then compared with judges
+of pictures (docs/checkpoints.md). Of checkpoints whose files are gone the numbers count, and none is picked while there
+are others.
 """
 
 from __future__ import annotations
@@ -21,11 +22,8 @@ from collections.abc import Collection, Sequence
 from .read_checkpoints import Checkpoint
 from .too_short import why_too_short
 
-FEWEST = 4
-"""Checkpoints: of fewer, a knee is what the first and the last leave between them."""
-
-CLEAR = 0.05
-"""By how much the benefit is to be above the next one's: gaps of one LoRA, taken twice, differ by about as much."""
+MOST_DRIFT = 1.2
+KEPT = 0.88
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +33,10 @@ class Verdict:
     Attributes:
         picked: the checkpoint, of those that are still there, where any is; None where nothing can be said.
         sentences: why, or why not; two, or one more where the pictures that were not trained on have something to say.
-        sure: whether another is clearly worse by the same rule.
-        benefits: of each checkpoint, NaN where there is none.
     """
 
     picked: Checkpoint | None
     sentences: tuple[str, ...]
-    sure: bool
-    benefits: tuple[float, ...]
 
     def __str__(self) -> str:
         return " ".join(self.sentences)
@@ -55,82 +49,54 @@ def verdict(checkpoints: Sequence[Checkpoint], gone: Collection[int] = ()) -> Ve
         checkpoints: all that were saved.
         gone: the steps of those whose files are not there any more.
     """
-    nothing = (math.nan,) * len(checkpoints)
     if not checkpoints:
-        return Verdict(None, ("No checkpoint has been saved yet.",), False, nothing)
+        return Verdict(None, ("No checkpoint has been saved yet.",))
     last = checkpoints[-1]
     too_short = why_too_short(last.step, last.bins, last.unseen, last.delta_noise)
     if too_short:
-        return Verdict(None, (f"Too short to say: {too_short}.", "Train longer, then ask again."), False, nothing)
-    if len(checkpoints) < FEWEST:
-        count = f"{len(checkpoints)} checkpoint{'s' if len(checkpoints) > 1 else ''}"
-        return Verdict(
-            None,
-            (
-                f"Cannot tell from {count}: the rule looks for the one behind which drift outgrows learning.",
-                f"Save {FEWEST} or more in a run, or let pictures decide.",
-            ),
-            False,
-            nothing,
-        )
-    names = [name for name in last.drifts if all(name in one.drifts for one in checkpoints)]
-    if not names or any(math.isnan(one.gap) for one in checkpoints):
-        missing = "drifts" if not names else "gaps"
-        return Verdict(
-            None,
-            (f"Cannot tell: not all of these checkpoints have {missing}.", "Let pictures decide."),
-            False,
-            nothing,
-        )
-    learned = _shares([one.gap for one in checkpoints])
-    drifted = [_shares([one.drifts[name] for one in checkpoints]) for name in names]
-    if learned is None:
-        return Verdict(
-            None,
-            (
-                "Cannot tell: behind the first checkpoint the LoRA got no further ahead of the base model.",
-                "Save the first one earlier, or let pictures decide.",
-            ),
-            False,
-            nothing,
-        )
-    costs = [sum(each) / len(each) for each in zip(*(d for d in drifted if d is not None), strict=True)]
-    costs = costs or [0.0] * len(checkpoints)  # nothing has moved
-    benefits = tuple(gain - cost for gain, cost in zip(learned, costs, strict=True))
-    there = [k for k, one in enumerate(checkpoints) if one.step not in gone]
-    ever, best = (
-        max(among, key=lambda k: benefits[k]) for among in (range(len(benefits)), there or range(len(benefits)))
-    )
-    far = [benefit for k, benefit in enumerate(benefits) if abs(k - best) > 1 and (k in there or not there)]
-    sure = benefits[best] - max(far, default=-math.inf) > CLEAR
-    picked = checkpoints[best]
-    sentences = [
-        f"Step {picked.step} ({picked.file}): from the first checkpoint on it has {learned[best]:.0%} of what was "
-        f"learned, at {costs[best]:.0%} of the drift of other prompts.",
-        _beside(checkpoints, benefits, best, sure, there)
-        if best == ever and there
-        else _gone(checkpoints[ever], bool(there)),
-    ]
+        return Verdict(None, (f"Too short to say: {too_short}.", "Train longer, then ask again."))
+    if any(math.isnan(one.free_drift) for one in checkpoints):
+        return Verdict(None, ("Cannot tell: not all of these checkpoints have drifts.", "Let pictures decide."))
+    there = [one for one in checkpoints if one.step not in gone]
+    fresh = [one for one in checkpoints if _why_not(one, checkpoints) is None]
+    best, picked = _last_or_least_moved(checkpoints, fresh), _last_or_least_moved(there or checkpoints, fresh)
+    sentences = [f"Step {picked.step} ({picked.file}): {_why(picked, fresh)}."]
+    if picked is not best or not there:
+        sentences.append(_gone(best, bool(there)))
+    else:
+        sentences.append(_behind(picked, checkpoints, fresh))
     held_out = _held_out(checkpoints, gone)
-    return Verdict(picked, (*sentences, *([held_out] if held_out else [])), sure, benefits)
+    return Verdict(picked, (*sentences, *([held_out] if held_out else [])))
 
 
-def _shares(values: Sequence[float]) -> list[float] | None:
-    """From the first value, 0, to the largest, 1; None where there is no larger one."""
-    first, most = values[0], max(values)
-    return [(value - first) / (most - first) for value in values] if most > first else None
+def _why_not(one: Checkpoint, checkpoints: Sequence[Checkpoint]) -> str | None:
+    """Why a checkpoint is not to be taken, in words; None where it may be."""
+    if one.free_drift > MOST_DRIFT:
+        return f"other prompts have moved by {one.free_drift:.2f} of what they mean, and are ignored"
+    most = max((known.held_out_gap for known in checkpoints if not math.isnan(known.held_out_gap)), default=math.nan)
+    if one.held_out_gap < most - (1 - KEPT) * abs(most):  # false where one of them is NaN
+        return "it is behind what it was on pictures that were not trained on: it overfits"
+    return None
 
 
-def _beside(
-    checkpoints: Sequence[Checkpoint], benefits: Sequence[float], best: int, sure: bool, there: Sequence[int]
-) -> str:
-    if sure and best == len(checkpoints) - 1:
-        return "Before it less is learned, and it is the last: a longer training may give one that is better still."
-    if sure:
-        return "Before it less is learned, and behind it drift grows faster than what is learned."
-    close = [checkpoints[k].step for k in there if benefits[best] - benefits[k] <= CLEAR]
-    steps = ", ".join(str(step) for step in close if step != checkpoints[best].step)
-    return f"It cannot be told from step{'s' if ',' in steps else ''} {steps} by these numbers: look at their pictures."
+def _last_or_least_moved(among: Sequence[Checkpoint], fresh: Sequence[Checkpoint]) -> Checkpoint:
+    return next((one for one in reversed(among) if one in fresh), min(among, key=lambda one: one.free_drift))
+
+
+def _why(picked: Checkpoint, fresh: Sequence[Checkpoint]) -> str:
+    if picked in fresh:
+        return f"the last that is not worn out: other prompts have moved by {picked.free_drift:.2f} of what they mean"
+    return f"all are worn out, it by least: other prompts have moved by {picked.free_drift:.2f} of what they mean"
+
+
+def _behind(picked: Checkpoint, checkpoints: Sequence[Checkpoint], fresh: Sequence[Checkpoint]) -> str:
+    """What comes behind it."""
+    if picked not in fresh:
+        return "Save earlier ones, or train at a lower learning rate."
+    if picked is checkpoints[-1]:
+        return "It is the last: a longer training may give one that is better still."
+    following = checkpoints[checkpoints.index(picked) + 1]
+    return f"At step {following.step} {_why_not(following, checkpoints)}."
 
 
 def _gone(best: Checkpoint, others: bool) -> str:
