@@ -46,7 +46,7 @@ from apt_hooks.training.step import AptStep
 from apt_hooks.training.steplog import StepLog
 
 NAN = math.nan
-GAPS, DRIFTS = (0.02, 0.04, 0.05, 0.052, 0.054, 0.055), (0.2, 0.25, 0.3, 0.5, 0.8, 1.2)  # the third is picked
+GAPS, DRIFTS = (0.02, 0.04, 0.05, 0.052, 0.054, 0.055), (0.8, 1.6, 2.0, 3.0, 4.0, 5.0)  # the third is picked
 
 
 def read(path: Path, **options: Any) -> RunLog:
@@ -491,7 +491,7 @@ def test_the_page_begins_with_the_verdict_of_pick(tmp_path: Path) -> None:
     page, _ = report([log], tmp_path / "report.html")
     first, _, rest = page.partition("Did it overfit?")
     assert f'<p class="verdict">{found.verdict}</p>' in first and "Step 300" in str(found.verdict)
-    assert "<tr class=picked><td>300</td><td>0.60</td><td>0.05</td><td>0.02</td><td>0.30</td><td>0.15</td>" in first
+    assert "<tr class=picked><td>300</td><td>0.60</td><td>0.05</td><td>0.02</td><td>2.00</td><td>1.00</td>" in first
     assert 'id="plot-gap-0"' in first and 'id="plot-drift-0"' in first and "No class drift" not in first
     assert "<i>picked</i>step 300<br><code>lora-step00000300</code>" in first and first.count("<td class=picked>") == 1
     assert "<strong>00</strong> a &lt;dog&gt;" in first and "<img" not in rest
@@ -500,10 +500,14 @@ def test_the_page_begins_with_the_verdict_of_pick(tmp_path: Path) -> None:
 def test_without_a_verdict_the_page_says_why(tmp_path: Path) -> None:
     write(tmp_path / "none-apt.jsonl", [start(), step(1)])
     write(tmp_path / "few-apt.jsonl", [start(), step(1)])
-    write(tmp_path / "few-checkpoints.jsonl", [{"run": {"off": "drifts = false"}}, checkpoint(60, 0.1, 0.1)])
+    off = {"class_drift": None, "free_drift": None}
+    write(tmp_path / "few-checkpoints.jsonl", [{"run": {"off": "drifts = false"}}, {**checkpoint(60, 0.1, 0.1), **off}])
     page, _ = report([tmp_path], tmp_path / "report.html")
     assert "No verdict: beside its log there is no none-checkpoints.jsonl" in page
-    assert '<p class="verdict unsure">Cannot tell from 1 checkpoint: ' in page and "No drifts: drifts = false." in page
+    assert (
+        '<p class="verdict unsure">Cannot tell: not all of these checkpoints have drifts.' in page
+        and "No drifts: drifts = false." in page
+    )
     assert "plot-gap" not in page and "1 checkpoint in numbers" in page
 
 

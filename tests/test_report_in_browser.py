@@ -11,7 +11,7 @@ import pytest
 from step_logs import checkpoint, start, step, write
 
 BINS = (0.9, 0.7, 0.5, 0.2)
-GAPS, DRIFTS = (0.02, 0.04, 0.05, 0.052, 0.054, 0.055), (0.2, 0.25, 0.3, 0.5, 0.8, 1.2)  # the third is picked
+GAPS, DRIFTS = (0.02, 0.04, 0.05, 0.052, 0.054, 0.055), (0.8, 1.6, 2.0, 3.0, 4.0, 5.0)  # the third is picked
 PROMPTS = ["a photo of sks dog on a mountain trail in thick fog, seen from far away, with a river deep below"]
 RUNS = ("lora", "plain <b>&", "a_name_without_an_end_" * 4)
 
