@@ -16,7 +16,7 @@ from apt_hooks.results.read_checkpoints import Checkpoint, find_runs, read_check
 from apt_hooks.results.verdict import verdict
 
 GAPS = (0.02, 0.04, 0.05, 0.052, 0.054, 0.055)
-DRIFTS = (0.4, 0.9, 1.2, 1.21, 1.6, 2.4)  # of the trigger-free prompts
+DRIFTS = (0.4, 0.9, 1.25, 1.26, 1.6, 2.4)  # of the trigger-free prompts
 
 
 def checkpoint(step: int, gap: float = 0.01, drift: float = 0.1, **other: Any) -> Checkpoint:
@@ -43,8 +43,8 @@ def test_the_last_that_leaves_other_prompts_alone_is_picked() -> None:
     found = verdict(run())
     assert found.picked is not None and found.picked.step == 300
     assert str(found) == (
-        "Step 300 (lora-300.safetensors): the last that is not worn out: other prompts have moved by 1.20 of what they "
-        "mean. At step 400 other prompts have moved by 1.21 of what they mean, and are ignored."
+        "Step 300 (lora-300.safetensors): the last that is not worn out: other prompts have moved by 1.25 of what they "
+        "mean. At step 400 other prompts have moved by 1.26 of what they mean, and are ignored."
     )
 
 
@@ -135,10 +135,10 @@ def test_the_table_marks_what_was_picked_and_what_is_gone(tmp_path: Path) -> Non
     (tmp_path / "lora-300.safetensors").write_bytes(b"")
     said = pick(tmp_path).splitlines()
     (marked,) = [text for text in said if text.startswith(">")]
-    assert marked.split() == [">", "300", "0.60", "0.05", "0.02", "1.20", "1.20", "lora-300.safetensors"]
+    assert marked.split() == [">", "300", "0.60", "0.05", "0.02", "1.25", "1.25", "lora-300.safetensors"]
     assert said[2].endswith("lora-100.safetensors (gone)") and "text drift" not in said[1]
     assert said[-3].startswith("Step 300 (lora-300.safetensors)") and len(said) == 11
-    assert said[-2].startswith("At step 400 other prompts have moved by 1.21")
+    assert said[-2].startswith("At step 400 other prompts have moved by 1.26")
     assert said[-1].startswith("By these numbers alone, which are no match for pictures")
 
 

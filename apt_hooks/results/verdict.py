@@ -22,7 +22,7 @@ from collections.abc import Collection, Sequence
 from .read_checkpoints import Checkpoint
 from .too_short import why_too_short
 
-MOST_DRIFT = 1.2
+MOST_DRIFT = 1.25
 KEPT = 0.88
 
 
