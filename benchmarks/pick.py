@@ -1,11 +1,13 @@
 """Whether `apt-hooks pick` takes the checkpoint that judges of pictures would take, on the tiny world.
 
-    python benchmarks/pick.py --out DIR [--concepts 4,5,6,7] [--seeds 0,1,2] [--table-only]
+    python benchmarks/pick.py --out DIR [--concepts 4,5,6,7] [--learning-rates 1e-3,3e-3,9e-3] [--table-only]
 
-A run is DreamBooth, which overfits, of one concept and seed, 600 steps with a checkpoint every 75: eight, judged by 24
-prompts of one picture each, the same prompts and noise for all. As soon as a run is done, a line of JSON is appended to
-DIR/judged.jsonl, and `apt-hooks pick DIR/CONCEPT-SEED` reads what was measured without pictures. The rule is asked
-when the table is made, so another rule needs no other run; tune it on concepts 0 to 3, report it on 4 and above.
+A run is DreamBooth, which overfits, of one concept, seed and learning rate, 600 steps with a checkpoint every 75:
+eight, judged by 24 prompts of one picture each, the same prompts and noise for all. The rates are the demo's, a third
+of it and three times it: too slow, moderate and too fast, as nobody knows beforehand. As soon as a run is done, a line
+of JSON is appended to DIR/judged.jsonl, and `apt-hooks pick DIR/CONCEPT-SEED-RATE` reads what was measured without
+pictures. The rule is asked when the table is made, so another rule needs no other run; tune it on concepts 0 to 3,
+report it on 4 and above.
 
 Decided before any run. A checkpoint's score is the harmonic mean of the text and the identity score, each as its share
 of what `ideal` has (the same scenes drawn by code), identity below 0 as 0:
@@ -18,18 +20,19 @@ Its standard error is the jackknife's over the prompts, and a choice hits where 
 the best one (the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3).
 No choice is a miss.
 
-Rivals: `last`, the end of the training; `middle`, half of it; `random`, what a blind choice comes to; `held out`, the
-largest held-out gap, which needs pictures that are not trained on. `short of the best` is the mean difference of scores
-over the runs with a choice: unlike hits, it is not easier to meet where the judges are noisy. Added behind the first
-run, whose standard error six of eight checkpoints were within: the error of the difference to the best one, which is
-smaller, as prompts and noise are the same. Below that table another: Spearman's rank correlation within a run, mean and
-standard error over the runs, of what is measured of a checkpoint with its text, its identity and its score.
+Beside `pick`: the same rule `without` pictures that are not trained on. Rivals: `last`, the end of the training;
+`middle`, half of it; `random`, what a blind choice comes to; `held out`, the largest held-out gap. `short of the best`
+is the mean difference of scores over the runs with a choice: unlike hits, it is not easier to meet where the judges are
+noisy. The error of the difference to the best one is smaller, as prompts and noise are the same. Below that table
+another: Spearman's rank correlation within a run, mean and standard error over the runs, of what is measured of a
+checkpoint with its text, its identity and its score.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import json
 import math
 import statistics
@@ -64,7 +67,7 @@ MEASURES: dict[str, Callable[[Checkpoint], float]] = {
     "delta noise": lambda one: one.delta_noise,
     "held-out gap": lambda one: one.held_out_gap,
 }
-RULES = ("pick", "last", "middle", "random", "held out")
+RULES = ("pick", "without", "last", "middle", "random", "held out")
 
 
 def main() -> None:
@@ -195,9 +198,11 @@ def _jackknife(left_out: Sequence[float]) -> float:
 def choices(checkpoints: Sequence[Checkpoint]) -> dict[str, int | None]:
     """The step that each rule takes, None where it takes none; `random` is no choice."""
     steps = [one.step for one in checkpoints]
-    picked = verdict(checkpoints).picked
+    unheld = [dataclasses.replace(one, held_out_gap=math.nan) for one in checkpoints]
+    picked, without = verdict(checkpoints).picked, verdict(unheld).picked
     return {
         "pick": None if picked is None else picked.step,
+        "without": None if without is None else without.step,
         "last": steps[-1],
         "middle": min(steps, key=lambda step: abs(step - steps[-1] / 2)),
         "held out": max(checkpoints, key=lambda one: one.held_out_gap).step,

@@ -44,17 +44,23 @@ def line(step: int, gap: float, drift: float, held_out: float) -> dict[str, Any]
 
 
 def test_the_table_counts_what_is_within_the_error_of_the_best(tmp_path: Path) -> None:
-    lines = [line(100, 0.0, 0.1, 0.2), line(200, 0.9, 0.2, 0.1), line(300, 1.0, 0.5, 0.0), line(400, 1.0, 1.0, -1.0)]
+    lines = [line(100, 0.0, 0.1, 0.2), line(200, 0.9, 0.2, 0.19), line(300, 1.0, 0.5, 0.0), line(400, 1.0, 1.0, -1.0)]
     for concept in (4, 5):
-        (tmp_path / f"{concept}-0").mkdir()
-        path = tmp_path / f"{concept}-0" / "dreambooth-checkpoints.jsonl"
-        # The second one's checkpoints are too few for the rule.
-        path.write_text("".join(json.dumps(each) + "\n" for each in lines[: None if concept == 4 else 2]))
+        (tmp_path / f"{concept}-0-0.003").mkdir()
+        path = tmp_path / f"{concept}-0-0.003" / "dreambooth-checkpoints.jsonl"
+        # Of the second one's checkpoints the rule says nothing.
+        own = lines if concept == 4 else [{**each, "free_drift": None} for each in lines[:2]]
+        path.write_text("".join(json.dumps(each) + "\n" for each in own))
     texts = {100: [1.0, 0.7], 200: [0.8, 0.8], 300: [0.6, 0.6], 400: [0.5, 0.5]}
     judged = {str(step): {"text": text, "identity": [0.7, 0.7]} for step, text in texts.items()}
     rows = [
-        {"concept": 4, "seed": 0, "judged": {"ideal": IDEAL, **judged}},
-        {"concept": 5, "seed": 0, "judged": {"ideal": IDEAL, "100": judged["100"], "200": judged["200"]}},
+        {"concept": 4, "seed": 0, "learning_rate": 3e-3, "judged": {"ideal": IDEAL, **judged}},
+        {
+            "concept": 5,
+            "seed": 0,
+            "learning_rate": 3e-3,
+            "judged": {"ideal": IDEAL, **{k: judged[k] for k in ("100", "200")}},
+        },
     ]
     *_, four, five, hits, paired, short = (
         [cell.strip() for cell in row.split("|")] for row in pick.table(tmp_path, rows)
@@ -62,9 +68,9 @@ def test_the_table_counts_what_is_within_the_error_of_the_best(tmp_path: Path) -
     best = pick.Score(judged["100"], IDEAL)
     shorter, error = pick.Score(judged["200"], IDEAL).short_of(best)
     assert shorter < min(error, best.error)  # 200 is as good as 100, the others are not
-    assert four[3:5] == ["100", f"{best.value:.3f} ± {best.error:.3f}"]
-    assert four[5:-1] == ["200", "400 (no)", "200", "2 of 4", "100"]
-    assert five[5:-1] == ["none", "200", "100", "2 of 2", "100"]
-    assert hits[5:-1] == ["1 of 2", "1 of 2", "2 of 2", "1.5 of 2", "2 of 2"]
-    assert paired[5:-1] == hits[5:-1]
-    assert short[5] == f"{shorter:.3f}" and short[9] == "0.000"
+    assert four[3:6] == ["0.003", "100", f"{best.value:.3f} ± {best.error:.3f}"]
+    assert four[6:-1] == ["200", "400 (no)", "400 (no)", "200", "2 of 4", "100"]
+    assert five[6:-1] == ["none", "none", "200", "100", "2 of 2", "100"]
+    assert hits[6:-1] == ["1 of 2", "0 of 2", "1 of 2", "2 of 2", "1.5 of 2", "2 of 2"]
+    assert paired[6:-1] == hits[6:-1]
+    assert short[6] == f"{shorter:.3f}" and short[11] == "0.000"
