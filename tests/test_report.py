@@ -251,6 +251,8 @@ def test_checkpoints_have_a_plot_of_the_gap_and_one_of_the_drifts_that_there_are
     assert not checkpoint_plots(found.run.checkpoints, None, 600)["gap"]["layout"]["shapes"]
     without = [dataclasses.replace(one, class_drift=NAN, free_drift=NAN) for one in found.run.checkpoints]
     assert list(checkpoint_plots(without, None, 600)) == ["gap"]
+    unseen = [dataclasses.replace(one, held_out_gap=one.gap / 2) for one in found.run.checkpoints]
+    assert [trace["y"] for trace in checkpoint_plots(unseen, None, 600)["gap"]["data"]][1] == [gap / 2 for gap in GAPS]
 
 
 def test_plots_are_what_plotly_accepts(run: RunLog) -> None:
@@ -491,6 +493,7 @@ def test_the_page_begins_with_the_verdict_of_pick(tmp_path: Path) -> None:
     page, _ = report([log], tmp_path / "report.html")
     first, _, rest = page.partition("Did it overfit?")
     assert f'<p class="verdict">{found.verdict}</p>' in first and "Step 300" in str(found.verdict)
+    assert "drift of:" in first and "gap on:" not in first  # without held-out pictures there is one
     assert "<tr class=picked><td>300</td><td>0.60</td><td>0.05</td><td>0.02</td><td>2.00</td><td>1.00</td>" in first
     assert 'id="plot-gap-0"' in first and 'id="plot-drift-0"' in first and "No class drift" not in first
     assert "<i>picked</i>step 300<br><code>lora-step00000300</code>" in first and first.count("<td class=picked>") == 1

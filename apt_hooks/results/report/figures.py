@@ -27,7 +27,10 @@ DRIFTS = {  # of a checkpoint: what it is of, and its line's color
     "free_drift": ("neither class nor subject", "#00805e"),
     "text_drift": ("unrelated words, by the text encoders", "#7a6400"),
 }
-LEARNED = ("its own pictures", TUNED_COLOR)
+GAPS = {  # the same, of what it is ahead on
+    "gap": ("its own pictures", TUNED_COLOR),
+    "held_out_gap": ("pictures that were not trained on", "#d55e00"),
+}
 _GRID = "#e6e8eb"
 _SMOOTHED_OVER = 20  # the bold lines are means of a twentieth of the run
 _FEW = 40  # points that are shown as such, beside the line through them
@@ -86,11 +89,10 @@ def checkpoint_plots(checkpoints: Sequence[Checkpoint], picked: Checkpoint | Non
     Returns:
         `gap`, and `drift` with those that were measured; none of them without a line.
     """
-    drifts = [(name, *about) for name, about in DRIFTS.items()]
     plots: dict[str, Plot] = {}
-    for label, lines in (("gap", [("gap", *LEARNED)]), ("drift", drifts)):
+    for label, lines in (("gap", GAPS), ("drift", DRIFTS)):
         traces = []
-        for name, title, color in lines:
+        for name, (title, color) in lines.items():
             known = [(one.step, getattr(one, name)) for one in checkpoints if math.isfinite(getattr(one, name))]
             if known:
                 x, y = torch.tensor(known, dtype=torch.float64).unbind(1)

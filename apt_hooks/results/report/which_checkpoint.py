@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .saved import Moment, Saved
 from .summary import fixed
 
 _PLOTS = {
-    "gap": ("What was learned", "Gap: how far ahead of the base model on its own pictures."),
+    "gap": ("What was learned", "Gap: how far ahead of the base model on pictures."),
     "drift": ("What it cost", "Drift: how far other prompts have moved; 1: as far as a prompt moves a picture."),
 }
 _Figure = Callable[[str, str, str, Plot], str]  # of id, title, subtitle and plot
@@ -57,13 +58,18 @@ def _plots(number: int, saved: Saved, last_step: int, figure: _Figure) -> str:
         return ""
     plots = figures.checkpoint_plots(saved.run.checkpoints, saved.verdict.picked, last_step)
     shown = "".join(figure(f"{name}-{number}", *_PLOTS[name], plot) for name, plot in plots.items())
-    drifts = [
-        (f"checkpoint-{name}", color, what)
-        for name, (what, color) in figures.DRIFTS.items()
-        if any(name in one.drifts for one in saved.run.checkpoints)
+    legends = [
+        key(_id(number), what, [(f"checkpoint-{name}", color, of) for name, (of, color) in lines.items()])
+        for what, lines in (("gap on", _drawn(figures.GAPS, saved)), ("drift of", _drawn(figures.DRIFTS, saved)))
+        if lines and list(lines) != ["gap"]
     ]
-    legend = key(_id(number), "drift of", drifts) if drifts else ""
-    return f'<div class="panels small">{shown}</div>{legend}'
+    return f'<div class="panels small">{shown}</div>{"".join(legends)}'
+
+
+def _drawn(lines: Mapping[str, tuple[str, str]], saved: Saved) -> dict[str, tuple[str, str]]:
+    """Those of which anything was measured."""
+    checkpoints = saved.run.checkpoints
+    return {name: of for name, of in lines.items() if any(math.isfinite(getattr(one, name)) for one in checkpoints)}
 
 
 def _table(saved: Saved) -> str:
