@@ -158,8 +158,11 @@ def install_hint() -> str:
     return f"pip install {url}".translate({ord(c): f"%{ord(c):02X}" for c in "\"'{}\\"})
 
 
-_OURS = re.compile(rb"\bapt_hooks_(?:run|words|black|adapter)\b|--apt_(?:config|preset)\b")
-"""Names that stand in inserted lines, and not in a trainer's own."""
+_OURS = re.compile(
+    rb"\bapt_hooks_(?:run|words|prompts|black|again|adapter)\b"
+    rb"""|(?:add_argument\(\s*|^\s*)["']--apt_(?:config|preset)["']"""
+)
+"""What stands in inserted lines, and not in a trainer's own."""
 
 
 def _unmarked(content: bytes) -> list[tuple[int, bytes]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import logging
 import random
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from apt_hooks.errors import AptError
+from apt_hooks.integrations.class_captions import ClassCaptions
 from apt_hooks.integrations.diffusers_dreambooth import probe as probes
+from apt_hooks.integrations.diffusers_dreambooth.adapter import class_words, probe_prompts
+from apt_hooks.integrations.diffusers_dreambooth.class_word import ClassWords
 from apt_hooks.integrations.diffusers_dreambooth.probe import StepProbe
 from apt_hooks.integrations.diffusers_dreambooth.probe_prompts import ProbePrompts
 from apt_hooks.results.checkpoint_table import checkpoint_table
@@ -225,12 +231,49 @@ def test_a_frame_of_the_scripts_own_is_put_around_the_prompt_and_other_texts_are
 
     prompts = ProbePrompts({"encoder": encoder, "tokenizer": tokenizer}, ["", "a toy"])
     state = random.getstate(), torch.get_rng_state()
+    prompts.keep(lambda: pytest.fail("called, though nothing was encoded"))
+    encode("sks")
     prompts.keep(lambda: prompts.reading(encode)(["sks"]))
+    prompts.keep(lambda: pytest.fail("called, though nothing more was encoded"))
     assert prompts.refused == "" and list(prompts.encoded) == ["", "a toy"]
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
     for prompt, parts in prompts.encoded.items():
         with torch.no_grad():
             assert all(torch.equal(a, b) for a, b in zip(parts, encode(prompt), strict=True))  # type: ignore[arg-type]
+
+
+def test_what_one_of_probe_and_class_words_encodes_again_is_nothing_to_the_other() -> None:
+    encoder, tokenizer = encoder_and_tokenizer()
+    names = {"encoder": encoder, "tokenizer": tokenizer}
+    words, prompts = ClassWords(ClassCaptions("sks", "dog"), names), ProbePrompts(names, ["a toy"])
+
+    def encode(text: str) -> Tensor:
+        return encoder(torch.tensor([ids(tokenizer, text)]))[0]
+
+    for first, second in ((words, prompts), (prompts, words)):
+        encode("a sks")
+        first.keep(lambda: encode("a sks"))
+        second.keep(lambda: encode("a sks"))
+        for kept in (words, prompts):
+            kept.keep(lambda: pytest.fail("called, though nothing was encoded"))
+    words.begin(2)
+    prompts.begin()
+    assert not encoder._forward_pre_hooks and not encoder.get_input_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("of", [class_words, probe_prompts])
+def test_what_the_script_deletes_is_not_kept_alive_by_its_variables_names(of: Any) -> None:
+    args = argparse.Namespace(apt_config=None, apt_preset="sd15", identifier="sks", class_word="dog")
+
+    def main() -> weakref.ref[Any]:
+        encoder, tokenizer = encoder_and_tokenizer()
+        found, made = weakref.ref(encoder), of(args, locals())
+        del encoder, tokenizer
+        gc.collect()
+        assert found() is None, made
+        return found
+
+    main()
 
 
 def test_tokens_that_were_made_before_are_the_prompts() -> None:
@@ -255,6 +298,7 @@ def test_of_several_texts_it_is_not_known_which_is_the_caption() -> None:
         return encoder(torch.tensor([ids(tokenizer, text)]))[0]
 
     prompts = ProbePrompts({"encoder": encoder, "tokenizer": tokenizer}, [""])
+    encode("sks", [])
     prompts.keep(lambda: prompts.reading(encode)("sks", ["be kind"]))
     assert "encode(...) is given several texts" in prompts.refused and prompts.encoded == {}
     assert "no text encoder" in ProbePrompts({"tokenizer": tokenizer}, [""]).refused

@@ -816,6 +816,8 @@ WRONG_PASSES = {
     "taken out of the batch": 'emb = text_encoder(batch.pop("ids"))[0]\npred = unet(noisy, timesteps, emb)[0]',
     "item deleted": 'cond = {"text": text_encoder(batch["ids"])[0], "extra": 1}\ndel cond["extra"]\n'
     "pred = unet(noisy, timesteps, None, added=cond)[0]",
+    "name deleted": 'tokens = batch["ids"]\nlong = text_encoder(tokens)\nemb = long[0]\ndel tokens, long\n'
+    "pred = unet(noisy, timesteps, emb)[0]",
     # names that are assigned within expressions, or mean something else there
     "walrus": 'emb = (states := text_encoder(batch["ids"]))[0]\npred = unet(noisy, timesteps, emb, more=states[0])[0]',
     "comprehension's name is an older one": 'e = text_encoder(batch["ids"])[0]\nparts = [e * 2 for e in e]\n'
@@ -1509,6 +1511,25 @@ def test_inserted_lines_that_lost_their_marks_are_told_and_nothing_is_lost(
             change(path)
         assert (" more) is of apt-hooks" in str(error.value)) == more and "\n" not in str(error.value)
         assert path.read_bytes() == before
+
+
+def test_each_inserted_line_that_names_what_is_ours_is_known_without_its_mark(path: Path) -> None:
+    diffusers.patch(path, path)
+    lines = path.read_text().splitlines(keepends=True)
+    named = [n for n, line in enumerate(lines) if "apt_hooks_" in line.split("#")[0] and MARK in line]
+    assert len(named) > 20
+    for n in named:
+        path.write_text("".join([*lines[:n], lines[n].replace(f"  {MARK}", ""), *lines[n + 1 :]]))
+        with pytest.raises(AptError, match=rf"line {n + 1} is of apt-hooks and has lost the mark"):
+            diffusers.status(path)
+
+
+def test_a_script_that_speaks_of_our_options_is_not_taken_for_a_patched_one(path: Path) -> None:
+    path.write_text(f'"""Also for: python script_apt.py --apt_config apt.toml"""\n{path.read_text()}')
+    plain = path.read_bytes()
+    diffusers.patch(path, path)
+    diffusers.unpatch(path)
+    assert path.read_bytes() == plain
 
 
 def test_other_line_ends_spaces_behind_marks_and_lines_moved_or_taken_out_do_no_harm(path: Path) -> None:

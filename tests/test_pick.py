@@ -63,7 +63,7 @@ def test_where_all_are_worn_out_the_least_is_picked_and_what_to_do_is_said() -> 
     found = verdict(run(drifts=(1.5, 1.3, 1.4, 1.7, 1.8, 1.9)))
     assert found.picked is not None and found.picked.step == 200
     assert found.sentences[0].endswith(
-        "all are worn out, it by least: other prompts have moved by 1.30 of what they mean."
+        "it has moved other prompts least: other prompts have moved by 1.30 of what they mean, and are ignored."
     )
     assert found.sentences[1] == "Save earlier ones, or train at a lower learning rate."
 
@@ -165,10 +165,22 @@ def test_one_that_is_gone_is_not_picked_while_others_are_there(tmp_path: Path) -
 def test_where_those_that_are_left_are_worn_out_the_least_is_picked() -> None:
     found = verdict(run(), gone=(100, 200, 300))
     assert found.picked is not None and found.picked.step == 400
-    assert "all are worn out, it by least" in found.sentences[0] and "Step 300" in found.sentences[1]
-    assert "at step 100 (-100, gone), and -600 at the end" in str(
-        verdict(unseen([-100 * k for k in range(1, 7)]), (100,))
-    )
+    assert "those that are left are worn out" in found.sentences[0] and "Step 300" in found.sentences[1]
+    held_out = unseen([6, 5, 4, 3, 2, 1])
+    assert "at step 100 (6, gone), and 1 at the end: from there on it overfits" in str(verdict(held_out, gone=(100,)))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "said"),
+    [
+        ((0.3, 0.4, 0.45, 0.5, 0.5, 0.49), "at step 500 (0.5), and 0.49 at the end: hardly less."),
+        ((0.3, 0.4, 0.45, 0.5, 0.5, 0.5), "gets ahead of the base model to the end: no overfitting there."),
+        ((-0.5, -0.4, -0.3, -0.2, -0.1, -0.2), "was never ahead of the base model, least behind at step 500 (-0.1)."),
+        ((0.3, 0.4, 0.45, 0.5, 0.2, math.nan), "at step 400 (0.5), and 0.2 at step 500: from there on it overfits."),
+    ],
+)
+def test_what_is_said_of_pictures_that_were_not_trained_on(gaps: tuple[float, ...], said: str) -> None:
+    assert verdict(unseen(gaps)).sentences[2].endswith(said)
 
 
 def test_a_run_that_cannot_be_read_is_left_out_beside_others(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def verdict(checkpoints: Sequence[Checkpoint], gone: Collection[int] = ()) -> Ve
     there = [one for one in checkpoints if one.step not in gone]
     fresh = [one for one in checkpoints if _why_not(one, checkpoints) is None]
     best, picked = _last_or_least_moved(checkpoints, fresh), _last_or_least_moved(there or checkpoints, fresh)
-    sentences = [f"Step {picked.step} ({picked.file}): {_why(picked, fresh)}."]
+    sentences = [f"Step {picked.step} ({picked.file}): {_why(picked, checkpoints, fresh)}."]
     if picked is not best or not there:
         sentences.append(_gone(best, bool(there)))
     else:
@@ -73,20 +73,25 @@ def _why_not(one: Checkpoint, checkpoints: Sequence[Checkpoint]) -> str | None:
     """Why a checkpoint is not to be taken, in words; None where it may be."""
     if one.free_drift > MOST_DRIFT:
         return f"other prompts have moved by {one.free_drift:.2f} of what they mean, and are ignored"
-    most = max((known.held_out_gap for known in checkpoints if not math.isnan(known.held_out_gap)), default=math.nan)
-    if one.held_out_gap < most - (1 - KEPT) * abs(most):  # false where one of them is NaN
+    if _behind_on_unseen(one, checkpoints):
         return "it is behind what it was on pictures that were not trained on: it overfits"
     return None
+
+
+def _behind_on_unseen(one: Checkpoint, checkpoints: Sequence[Checkpoint]) -> bool:
+    most = max((known.held_out_gap for known in checkpoints if not math.isnan(known.held_out_gap)), default=math.nan)
+    return one.held_out_gap < most - (1 - KEPT) * abs(most)  # false where one of them is NaN
 
 
 def _last_or_least_moved(among: Sequence[Checkpoint], fresh: Sequence[Checkpoint]) -> Checkpoint:
     return next((one for one in reversed(among) if one in fresh), min(among, key=lambda one: one.free_drift))
 
 
-def _why(picked: Checkpoint, fresh: Sequence[Checkpoint]) -> str:
+def _why(picked: Checkpoint, checkpoints: Sequence[Checkpoint], fresh: Sequence[Checkpoint]) -> str:
     if picked in fresh:
         return f"the last that is not worn out: other prompts have moved by {picked.free_drift:.2f} of what they mean"
-    return f"all are worn out, it by least: other prompts have moved by {picked.free_drift:.2f} of what they mean"
+    which = "those that are left" if fresh else "all"
+    return f"{which} are worn out, and it has moved other prompts least: {_why_not(picked, checkpoints)}"
 
 
 def _behind(picked: Checkpoint, checkpoints: Sequence[Checkpoint], fresh: Sequence[Checkpoint]) -> str:
@@ -112,12 +117,14 @@ def _held_out(checkpoints: Sequence[Checkpoint], gone: Collection[int]) -> str:
     known = [one for one in checkpoints if not math.isnan(one.held_out_gap)]
     if len(known) < 2:
         return ""
-    top = max(known, key=lambda one: one.held_out_gap)
-    last = known[-1]
+    top = max(reversed(known), key=lambda one: one.held_out_gap)
+    last, most = known[-1], f"{top.held_out_gap:.3g}{', gone' if top.step in gone else ''}"
+    at = "at the end" if last is checkpoints[-1] else f"at step {last.step}"
+    said = "On pictures that were not trained on it "
+    if top.held_out_gap <= 0:
+        return f"{said}was never ahead of the base model, least behind at step {top.step} ({most})."
     if top is last:
-        return "On pictures that were not trained on it gets ahead of the base model to the end: no overfitting there."
-    return (
-        f"On pictures that were not trained on it was furthest ahead of the base model at step {top.step} "
-        f"({top.held_out_gap:.3g}{', gone' if top.step in gone else ''}), and {last.held_out_gap:.3g} at the end: from "
-        "there on it overfits."
-    )
+        return f"{said}gets ahead of the base model to the end: no overfitting there."
+    since = "from there on it overfits" if _behind_on_unseen(last, checkpoints) else "hardly less"
+    said += f"was furthest ahead of the base model at step {top.step} ({most}), and {last.held_out_gap:.3g} {at}"
+    return f"{said}: {since}."

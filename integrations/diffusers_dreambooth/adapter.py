@@ -103,7 +103,7 @@ def class_words(args: argparse.Namespace, names: dict[str, Any], refused: str | 
         names: the variables of the function that trains.
         refused: what was missing in the script when it was patched.
     """
-    with errors_in_one_line():
+    with _forgotten(names), errors_in_one_line():
         config = _config(args)
         if not config.enabled or not config.identifier or not config.class_word:
             return None
@@ -123,12 +123,23 @@ def probe_prompts(args: argparse.Namespace, names: dict[str, Any]) -> ProbePromp
     Args:
         names: the variables of the function that trains.
     """
-    with errors_in_one_line():
+    with _forgotten(names), errors_in_one_line():
         config = _config(args)
         if not config.enabled or not config.drifts:
             return None
         own = _class_prompt(config)
         return ProbePrompts(names, ["", *NEUTRAL, *([] if own is None else [own])])
+
+
+@contextlib.contextmanager
+def _forgotten(names: dict[str, Any]) -> Iterator[None]:
+    """Behind it a function's `locals()` hold nothing: Python before 3.13 keeps them with the function, and so what the
+    script deletes from then on. `globals()` stay."""
+    try:
+        yield
+    finally:
+        if "__builtins__" not in names:
+            names.clear()
 
 
 class DreamBoothRun:
@@ -425,6 +436,8 @@ class DreamBoothRun:
         """Have each saved LoRA measured; what measures its drifts, None where they are off."""
         config, prompts, accelerator = self._run.objective.config, self._prompts, self._accelerator
         off, probe, drifts = "", None, None
+        if prompts is not None:
+            prompts.begin()
         if not config.drifts or prompts is None:
             off = "drifts = false" if not config.drifts else "the script was patched without them; patch it again"
         elif prompts.refused:

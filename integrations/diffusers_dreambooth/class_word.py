@@ -142,7 +142,7 @@ class ClassWords:
         if not self._ran:  # what was called did not encode
             return
         heard, self._ran, self._heard = self._heard, False, False
-        with frozen_base(self._alive(), contextlib.nullcontext):
+        with frozen_base(self._alive(), contextlib.nullcontext), encoding_again():
             own = _tensors(encode())
             other = own
             if heard:
@@ -155,7 +155,6 @@ class ClassWords:
                     "this script tells its text encoder which tokens are padding: whether the rest of it goes by that "
                     "too is not known"
                 )
-        self._ran = self._heard = False
         self._kept += [(a.detach().clone(), b.detach().clone()) for a, b in zip(own, other, strict=True)]
 
     def begin(self, batches: float) -> None:
@@ -273,8 +272,9 @@ class ClassWords:
         with errors_in_one_line():  # the script's own line is running
             read, grown = zip(*map(tokens, rows), strict=True)
         heard = list(read) != rows
-        self._ran = True
-        self._heard, self._ever_heard = self._heard or heard, self._ever_heard or heard
+        if script_encodes():
+            self._ran = True
+            self._heard, self._ever_heard = self._heard or heard, self._ever_heard or heard
         return (torch.tensor(read, dtype=ids.dtype, device=ids.device), grown) if heard else (None, grown)
 
     # -- what was encoded before the training ------------------------------------------------------------------------
@@ -344,6 +344,25 @@ class ClassWords:
             f"the U-Net was given text of which it cannot be told whether it has {self.captions.identifier!r} in it: "
             f"no text encoder ran in the base model's pass, and no line before the training gave this; {_WAY_OUT}"
         )
+
+
+class _Again:
+    runs = False
+
+
+@contextlib.contextmanager
+def encoding_again() -> Iterator[None]:
+    """Inside, text encoders run for apt-hooks: nobody takes that for something that the script has encoded."""
+    before, _Again.runs = _Again.runs, True
+    try:
+        yield
+    finally:
+        _Again.runs = before
+
+
+def script_encodes() -> bool:
+    """Whether a text encoder that runs now does so for the script (`encoding_again`)."""
+    return not _Again.runs
 
 
 def text_models(names: dict[str, Any]) -> tuple[list[Any], list[Any]]:

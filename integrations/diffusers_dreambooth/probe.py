@@ -285,7 +285,8 @@ class StepProbe:
         if not found or not self._prompts.ran:
             raise AptError(
                 self._prompts.refused
-                or "no text encoder runs in a step, and no line before the training gave the text that is read there"
+                or "no text encoder runs in a step, and of the first texts that were encoded before the training none "
+                "was met there so far"
             )
         return found[0]
 

@@ -23,7 +23,7 @@ from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.training.checkpoint_drifts import NEUTRAL, random_streams_kept
 
 from ..class_captions import word_tokens
-from .class_word import read_by, text_models
+from .class_word import encoding_again, read_by, script_encodes, text_models
 
 logger = logging.getLogger("apt_hooks")
 
@@ -67,10 +67,16 @@ class ProbePrompts:
             self._encoders = (
                 [(weakref.ref(model), read_by(model, tokenizers)) for model in models] if tokenizers else []
             )
-        except AptError as error:
-            self.refused = str(error)
+        except AptError:
+            self.refused = "a text encoder's tokenizer is not among the variables of the function that trains"
         if not self._encoders and not self.refused:
             self.refused = "no text encoder with its tokenizer is among the variables of the function that trains"
+        self._encoded = False  # by the script, since the last `keep`
+        self._watching = contextlib.ExitStack()
+        for model in self._alive():
+            # Ideogram's pipeline runs the layers of its text encoder itself.
+            for module in (model, model.get_input_embeddings()):  # type: ignore[operator]
+                self._watching.callback(module.register_forward_pre_hook(self._notice).remove)
 
     @property
     def is_asked(self) -> bool:
@@ -82,10 +88,11 @@ class ProbePrompts:
 
         A training is worth more than what is measured of it: whatever goes wrong is the reason that nothing is.
         """
-        if self.refused or self._kept == _KEPT:
+        encoded, self._encoded = self._encoded, False
+        if self.refused or self._kept == _KEPT or not encoded:
             return
         try:
-            with random_streams_kept(), frozen_base(self._alive(), contextlib.nullcontext):
+            with random_streams_kept(), frozen_base(self._alive(), contextlib.nullcontext), encoding_again():
                 if self._kept:
                     own, self._kept = _parts(encode()), self._kept + 1
                     if not any(_equal(own, other) for other in self.own):
@@ -103,6 +110,13 @@ class ProbePrompts:
         except Exception as error:  # of the script's own lines, asked for what they were not written for
             self.refused = f"the script's lines cannot encode other prompts: {_in_a_line(error)}"
             self.encoded.clear()
+
+    def begin(self) -> None:
+        """The training begins."""
+        self._watching.close()
+
+    def _notice(self, *_: Any) -> None:
+        self._encoded = self._encoded or script_encodes()
 
     def forget_own(self) -> None:
         """The script's own texts were found in what the denoiser is given, or never will be."""

@@ -18,6 +18,7 @@ from .syntax_tree import (
     Suite,
     assigned,
     changed,
+    deleted,
     first_line,
     missing,
     needs,
@@ -117,7 +118,8 @@ def _check_frozen(step: StepBlock, copied: set[int], text_encoders: set[str], no
     for i in sorted(copied):
         own = assigned(*(suite[j] for j in copied if j < i))
         later = suite[i + 1 : step.at_call]
-        moved = needs([suite[i]]) & (assigned(*later) | changed(*later)) - own | overwritten([suite[i]]) - own
+        gone = assigned(*later) | changed(*later) | deleted(*later)
+        moved = needs([suite[i]]) & gone - own | overwritten([suite[i]]) - own
         if moved:
             raise missing(step.script, wanted, f"`{first_line(suite[i])}`, whose `{min(moved)}` changes")
         foreign = (changed(suite[i]) & needs([suite[i]])) - own
@@ -211,8 +213,14 @@ class Renamed:
                 if target is not None:
                     self._writes(target)
         elif isinstance(node, ast.Delete):
-            for target in node.targets:
-                self._reads(target)
+            # The script's own variables stay.
+            kept = [t for t in node.targets if not isinstance(t, ast.Name) or t.id in self._now]
+            for target in kept:
+                if isinstance(target, ast.Name):
+                    target.id = self._name(target.id)
+                else:
+                    self._reads(target)
+            node = ast.Delete(kept) if kept else ast.Pass()
         elif not isinstance(node, (ast.Pass, ast.Raise)):
             raise self._refused("assignments and `if`", node)
         return node

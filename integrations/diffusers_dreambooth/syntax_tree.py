@@ -87,6 +87,11 @@ def assigned(*nodes: ast.AST) -> set[str]:
     return {name for node in nodes for name, kind in _names(node, frozenset()) if kind is ast.Store}
 
 
+def deleted(*nodes: ast.AST) -> set[str]:
+    """The names that get none any more."""
+    return {name for node in nodes for name, kind in _names(node, frozenset()) if kind is ast.Del}
+
+
 def _names(node: ast.AST, own: frozenset[str]) -> Iterator[tuple[str, type[ast.expr_context]]]:
     """Every name with its context, but those that comprehensions, lambdas and functions have for themselves (`own`)."""
     if isinstance(node, ast.Name):
