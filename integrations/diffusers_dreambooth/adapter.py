@@ -213,8 +213,7 @@ class DreamBoothRun:
         attach(self._run, accelerator)
         self._run.has_dropout(dropout(own, *self._text_encoders))
         accelerator.register_load_state_pre_hook(lambda models, folder: self._count_from(folder))
-        # Behind the script's own hook, which has saved the LoRA by then.
-        accelerator.register_save_state_pre_hook(lambda models, weights, folder: self._save(folder))
+        self._sees_saves = False
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line
 
     def read_class_word(self, words: ClassWords) -> None:
@@ -290,6 +289,10 @@ class DreamBoothRun:
 
     def frozen_due(self) -> bool:
         """Whether this step has a `frozen_pass`, and `begin_tuned_pass` after it."""
+        if not self._sees_saves:
+            # Only now: behind the script's own hook, which has saved the LoRA by then, wherever it registers that.
+            self._accelerator.register_save_state_pre_hook(lambda models, weights, folder: self._save(folder))
+            self._sees_saves = True
         self._give_up()
         return self._run.objective.passes().due
 

@@ -210,10 +210,12 @@ def _tokens(tokenizer: Any, prompt: str, row: list[int]) -> tuple[Tensor, Tensor
     if getattr(tokenizer, "chat_template", None):
         raise AptError(f"tokens of {type(tokenizer).__name__}, which has a chat template, were made before the step")
     length = len(row)
-    if tokenizer.pad_token_id not in row:  # as long as the longest caption
-        length = max(length, len(tokenizer(prompt, truncation=True).input_ids))
-    found = tokenizer([prompt], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    # Where captions have none anywhere, as in diffusers' advanced scripts, they were made without.
+    make = functools.partial(tokenizer, truncation=True, add_special_tokens=bool(begins & set(row)) or not begins)
+    if tokenizer.pad_token_id not in row:  # as long as the longest caption
+        length = max(length, len(make(prompt).input_ids))
+    found = make([prompt], padding="max_length", max_length=length, return_tensors="pt")
     first, own = int(found.input_ids[0, 0]), row[0]
     if first != own and {first, own} & begins and tokenizer.padding_side != "left":
         raise AptError(f"captions do not begin as texts of {type(tokenizer).__name__} do: something is put before them")
