@@ -269,7 +269,8 @@ def test_apt_trains_another_lora_and_says_what_it_did(
     assert any(not torch.equal(found.lora[k], plain.lora[k]) for k in plain.lora)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("apt-hooks"))
     assert " is on | no preset | overrides num_bins = 1, ema_alpha = 1.0 | up-blocks 1, 2: 4 cross-attention" in line
-    assert line.endswith(f" | augmentation of images | log {found.folder / WEIGHTS}-apt.jsonl")
+    drifts = "drifts of checkpoints (no class drift: give class_word)"
+    assert line.endswith(f" | augmentation of images | {drifts} | log {found.folder / WEIGHTS}-apt.jsonl")
     assert [line["step"] for line in found.lines] == [1, 2, 3, 4]
     first, last = found.lines[0], found.lines[-1]
     assert first["gamma"] == [0.0]
@@ -546,7 +547,7 @@ def test_the_timesteps_of_the_augmentation_are_those_of_the_step(train: Train, m
     monkeypatch.setattr(AptObjective, "draw_augmentation", spied_draw)
     monkeypatch.setattr(AptObjective, "_step", spied_assess)
     monkeypatch.setattr(tiny, "make_scheduler", spied_scheduler)
-    train("two_encoders", config="")
+    train("two_encoders", config="drifts = false")  # which add noise too
     assert drawn == used == noised and len(drawn) == 4 and len({t for batch in drawn for t in batch}) > 4
 
 
@@ -825,8 +826,9 @@ TWO_WORDS = {"w11": "w5 w6"}
 
 
 def worded(words: dict[str, str], *more: str) -> str:
+    """The two words, without drifts, whose passes would be among those that are looked at."""
     ((identifier, class_word),) = words.items()
-    return "\n".join([f'identifier = "{identifier}"', f'class_word = "{class_word}"', *more])
+    return "\n".join([f'identifier = "{identifier}"', f'class_word = "{class_word}"', "drifts = false", *more])
 
 
 class Read:
@@ -1128,13 +1130,13 @@ def test_engines_that_own_the_model_and_compiled_ones_are_refused(
 ) -> None:
     start = adapter.start
 
-    def other(args: Any, accelerator: Any, unet: Any, schedule: Any) -> Any:
+    def other(args: Any, accelerator: Any, unet: Any, schedule: Any, **options: Any) -> Any:
         if value:
             unet._orig_mod = torch.nn.Identity()
         kind = type("Fake", (), {"value": attribute or "NO"})()
         monkeypatch.setattr(Accelerator, "distributed_type", kind, raising=False)
         try:
-            return start(args, accelerator, unet, schedule)
+            return start(args, accelerator, unet, schedule, **options)
         finally:
             monkeypatch.undo()
 
