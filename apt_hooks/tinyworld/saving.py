@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..integrations.diffusers_dreambooth.lora_metadata import add_metadata
-from ..training.checkpoint_drifts import SAMPLES, Drifts, fixed_noise
+from ..training.checkpoint_drifts import SAMPLES, Drifts, class_prompt, fixed_noise
 from ..training.checkpoints import ENDING, Checkpoints
 from ..training.held_out import HeldOut
 from ..training.run import AptRun
@@ -43,7 +43,7 @@ class Saving:
         # Words of the world alone: others are nothing to its tokenizer.
         others = [kind for kind in KINDS if kind != self.kind][:2]
         neutral = [f"a photo of a {others[0]} at the beach", f"a drawing of a small {others[1]} at night"]
-        drifts = Drifts(objective.reference, _Probe(pipeline), f"a photo of a {self.kind}", neutral)
+        drifts = Drifts(objective.reference, _Probe(pipeline), class_prompt(self.kind), neutral)
         return Checkpoints(
             self.folder / f"{self.name}{ENDING}",
             drifts if config.drifts else None,

@@ -30,6 +30,17 @@ WORDS = ("rain", "street", "mountain", "lake", "bowl", "fruit", "table", "painti
 """Unrelated words, for the text encoders' drift."""
 
 
+def class_prompt(word: str | None) -> str | None:
+    """The prompt for the class alone; None without a class word."""
+    return None if word is None else f"a photo of a {word}"
+
+
+def asked_prompts(word: str | None) -> list[str]:
+    """All that a probe is asked for, for those who encode it beforehand: no text, `NEUTRAL`, and that of the class."""
+    own = class_prompt(word)
+    return ["", *NEUTRAL, *([] if own is None else [own])]
+
+
 class Probe(Protocol):
     """What an adapter fills. Both are called with the model as it is to be measured, in evaluation mode, without
     gradients, and with the random streams kept."""

@@ -23,7 +23,7 @@ from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement, color_of
 from apt_hooks.method.error_units import FLOW, FlowLoss, epsilon_error_scale, per_sample
 from apt_hooks.method.indicator import sigma_bins
-from apt_hooks.training.checkpoint_drifts import NEUTRAL, Drifts
+from apt_hooks.training.checkpoint_drifts import Drifts, asked_prompts, class_prompt
 from apt_hooks.training.checkpoints import ENDING, STOPPED, STOPS_ALONE, Checkpoints
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.passes import Passes
@@ -127,8 +127,7 @@ def probe_prompts(args: argparse.Namespace, names: dict[str, Any]) -> ProbePromp
         config = _config(args)
         if not config.enabled or not config.drifts:
             return None
-        own = _class_prompt(config)
-        return ProbePrompts(names, ["", *NEUTRAL, *([] if own is None else [own])])
+        return ProbePrompts(names, asked_prompts(config.class_word))
 
 
 @contextlib.contextmanager
@@ -450,7 +449,7 @@ class DreamBoothRun:
         else:
             trained, wrapped = bool(self._text_encoders), accelerator._models
             probe = StepProbe(denoiser, self._schedule, prompts, trained=trained, wrapped=wrapped)
-            drifts = Drifts(self._run.objective.reference, probe, _class_prompt(config))
+            drifts = Drifts(self._run.objective.reference, probe, class_prompt(config.class_word))
         path = Path(args.output_dir or ".") / f"{WEIGHTS}{ENDING}"
         self._checkpoints = Checkpoints(
             path if accelerator.is_main_process else None, drifts, off=off, rule=config.stop
@@ -550,10 +549,6 @@ def _config(args: argparse.Namespace) -> AptConfig:
             "file if both are wanted"
         )
     return AptConfig.preset(str(preset)) if file is None else AptConfig.from_toml(file)
-
-
-def _class_prompt(config: AptConfig) -> str | None:
-    return None if config.class_word is None else f"a photo of a {config.class_word}"
 
 
 def _batches(loaders: Sequence[Any]) -> float:

@@ -22,7 +22,7 @@ from apt_hooks.hooks.call_structure import batch_axes, first_tensor, is_samples,
 from apt_hooks.method.error_units import per_sample
 from apt_hooks.training.checkpoint_drifts import NEUTRAL, SAMPLES, fixed_noise
 
-from .probe_prompts import Parts, ProbePrompts
+from .probe_prompts import Parts, ProbePrompts, in_a_line
 
 Place = tuple[Any, ...]
 """Where something stands in the arguments of a call: keys and indices, from outside in."""
@@ -329,7 +329,7 @@ def _in_one_line() -> Iterator[None]:
     except (AptError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise AptError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise AptError(in_a_line(error)) from error
 
 
 @contextlib.contextmanager

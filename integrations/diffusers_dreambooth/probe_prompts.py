@@ -108,7 +108,7 @@ class ProbePrompts:
                 self.own.append(_parts(encode()))
                 self._kept = 1
         except Exception as error:  # of the script's own lines, asked for what they were not written for
-            self.refused = f"the script's lines cannot encode other prompts: {_in_a_line(error)}"
+            self.refused = f"the script's lines cannot encode other prompts: {in_a_line(error)}"
             self.encoded.clear()
 
     def begin(self) -> None:
@@ -250,6 +250,7 @@ def _equal(one: Parts, other: Parts) -> bool:
     return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """What went wrong in the script's own lines, for people."""
     said = " ".join(str(error).split())
     return said if isinstance(error, AptError) else f"{type(error).__name__}: {said}"

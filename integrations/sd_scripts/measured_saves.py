@@ -17,7 +17,7 @@ from torch import Tensor
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError
 from apt_hooks.hooks.frozen import frozen_base
-from apt_hooks.training.checkpoint_drifts import NEUTRAL, Drifts
+from apt_hooks.training.checkpoint_drifts import Drifts, class_prompt
 from apt_hooks.training.checkpoints import ENDING, STOPS_ALONE, Checkpoints
 from apt_hooks.training.held_out import MOST_PICTURES, HeldOut, held_out_batches
 from apt_hooks.training.run import AptRun
@@ -55,16 +55,6 @@ class MeasuredSaves:
         """Whether drifts are measured, and the first batch has not come yet."""
         return self.prompts is not None and self.probe is None
 
-    @property
-    def class_prompt(self) -> str | None:
-        word = self._config.class_word
-        return None if word is None else f"a photo of a {word}"
-
-    @property
-    def asked(self) -> list[str]:
-        """All prompts of the drifts."""
-        return ["", *NEUTRAL, *([] if self.class_prompt is None else [self.class_prompt])]
-
     def prompts_of_drifts(self, args: argparse.Namespace, trains_text: bool) -> Prompts | None:
         """What encodes the prompts of the drifts; None where these are off."""
         if not self._config.drifts or (trains_text and getattr(args, "cache_text_encoder_outputs", False)):
@@ -82,7 +72,7 @@ class MeasuredSaves:
         run.watch_checkpoints(
             Checkpoints(
                 path if accelerator.is_main_process else None,
-                None if prompts is None else Drifts(run.objective.reference, self, self.class_prompt),
+                None if prompts is None else Drifts(run.objective.reference, self, class_prompt(config.class_word)),
                 off=off,
                 held_out=self._held_out(args, accelerator),
                 rule=config.stop,

@@ -22,7 +22,7 @@ from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.hooks.architectures import preset_of
 from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement
-from apt_hooks.training.checkpoint_drifts import SAMPLES
+from apt_hooks.training.checkpoint_drifts import SAMPLES, asked_prompts
 from apt_hooks.training.checkpoints import STOPPED
 from apt_hooks.training.held_out import HeldOut
 from apt_hooks.training.objective import AptObjective
@@ -150,7 +150,7 @@ class AptTrainer:
             if self._captions is not None:
                 self._conditioning.prepare(encoders, dataset)  # type: ignore[union-attr]
             if prompts is not None:
-                prompts.encode(encoders, self._measured.asked)
+                prompts.encode(encoders, asked_prompts(self.apt_config.class_word))
 
         prompts = self._measured.prompts_of_drifts(args, self.is_train_text_encoder(args))  # type: ignore[attr-defined]
         seen = dataset
