@@ -23,8 +23,7 @@ from apt_hooks.hooks.frozen import frozen_base
 from apt_hooks.method.augmentation import Placement, color_of
 from apt_hooks.method.error_units import FLOW, FlowLoss, epsilon_error_scale, per_sample
 from apt_hooks.method.indicator import sigma_bins
-from apt_hooks.training.checkpoint_drifts import Drifts, asked_prompts, class_prompt
-from apt_hooks.training.checkpoints import ENDING, STOPPED, STOPS_ALONE, Checkpoints
+from apt_hooks.training.checkpoint_drifts import asked_prompts
 from apt_hooks.training.objective import AptObjective
 from apt_hooks.training.passes import Passes
 from apt_hooks.training.run import AptRun
@@ -35,15 +34,10 @@ from ..class_captions import ClassCaptions
 from ..noise_options import tell_noise_options
 from ..peft import adapters_off, check_active, dropout
 from .class_word import ClassWords
-from .lora_metadata import add_metadata
-from .probe import StepProbe
+from .measured_saves import WEIGHTS, MeasuredSaves
 from .probe_prompts import ProbePrompts
 
 logger = logging.getLogger("apt_hooks")
-
-WEIGHTS = "pytorch_lora_weights"
-"""The name under which diffusers saves a LoRA."""
-
 
 _NO_FROZEN_PASS = "the base model's pass did not run before the U-Net's call; patch the script again"
 _NOT_MOVED = (
@@ -196,8 +190,10 @@ class DreamBoothRun:
         )
         self.augments = objective.augments
         self._prompts = prompts
-        self._probe = self._watch_checkpoints(args, own, textless=textless)
-        self._line: dict[str, Any] | None = None  # the last checkpoint's
+        trains_text = bool(self._text_encoders)
+        self._saves = MeasuredSaves(
+            self._run, args, accelerator, own, noise_scheduler, prompts, trains_text=trains_text, textless=textless
+        )
         self._words: ClassWords | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
         self._placement: Placement | None = None
@@ -211,8 +207,7 @@ class DreamBoothRun:
             tell_noise_options(args)
         attach(self._run, accelerator)
         self._run.has_dropout(dropout(own, *self._text_encoders))
-        accelerator.register_load_state_pre_hook(lambda models, folder: self._count_from(folder))
-        self._sees_saves = False
+        accelerator.register_load_state_pre_hook(lambda models, folder: self._saves.count_from(folder))
         atexit.register(self.close)  # a run that is interrupted keeps its last step's line
 
     def read_class_word(self, words: ClassWords) -> None:
@@ -229,7 +224,7 @@ class DreamBoothRun:
     @property
     def stops(self) -> bool:
         """Whether the training is to end here, by the key `stop`."""
-        return self._accelerator.num_processes == 1 and self._checkpoints.stop is not None
+        return self._saves.stops
 
     def reading(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that encodes text, which is given a prompt of apt-hooks' own while one is asked for."""
@@ -243,8 +238,7 @@ class DreamBoothRun:
             timesteps: where noise is mixed in its share.
             latents: [batch, ...], clean.
         """
-        if self._probe is not None:
-            self._probe.begin_step(again, timesteps, latents)
+        self._saves.begin_step(again, timesteps, latents)
 
     def moves(self, timesteps: Tensor, latents: Tensor) -> bool:
         """Whether any sample is augmented, so that the latents are to be made once more, with `moved`.
@@ -288,10 +282,7 @@ class DreamBoothRun:
 
     def frozen_due(self) -> bool:
         """Whether this step has a `frozen_pass`, and `begin_tuned_pass` after it."""
-        if not self._sees_saves:
-            # Only now: behind the script's own hook, which has saved the LoRA by then, wherever it registers that.
-            self._accelerator.register_save_state_pre_hook(lambda models, weights, folder: self._save(folder))
-            self._sees_saves = True
+        self._saves.see()
         self._give_up()
         return self._run.objective.passes().due
 
@@ -390,85 +381,24 @@ class DreamBoothRun:
     def add_metadata(self, folder: str | Path) -> None:
         """Write what is known of the run into the metadata of the LoRAs in a folder, and the last one's line."""
         with errors_in_one_line():
-            if not self._accelerator.is_main_process:
-                return
-            best = f"{WEIGHTS}-best.safetensors"  # an earlier one, with a line of its own
-            paths = sorted(path for path in Path(folder).glob(f"{WEIGHTS}*.safetensors") if path.name != best)
-            line = {} if self._line is None else self._checkpoints.metadata(self._line)
-            for path in paths:
-                add_metadata(path, {**self._run.metadata(), **line})
-            if not paths:
-                logger.warning(
-                    "apt-hooks: no %s*.safetensors in %s yet, so no metadata in it, and no line about it",
-                    WEIGHTS,
-                    folder,
-                )
-            own = Path(folder) / f"{WEIGHTS}.safetensors"
-            if self._line is not None and own in paths:
-                self._checkpoints.saved(self._line, own)
+            self._saves.add_metadata(folder)
 
     def finish(self) -> None:
         """The loop is over: measure the LoRA that is saved behind it, and close."""
         with errors_in_one_line():
-            self._measure()
-            if self.stops:
-                logger.info(STOPPED, self._checkpoints.stop)
+            self._saves.finish()
         self.close()
 
     def close(self) -> None:
         """Write what is left of the log and take the hooks off; may be called again."""
         with errors_in_one_line():
             atexit.unregister(self.close)
-            if self._probe is not None:
-                self._probe.close()
+            self._saves.close()
             try:
                 if self._words is not None:
                     self._words.close()
             finally:
                 self._run.close()
-
-    def _count_from(self, folder: str | Path) -> None:
-        """The scripts take their step from a checkpoint's name; so does the log, where it has no state of APT's."""
-        number = Path(folder).name.rpartition("checkpoint-")[2]
-        if not self._run.step and number.isdecimal():
-            self._run.step = int(number)
-            self._checkpoints.resumed(self._run.step)
-
-    def _watch_checkpoints(self, args: argparse.Namespace, denoiser: nn.Module, *, textless: bool) -> StepProbe | None:
-        """Have each saved LoRA measured; what measures its drifts, None where they are off."""
-        config, prompts, accelerator = self._run.objective.config, self._prompts, self._accelerator
-        off, probe, drifts = "", None, None
-        if prompts is not None:
-            prompts.begin()
-        if not config.drifts or prompts is None:
-            off = "drifts = false" if not config.drifts else "the script was patched without them; patch it again"
-        elif prompts.refused:
-            off = prompts.refused
-        elif textless and not prompts.encoded:
-            off = "the script has no lines that encode text, so that other prompts are not to be had"
-        else:
-            trained, wrapped = bool(self._text_encoders), accelerator._models
-            probe = StepProbe(denoiser, self._schedule, prompts, trained=trained, wrapped=wrapped)
-            drifts = Drifts(self._run.objective.reference, probe, class_prompt(config.class_word))
-        path = Path(args.output_dir or ".") / f"{WEIGHTS}{ENDING}"
-        self._checkpoints = Checkpoints(
-            path if accelerator.is_main_process else None, drifts, off=off, rule=config.stop
-        )
-        self._run.watch_checkpoints(self._checkpoints)
-        if config.stop and accelerator.num_processes > 1:
-            accelerator.print(f"apt-hooks: {STOPS_ALONE}")
-        return probe
-
-    def _measure(self) -> None:
-        """The line of the LoRA as it is, once a step."""
-        if self._line is None or self._line["step"] != self._run.step:
-            self._line = self._run.measure_checkpoint()
-
-    def _save(self, folder: str | Path) -> None:
-        if (Path(folder) / f"{WEIGHTS}.safetensors").exists():
-            with errors_in_one_line():
-                self._measure()
-        self.add_metadata(folder)
 
     def _keep_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], predicted: Any) -> None:
         if self._run.objective.reference.awaits_comparison(self._run.objective.steps):

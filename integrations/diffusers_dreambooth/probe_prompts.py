@@ -30,7 +30,7 @@ logger = logging.getLogger("apt_hooks")
 Parts = list[Tensor | None]
 """What an encoding came to, piece by piece, on the CPU; None where a piece is none."""
 
-_KEPT = 8
+_KEPT = 32
 """Of so many encodings the script's own are kept, to be looked for in what the denoiser is given."""
 
 
