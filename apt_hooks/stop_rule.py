@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import AptError
 
-MEASURES = ("gamma", "class_drift", "free_drift", "text_drift", "held_out_gap")
+MEASURES = ("gamma", "class_drift", "free_drift", "prompt_response", "text_drift", "held_out_gap")
 """What a rule may look at: gamma's mean over the bins, in the steps; the rest as a checkpoint's line has it."""
 
 _TERM = re.compile(r"(?P<name>\w+)\s*(?P<sign>[<>])\s*(?P<bound>[-+.\deE]+)(?:\s+for\s+(?P<steps>\d+)(?:\s+steps?)?)?")

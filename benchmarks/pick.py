@@ -64,6 +64,7 @@ MEASURES: dict[str, Callable[[Checkpoint], float]] = {
     "gap": lambda one: one.gap,
     "class drift": lambda one: one.drifts["class_drift"],
     "trigger-free drift": lambda one: one.drifts["free_drift"],
+    "prompt response": lambda one: one.drifts["prompt_response"],
     "delta noise": lambda one: one.delta_noise,
     "held-out gap": lambda one: one.held_out_gap,
 }

@@ -38,13 +38,14 @@ def step(number: int, gammas: Sequence[float] = (0.9, 0.5, 0.1), **changes: Any)
 
 def checkpoint(number: int, gap: float, drift: float, **changes: Any) -> dict[str, Any]:
     """The line of a saved LoRA."""
-    measured = {"delta_noise": 0.02, "class_drift": drift, "free_drift": drift / 2, "text_drift": None}
+    measured = {"delta_noise": 0.02, "class_drift": drift, "free_drift": drift / 2, "prompt_response": 1 - drift / 3}
     return {
         "step": number,
         "file": f"lora-step{number:08d}.safetensors",
         "gamma": [0.5, 0.7],
         "gap": [gap, gap],
         **measured,
+        "text_drift": None,
         **changes,
     }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from apt_hooks import AptConfig, AptError
 from apt_hooks.method.deferred_checks import DeferredChecks
-from apt_hooks.method.drift import embedding_drift, prediction_drift
+from apt_hooks.method.drift import embedding_drift, prediction_drift, prompt_response
 from apt_hooks.stop_rule import StopRule
 from apt_hooks.training.checkpoint_drifts import SAMPLES, Drifts, fixed_noise
 from apt_hooks.training.checkpoints import METADATA, Checkpoints
@@ -48,6 +48,42 @@ def test_a_model_that_does_not_hear_its_text_drifts_endlessly_and_one_that_is_no
     assert prediction_drift(frozen, frozen, frozen) == 0
 
 
+def test_a_response_is_what_is_left_of_what_the_prompt_does() -> None:
+    torch.manual_seed(0)
+    frozen, without_text, learned = torch.randn(3, 5, 2, 3)
+    said = frozen - without_text
+    # What is learned with and without text alike is no matter, and neither is what lies across.
+    for share in (0.0, 0.25, 1.0, 2.0):
+        tuned_without_text = without_text + 10 * learned
+        tuned = tuned_without_text + share * said
+        assert prompt_response(tuned, tuned_without_text, frozen, without_text) == pytest.approx(share, abs=1e-5)
+    across = torch.randn(5, 6)
+    across -= (
+        (across * said.flatten(1)).sum(1, keepdim=True)
+        / said.flatten(1).square().sum(1, keepdim=True)
+        * (said.flatten(1))
+    )
+    moved = without_text + 0.5 * said + across.view_as(said)
+    assert prompt_response(moved, without_text, frozen, without_text) == pytest.approx(0.5, abs=1e-5)
+
+
+def test_a_response_is_the_median_and_the_same_for_what_predicts_v() -> None:
+    without_text = torch.zeros(3, 2)
+    frozen = torch.tensor([[1.0, 0.0], [0.0, 2.0], [4.0, 0.0]])
+    tuned = frozen * torch.tensor([[0.9], [0.5], [-100.0]])
+    assert prompt_response(tuned, without_text, frozen, without_text) == pytest.approx(0.5)
+    torch.manual_seed(0)
+    a, s = torch.rand(2, SAMPLES, 1, 1) + 0.1
+    noisy, *v = torch.randn(5, SAMPLES, 4, 4)
+    epsilon = [a * each + s * noisy for each in v]
+    assert prompt_response(*v) == pytest.approx(prompt_response(*epsilon), rel=1e-4)
+
+
+def test_a_model_that_does_not_hear_its_text_has_no_response_to_lose() -> None:
+    frozen = torch.ones(2, 3)
+    assert math.isnan(prompt_response(frozen, frozen, frozen, frozen))
+
+
 def test_embeddings_drift_in_units_of_how_far_they_lie_apart() -> None:
     frozen = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     assert embedding_drift(frozen + torch.tensor([0.0, 0.5]), frozen) == pytest.approx(0.5)
@@ -57,6 +93,8 @@ def test_embeddings_drift_in_units_of_how_far_they_lie_apart() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(AptError, match="one shape"):
         prediction_drift(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+    with pytest.raises(AptError, match="one shape"):
+        prompt_response(*[torch.zeros(2, 3)] * 3, torch.zeros(3))
     with pytest.raises(AptError, match="two or more"):
         embedding_drift(torch.zeros(1, 3), torch.zeros(1, 3))
 
@@ -77,6 +115,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         ("held_out_gap < 0", [], {"held_out_gap": [0.1, None, -0.3]}, "held_out_gap < 0"),
         ("gamma > 0.5 and held_out_gap < 0", [0.9], {"held_out_gap": [0.1]}, None),
         ("gamma > 2 or text_drift > 1e-1", [0.9], {"text_drift": 0.2}, "text_drift > 0.1"),
+        ("prompt_response < 0.25", [0.9], {"prompt_response": 0.2}, "prompt_response < 0.25"),
     ],
 )
 def test_a_rule_says_which_part_of_it_holds(text: str, gammas: list[float], line: dict[str, Any], met: Any) -> None:
@@ -133,15 +172,17 @@ def drifts_of(embeds: bool = True, class_prompt: str | None = "a photo of a dog"
 
 def test_a_model_that_was_not_trained_has_not_drifted_and_one_that_was_has() -> None:
     drifts, probe, model = drifts_of()
-    assert drifts.measure() == {"class_drift": 0, "free_drift": 0, "text_drift": 0}
-    assert probe.calls == 5  # frozen: the empty prompt, neutral ones, the class; and as trained the latter two
+    assert drifts.measure() == {"class_drift": 0, "free_drift": 0, "prompt_response": 1, "text_drift": 0}
+    assert probe.calls == 6  # the empty prompt, neutral ones, the class: frozen, and as trained
     with torch.no_grad():
         model.weight.mul_(1.5)
     found = drifts.measure()
-    assert probe.calls == 7 and all(value is not None and value > 0 for value in found.values())
+    assert probe.calls == 9 and all(value is not None and value > 0 for value in found.values())
+    assert found["prompt_response"] == pytest.approx(1.5)
     assert drifts.measure() == found
     without, *_ = drifts_of(embeds=False, class_prompt=None)
-    assert without.measure() == {"class_drift": None, "free_drift": 0, "text_drift": None}
+    nothing = {"class_drift": None, "text_drift": None}
+    assert without.measure() == {**nothing, "free_drift": 0, "prompt_response": 1}
 
 
 def test_measuring_leaves_random_streams_modes_and_gradients_as_they_were() -> None:

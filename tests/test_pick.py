@@ -16,54 +16,52 @@ from apt_hooks.results.read_checkpoints import Checkpoint, find_runs, read_check
 from apt_hooks.results.verdict import verdict
 
 GAPS = (0.02, 0.04, 0.05, 0.052, 0.054, 0.055)
-DRIFTS = (0.4, 0.9, 1.25, 1.26, 1.6, 2.4)  # of the trigger-free prompts
+RESPONSES = (0.9, 0.6, 0.25, 0.24, 0.2, 0.1)
 
 
-def checkpoint(step: int, gap: float = 0.01, drift: float = 0.1, **other: Any) -> Checkpoint:
+def checkpoint(step: int, gap: float = 0.01, response: float = 0.9, **other: Any) -> Checkpoint:
     known: dict[str, Any] = {"gamma": 0.5, "held_out_gap": math.nan, "bins": 10, "unseen": 0, "delta_noise": 0.02}
-    drifts = {"class_drift": 2 * drift, "free_drift": drift, "text_drift": math.nan}
+    drifts = {"class_drift": 2.0, "free_drift": 1.0, "prompt_response": response, "text_drift": math.nan}
     return Checkpoint(step=step, file=f"lora-{step}.safetensors", gap=gap, **{**known, **drifts, **other})
 
 
-def run(gaps: Any = GAPS, drifts: Any = DRIFTS, **other: Any) -> list[Checkpoint]:
-    return [
-        checkpoint(100 * k, gap, drift, **other) for k, (gap, drift) in enumerate(zip(gaps, drifts, strict=True), 1)
-    ]
+def run(gaps: Any = GAPS, responses: Any = RESPONSES, **other: Any) -> list[Checkpoint]:
+    rows = enumerate(zip(gaps, responses, strict=True), 1)
+    return [checkpoint(100 * k, gap, **{"response": response, **other}) for k, (gap, response) in rows]
 
 
-def unseen(gaps: Any, drifts: Any = (0.1,) * 6) -> list[Checkpoint]:
+def unseen(gaps: Any, responses: Any = (0.9,) * 6) -> list[Checkpoint]:
     """A run with a held-out gap."""
-    return [
-        checkpoint(100 * k, 0.05, drift, held_out_gap=gap)
-        for k, (gap, drift) in enumerate(zip(gaps, drifts, strict=True), 1)
-    ]
+    rows = enumerate(zip(gaps, responses, strict=True), 1)
+    return [checkpoint(100 * k, 0.05, response, held_out_gap=gap) for k, (gap, response) in rows]
 
 
-def test_the_last_that_leaves_other_prompts_alone_is_picked() -> None:
+def test_the_last_that_listens_to_other_prompts_is_picked() -> None:
     found = verdict(run())
     assert found.picked is not None and found.picked.step == 300
     assert str(found) == (
-        "Step 300 (lora-300.safetensors): the last that is not worn out: other prompts have moved by 1.25 of what they "
-        "mean. At step 400 other prompts have moved by 1.26 of what they mean, and are ignored."
+        "Step 300 (lora-300.safetensors): the last that is not worn out: other prompts still do 0.25 of what they do "
+        "to the base model. At step 400 other prompts do 0.24 of what they do to the base model: they are ignored."
     )
 
 
-def test_a_drift_that_comes_back_is_no_end() -> None:
-    found = verdict(run(drifts=(0.4, 1.3, 0.9, 1.3, 1.1, 1.3)))
+def test_a_response_that_comes_back_is_no_end() -> None:
+    found = verdict(run(responses=(0.9, 0.2, 0.6, 0.2, 0.3, 0.2)))
     assert found.picked is not None and found.picked.step == 500
 
 
 def test_of_the_last_one_nothing_behind_it_is_said() -> None:
-    found = verdict(run(drifts=(0.1, 0.2, 0.2, 0.19, 0.15, 0.1)))
+    found = verdict(run(responses=(0.9, 0.8, 0.8, 0.7, 0.75, 0.9)))
     assert found.picked is not None and found.picked.step == 600
     assert found.sentences[1] == "It is the last: a longer training may give one that is better still."
 
 
 def test_where_all_are_worn_out_the_least_is_picked_and_what_to_do_is_said() -> None:
-    found = verdict(run(drifts=(1.5, 1.3, 1.4, 1.7, 1.8, 1.9)))
+    found = verdict(run(responses=(0.1, 0.2, 0.15, -0.1, 0.1, 0.05)))
     assert found.picked is not None and found.picked.step == 200
     assert found.sentences[0].endswith(
-        "it has moved other prompts least: other prompts have moved by 1.30 of what they mean, and are ignored."
+        "all are worn out, and this one listens most: other prompts do 0.20 of what they do to the base model: they "
+        "are ignored."
     )
     assert found.sentences[1] == "Save earlier ones, or train at a lower learning rate."
 
@@ -84,8 +82,8 @@ def test_a_lora_that_is_never_ahead_on_them_is_judged_by_its_best_too() -> None:
 
 
 def test_both_have_to_hold() -> None:
-    found = verdict(unseen((0.02,) * 5 + (0.01,), DRIFTS[::-1]))
-    assert found.picked is not None and found.picked.step == 500  # of those with a small drift, 400 to 600
+    found = verdict(unseen((0.02,) * 5 + (0.01,), RESPONSES[::-1]))
+    assert found.picked is not None and found.picked.step == 500  # of those that listen, 400 to 600
 
 
 @pytest.mark.parametrize(
@@ -97,8 +95,11 @@ def test_both_have_to_hold() -> None:
             "Too short to say: 20 steps, and the LoRA has hardly moved the model (delta noise 1",
         ),
         ([checkpoint(20, unseen=2)], "Too short to say: 20 steps, and 2 of 10 bins of timesteps were never seen."),
-        (run(class_drift=math.nan, free_drift=math.nan), "Cannot tell: not all of these checkpoints have drifts"),
-        ([*run(), checkpoint(700, drift=math.nan)], "Cannot tell: not all of these checkpoints have drifts"),
+        (run(response=math.nan), "Cannot tell: not all of these checkpoints have a prompt response"),
+        (
+            [*run(), checkpoint(700, response=math.nan)],
+            "Cannot tell: not all of these checkpoints have a prompt response",
+        ),
     ],
 )
 def test_it_says_when_it_cannot_tell(checkpoints: list[Checkpoint], said: str) -> None:
@@ -109,9 +110,10 @@ def test_it_says_when_it_cannot_tell(checkpoints: list[Checkpoint], said: str) -
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def line(step: int, gap: float, drift: float, **other: Any) -> dict[str, Any]:
-    own = {"gamma": [0.5, 0.7], "gap": [gap, gap], "delta_noise": 0.02, "class_drift": drift, "free_drift": drift}
-    return {"step": step, "file": f"lora-{step}.safetensors", **own, "text_drift": None, **other}
+def line(step: int, gap: float, response: float, **other: Any) -> dict[str, Any]:
+    own = {"gamma": [0.5, 0.7], "gap": [gap, gap], "delta_noise": 0.02, "class_drift": 1.25, "free_drift": 0.75}
+    last = {"prompt_response": response, "text_drift": None}
+    return {"step": step, "file": f"lora-{step}.safetensors", **own, **last, **other}
 
 
 def write(folder: Path, lines: list[dict[str, Any]], name: str = "lora", end: str = "", **about: Any) -> Path:
@@ -121,7 +123,7 @@ def write(folder: Path, lines: list[dict[str, Any]], name: str = "lora", end: st
     return path
 
 
-LINES = [line(100 * k, gap, drift) for k, (gap, drift) in enumerate(zip(GAPS, DRIFTS, strict=True), 1)]
+LINES = [line(100 * k, gap, response) for k, (gap, response) in enumerate(zip(GAPS, RESPONSES, strict=True), 1)]
 
 
 def pick(*arguments: object) -> str:
@@ -135,10 +137,10 @@ def test_the_table_marks_what_was_picked_and_what_is_gone(tmp_path: Path) -> Non
     (tmp_path / "lora-300.safetensors").write_bytes(b"")
     said = pick(tmp_path).splitlines()
     (marked,) = [text for text in said if text.startswith(">")]
-    assert marked.split() == [">", "300", "0.60", "0.05", "0.02", "1.25", "1.25", "lora-300.safetensors"]
+    assert marked.split() == [">", "300", "0.60", "0.05", "0.02", "1.25", "0.75", "0.25", "lora-300.safetensors"]
     assert said[2].endswith("lora-100.safetensors (gone)") and "text drift" not in said[1]
     assert said[-3].startswith("Step 300 (lora-300.safetensors)") and len(said) == 11
-    assert said[-2].startswith("At step 400 other prompts have moved by 1.26")
+    assert said[-2].startswith("At step 400 other prompts do 0.24")
     assert said[-1].startswith("By these numbers alone, which are no match for pictures")
 
 
@@ -149,7 +151,7 @@ def test_one_that_is_gone_is_not_picked_while_others_are_there(tmp_path: Path) -
     said = pick(tmp_path).splitlines()
     assert [text.split()[1] for text in said if text.startswith(">")] == ["200"]
     assert said[-3].startswith(
-        "Step 200 (lora-200.safetensors): the last that is not worn out: other prompts have moved"
+        "Step 200 (lora-200.safetensors): the last that is not worn out: other prompts still do 0.60"
     )
     assert said[-2].startswith(
         "Step 300 (lora-300.safetensors) was better, but is gone: the trainer deletes older ones "
@@ -197,7 +199,8 @@ def test_a_run_that_cannot_be_read_is_left_out_beside_others(tmp_path: Path) -> 
 def test_a_run_without_drifts_or_class_says_why(tmp_path: Path) -> None:
     write(tmp_path, LINES, **{"class": None})
     assert "no class drift: give identifier and class_word" in pick(tmp_path)
-    write(tmp_path, [{**each, "class_drift": None, "free_drift": None} for each in LINES], off="drifts = false")
+    off = dict.fromkeys(("class_drift", "free_drift", "prompt_response"))
+    write(tmp_path, [{**each, **off} for each in LINES], off="drifts = false")
     assert "no drifts: drifts = false" in pick(tmp_path) and "Cannot tell" in pick(tmp_path)
 
 

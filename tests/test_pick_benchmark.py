@@ -38,18 +38,19 @@ def test_the_error_is_the_standard_error_where_the_score_is_a_mean() -> None:
     assert other.short_of(one) == pytest.approx((0.1, 0))  # the same prompts: what they differ by is no error
 
 
-def line(step: int, gap: float, drift: float, held_out: float) -> dict[str, Any]:
-    own = {"gamma": [0.5], "gap": [gap], "delta_noise": 0.02, "class_drift": drift, "free_drift": drift}
-    return {"step": step, "file": f"{step}.safetensors", **own, "held_out_gap": [held_out]}
+def line(step: int, gap: float, response: float, held_out: float) -> dict[str, Any]:
+    own = {"gamma": [0.5], "gap": [gap], "delta_noise": 0.02, "class_drift": 1.0, "free_drift": 1.0}
+    last = {"prompt_response": response, "held_out_gap": [held_out]}
+    return {"step": step, "file": f"{step}.safetensors", **own, **last}
 
 
 def test_the_table_counts_what_is_within_the_error_of_the_best(tmp_path: Path) -> None:
-    lines = [line(100, 0.0, 0.1, 0.2), line(200, 0.9, 0.2, 0.19), line(300, 1.0, 0.5, 0.0), line(400, 1.0, 1.0, -1.0)]
+    lines = [line(100, 0.0, 0.9, 0.2), line(200, 0.9, 0.8, 0.19), line(300, 1.0, 0.5, 0.0), line(400, 1.0, 0.3, -1.0)]
     for concept in (4, 5):
         (tmp_path / f"{concept}-0-0.003").mkdir()
         path = tmp_path / f"{concept}-0-0.003" / "dreambooth-checkpoints.jsonl"
         # Of the second one's checkpoints the rule says nothing.
-        own = lines if concept == 4 else [{**each, "free_drift": None} for each in lines[:2]]
+        own = lines if concept == 4 else [{**each, "prompt_response": None} for each in lines[:2]]
         path.write_text("".join(json.dumps(each) + "\n" for each in own))
     texts = {100: [1.0, 0.7], 200: [0.8, 0.8], 300: [0.6, 0.6], 400: [0.5, 0.5]}
     judged = {str(step): {"text": text, "identity": [0.7, 0.7]} for step, text in texts.items()}

@@ -31,6 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     save_loras(folder, NAMES)
     own = {"gamma": [0.5], "gap": [0.1], "delta_noise": 0.02, "class_drift": 0.1, "free_drift": 0.1}
+    own |= {"prompt_response": 0.9}
     lines = [
         {"run": {"class": "a photo of a cup"}},
         {"step": 50, "file": "gone.safetensors", **own},

@@ -247,9 +247,13 @@ def test_checkpoints_have_a_plot_of_the_gap_and_one_of_the_drifts_that_there_are
     plots = checkpoint_plots(found.run.checkpoints, found.verdict.picked, 600)
     assert [trace["y"] for trace in plots["gap"]["data"]] == [list(GAPS)]
     assert [trace["y"] for trace in plots["drift"]["data"]] == [list(DRIFTS), [drift / 2 for drift in DRIFTS]]
-    assert [shape["x0"] for plot in plots.values() for shape in plot["layout"]["shapes"]] == [300, 300]
+    assert [trace["y"] for trace in plots["response"]["data"]] == [
+        [pytest.approx(1 - drift / 3, abs=1e-4) for drift in DRIFTS]
+    ]
+    assert [shape["x0"] for plot in plots.values() for shape in plot["layout"]["shapes"]] == [300, 300, 300]
     assert not checkpoint_plots(found.run.checkpoints, None, 600)["gap"]["layout"]["shapes"]
-    without = [dataclasses.replace(one, class_drift=NAN, free_drift=NAN) for one in found.run.checkpoints]
+    off = dict.fromkeys(("class_drift", "free_drift", "prompt_response"), NAN)
+    without = [dataclasses.replace(one, **off) for one in found.run.checkpoints]
     assert list(checkpoint_plots(without, None, 600)) == ["gap"]
     unseen = [dataclasses.replace(one, held_out_gap=one.gap / 2) for one in found.run.checkpoints]
     assert [trace["y"] for trace in checkpoint_plots(unseen, None, 600)["gap"]["data"]][1] == [gap / 2 for gap in GAPS]
@@ -435,7 +439,7 @@ def test_of_many_pictures_those_of_checkpoints_are_shown_and_the_picked_ones(tmp
 
 
 def epochs(*files: tuple[int, str]) -> Saved:
-    checkpoints = [Checkpoint(step, file, 0.5, 0.1, NAN, 10, 0, 0.02, 0.1, 0.1, NAN) for step, file in files]
+    checkpoints = [Checkpoint(step, file, 0.5, 0.1, NAN, 10, 0, 0.02, 0.1, 0.1, 0.9, NAN) for step, file in files]
     return Saved(SavedRun("lora", Path("lora-checkpoints.jsonl"), {}, checkpoints), verdict(checkpoints))
 
 
@@ -503,12 +507,12 @@ def test_the_page_begins_with_the_verdict_of_pick(tmp_path: Path) -> None:
 def test_without_a_verdict_the_page_says_why(tmp_path: Path) -> None:
     write(tmp_path / "none-apt.jsonl", [start(), step(1)])
     write(tmp_path / "few-apt.jsonl", [start(), step(1)])
-    off = {"class_drift": None, "free_drift": None}
+    off = dict.fromkeys(("class_drift", "free_drift", "prompt_response"))
     write(tmp_path / "few-checkpoints.jsonl", [{"run": {"off": "drifts = false"}}, {**checkpoint(60, 0.1, 0.1), **off}])
     page, _ = report([tmp_path], tmp_path / "report.html")
     assert "No verdict: beside its log there is no none-checkpoints.jsonl" in page
     assert (
-        '<p class="verdict unsure">Cannot tell: not all of these checkpoints have drifts.' in page
+        '<p class="verdict unsure">Cannot tell: not all of these checkpoints have a prompt response.' in page
         and "No drifts: drifts = false." in page
     )
     assert "plot-gap" not in page and "1 checkpoint in numbers" in page

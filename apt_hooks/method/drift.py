@@ -1,4 +1,5 @@
-"""How far a prompt's prediction has moved from the base model's, as a number that means the same on every model."""
+"""What a LoRA has done to a prompt's prediction, as numbers that mean the same on every model: how far it has moved it,
+and how much of what the prompt says is still in it."""
 
 from __future__ import annotations
 
@@ -35,6 +36,34 @@ def prediction_drift(tuned: Tensor, frozen: Tensor, without_text: Tensor) -> flo
     # Where the model does not listen to its text at all, whatever moved it moved it endlessly far.
     ratio = torch.where(moved == 0, 0.0, moved / said)
     return float(ratio.median().sqrt())
+
+
+def prompt_response(tuned: Tensor, tuned_without_text: Tensor, frozen: Tensor, frozen_without_text: Tensor) -> float:
+    """How much of what a prompt does to the base model's predictions it still does with the LoRA: 1 all, 0 nothing.
+
+        median over samples of  <d, d_frozen> / |d_frozen|^2,   d = tuned - tuned_without_text, d_frozen alike
+
+    Ours. The difference that a prompt makes is what classifier-free guidance goes along, so this is how far guidance
+    still goes in the prompt's direction. What the LoRA does to predictions with and without text alike, as learning a
+    subject does, is no matter here: that is what it has over `prediction_drift`. Sample by sample, and the (lower)
+    median, for the reasons given there.
+
+    Args:
+        tuned, frozen: [samples, ...], of the same noisy latents, timesteps and prompt.
+        tuned_without_text, frozen_without_text: of the same shape, what both predict for the empty prompt.
+
+    Returns:
+        NaN where the frozen model does not listen to its text at all in half of the samples.
+
+    Raises:
+        AptError: the shapes differ.
+    """
+    given = tuned, tuned_without_text, frozen, frozen_without_text
+    if len({x.shape for x in given}) > 1:
+        raise AptError(f"all four predictions must have one shape; found {[tuple(x.shape) for x in given]}")
+    tuned, tuned_without_text, frozen, frozen_without_text = (x.flatten(1).double() for x in given)
+    said, asked = tuned - tuned_without_text, frozen - frozen_without_text
+    return float(((said * asked).sum(dim=1) / asked.square().sum(dim=1)).median())
 
 
 def embedding_drift(tuned: Tensor, frozen: Tensor) -> float:

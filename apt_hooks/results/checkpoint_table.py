@@ -12,6 +12,7 @@ _NUMBERS = {
     "delta_noise": ".3g",
     "class_drift": ".2f",
     "free_drift": ".2f",
+    "prompt_response": ".2f",
     "text_drift": ".2f",
     "held_out_gap": ".3g",
 }

@@ -24,7 +24,7 @@ class Checkpoint:
         gamma, gap, held_out_gap: means over the bins that were seen.
         bins, unseen: how many there are, and how many of them were not.
         delta_noise: mean over the last steps before it.
-        class_drift, free_drift, text_drift: as `training.checkpoint_drifts` measures them.
+        class_drift, free_drift, prompt_response, text_drift: as `training.checkpoint_drifts` measures them.
         stop: which part of the run's rule held; None: none did.
     """
 
@@ -38,6 +38,7 @@ class Checkpoint:
     delta_noise: float
     class_drift: float
     free_drift: float
+    prompt_response: float
     text_drift: float
     stop: str | None = None
 
@@ -139,6 +140,7 @@ def _checkpoint(line: dict[str, Any]) -> Checkpoint:
         delta_noise=_number(line["delta_noise"]),
         class_drift=_number(line.get("class_drift")),
         free_drift=_number(line.get("free_drift")),
+        prompt_response=_number(line.get("prompt_response")),
         text_drift=_number(line.get("text_drift")),
         stop=line.get("stop"),
     )

@@ -3,8 +3,8 @@
 The rule is ours. A LoRA gets better at its subject up to the end of a training as a rule, so the last checkpoint is
 taken that is not worn out:
 
-- prompts without class and subject have moved by at most `MOST_DRIFT` of what a prompt itself does to a prediction
-  (`free_drift`, whose unit is the same whatever a model predicts): behind that they are ignored;
+- prompts without class and subject still do `LEAST_RESPONSE` of what they do to the base model's predictions
+  (`prompt_response`): below that they are ignored;
 - where there are pictures that were not trained on, the LoRA is still ahead of the base model on them by `KEPT` of the
   most that it was in this run (`held_out_gap`): behind that it overfits.
 
@@ -22,7 +22,7 @@ from collections.abc import Collection, Sequence
 from .read_checkpoints import Checkpoint
 from .too_short import why_too_short
 
-MOST_DRIFT = 1.25
+LEAST_RESPONSE = 0.25
 KEPT = 0.88
 
 
@@ -55,11 +55,12 @@ def verdict(checkpoints: Sequence[Checkpoint], gone: Collection[int] = ()) -> Ve
     too_short = why_too_short(last.step, last.bins, last.unseen, last.delta_noise)
     if too_short:
         return Verdict(None, (f"Too short to say: {too_short}.", "Train longer, then ask again."))
-    if any(math.isnan(one.free_drift) for one in checkpoints):
-        return Verdict(None, ("Cannot tell: not all of these checkpoints have drifts.", "Let pictures decide."))
+    if any(math.isnan(one.prompt_response) for one in checkpoints):
+        missing = "Cannot tell: not all of these checkpoints have a prompt response."
+        return Verdict(None, (missing, "Let pictures decide."))
     there = [one for one in checkpoints if one.step not in gone]
     fresh = [one for one in checkpoints if _why_not(one, checkpoints) is None]
-    best, picked = _last_or_least_moved(checkpoints, fresh), _last_or_least_moved(there or checkpoints, fresh)
+    best, picked = _last_or_least_worn(checkpoints, fresh), _last_or_least_worn(there or checkpoints, fresh)
     sentences = [f"Step {picked.step} ({picked.file}): {_why(picked, checkpoints, fresh)}."]
     if picked is not best or not there:
         sentences.append(_gone(best, bool(there)))
@@ -71,8 +72,8 @@ def verdict(checkpoints: Sequence[Checkpoint], gone: Collection[int] = ()) -> Ve
 
 def _why_not(one: Checkpoint, checkpoints: Sequence[Checkpoint]) -> str | None:
     """Why a checkpoint is not to be taken, in words; None where it may be."""
-    if one.free_drift > MOST_DRIFT:
-        return f"other prompts have moved by {one.free_drift:.2f} of what they mean, and are ignored"
+    if one.prompt_response < LEAST_RESPONSE:
+        return f"other prompts do {one.prompt_response:.2f} of what they do to the base model: they are ignored"
     if _behind_on_unseen(one, checkpoints):
         return "it is behind what it was on pictures that were not trained on: it overfits"
     return None
@@ -83,15 +84,16 @@ def _behind_on_unseen(one: Checkpoint, checkpoints: Sequence[Checkpoint]) -> boo
     return one.held_out_gap < most - (1 - KEPT) * abs(most)  # false where one of them is NaN
 
 
-def _last_or_least_moved(among: Sequence[Checkpoint], fresh: Sequence[Checkpoint]) -> Checkpoint:
-    return next((one for one in reversed(among) if one in fresh), min(among, key=lambda one: one.free_drift))
+def _last_or_least_worn(among: Sequence[Checkpoint], fresh: Sequence[Checkpoint]) -> Checkpoint:
+    return next((one for one in reversed(among) if one in fresh), max(among, key=lambda one: one.prompt_response))
 
 
 def _why(picked: Checkpoint, checkpoints: Sequence[Checkpoint], fresh: Sequence[Checkpoint]) -> str:
     if picked in fresh:
-        return f"the last that is not worn out: other prompts have moved by {picked.free_drift:.2f} of what they mean"
+        still = f"other prompts still do {picked.prompt_response:.2f} of what they do to the base model"
+        return f"the last that is not worn out: {still}"
     which = "those that are left" if fresh else "all"
-    return f"{which} are worn out, and it has moved other prompts least: {_why_not(picked, checkpoints)}"
+    return f"{which} are worn out, and this one listens most: {_why_not(picked, checkpoints)}"
 
 
 def _behind(picked: Checkpoint, checkpoints: Sequence[Checkpoint], fresh: Sequence[Checkpoint]) -> str:

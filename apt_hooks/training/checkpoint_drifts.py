@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,20 +12,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..method.drift import embedding_drift, prediction_drift
+from ..method.drift import embedding_drift, prediction_drift, prompt_response
 from .reference_model import Reference
 
 SAMPLES = 8
-"""Noisy latents of a probe. Class drift and trigger-free drift are so many passes of one sample each at a checkpoint,
-and twice so many more at the first one. A training step with APT takes about four such passes a sample, so that a
-checkpoint costs as much as the training on four samples: below 2 % where 200 samples or more lie between two."""
+"""Noisy latents of a probe. With the class, the neutral prompts and no text, a checkpoint is three times so many passes
+of one sample each, the first one twice that. A training step with APT takes about four such passes a sample, so that a
+checkpoint costs as much as the training on six samples: below 2 % where 300 samples or more lie between two."""
 
 NEUTRAL = (
     "a photo of a street in the rain",
     "an oil painting of mountains behind a lake",
     "a bowl of fruit on a wooden table",
 )
-"""Prompts without class and subject, for the trigger-free drift; of a class that one of them has, it is no such."""
+"""Prompts without class and subject, for the trigger-free drift and the prompt response; of a class that one of them
+has, it is no such."""
 
 WORDS = ("rain", "street", "mountain", "lake", "bowl", "fruit", "table", "painting")
 """Unrelated words, for the text encoders' drift."""
@@ -56,7 +58,7 @@ class Probe(Protocol):
 
 
 class Drifts:
-    """Measures drifts from the reference.
+    """Measures drifts from the reference, and how much of a prompt still gets through.
 
     Args:
         reference: the run's.
@@ -66,7 +68,7 @@ class Drifts:
         words: for the text encoders.
     """
 
-    NAMES = ("class_drift", "free_drift", "text_drift")
+    NAMES = ("class_drift", "free_drift", "prompt_response", "text_drift")
 
     def __init__(
         self,
@@ -96,8 +98,13 @@ class Drifts:
                     if (words := self._probe.embed(self.words)) is not None:
                         self._frozen_words = _kept(words)
             with self._reference.apart(frozen=False):
-                for name, prompts in self._asked.items():
-                    drifts[name] = prediction_drift(self._of(prompts), self._frozen[name], self._without_text)
+                tuned = {name: self._of(prompts) for name, prompts in self._asked.items()}
+                for name, moved in tuned.items():
+                    drifts[name] = prediction_drift(moved, self._frozen[name], self._without_text)
+                response = prompt_response(
+                    tuned["free_drift"], self._of([""] * SAMPLES), self._frozen["free_drift"], self._without_text
+                )
+                drifts["prompt_response"] = None if math.isnan(response) else response
                 if len(self._frozen_words) and (words := self._probe.embed(self.words)) is not None:
                     drifts["text_drift"] = embedding_drift(_kept(words), self._frozen_words)
         return drifts

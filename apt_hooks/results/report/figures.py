@@ -27,6 +27,9 @@ DRIFTS = {  # of a checkpoint: what it is of, and its line's color
     "free_drift": ("neither class nor subject", "#00805e"),
     "text_drift": ("unrelated words, by the text encoders", "#7a6400"),
 }
+RESPONSES = {  # the same, of what still has a say
+    "prompt_response": ("neither class nor subject", "#00805e"),
+}
 GAPS = {  # the same, of what it is ahead on
     "gap": ("its own pictures", TUNED_COLOR),
     "held_out_gap": ("pictures that were not trained on", "#d55e00"),
@@ -84,13 +87,13 @@ def gamma_plot(run: RunLog, last_step: int, points: int) -> Plot:
 
 
 def checkpoint_plots(checkpoints: Sequence[Checkpoint], picked: Checkpoint | None, last_step: int) -> dict[str, Plot]:
-    """What was learned, and what it cost elsewhere, both from checkpoint to checkpoint; a line marks the picked one.
+    """What was learned, and what it cost elsewhere, from checkpoint to checkpoint; a line marks the picked one.
 
     Returns:
-        `gap`, and `drift` with those that were measured; none of them without a line.
+        `gap`, `response`, and `drift` with those that were measured; none of them without a line.
     """
     plots: dict[str, Plot] = {}
-    for label, lines in (("gap", GAPS), ("drift", DRIFTS)):
+    for label, lines in (("gap", GAPS), ("response", RESPONSES), ("drift", DRIFTS)):
         traces = []
         for name, (title, color) in lines.items():
             known = [(one.step, getattr(one, name)) for one in checkpoints if math.isfinite(getattr(one, name))]

@@ -20,7 +20,11 @@ from .summary import fixed
 
 _PLOTS = {
     "gap": ("What was learned", "Gap: how far ahead of the base model on pictures."),
-    "drift": ("What it cost", "Drift: how far other prompts have moved; 1: as far as a prompt moves a picture."),
+    "response": (
+        "What prompts still do",
+        "Response: how much of what other prompts do to the base model they still do; 0: they are ignored.",
+    ),
+    "drift": ("What has moved", "Drift: how far other prompts have moved; 1: as far as a prompt moves a picture."),
 }
 _Figure = Callable[[str, str, str, Plot], str]  # of id, title, subtitle and plot
 
