@@ -25,7 +25,8 @@ Beside `pick`: the same rule `without` pictures that are not trained on. Rivals:
 is the mean difference of scores over the runs with a choice: unlike hits, it is not easier to meet where the judges are
 noisy. The error of the difference to the best one is smaller, as prompts and noise are the same. Below that table
 another: Spearman's rank correlation within a run, mean and standard error over the runs, of what is measured of a
-checkpoint with its text, its identity and its score.
+checkpoint with its text, its identity and its score; and that with the text of all runs' checkpoints together, which
+tells whether one bound can serve all.
 """
 
 from __future__ import annotations
@@ -250,21 +251,27 @@ def _ranked(values: Sequence[float]) -> list[float]:
 def ranks(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown: how what is measured of checkpoints ranks them, beside how judges do."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in MEASURES}
+    together: dict[str, list[float]] = {name: [] for name in (*MEASURES, "text")}
     for row in rows:
         checkpoints, scores = _checkpoints(out, row), _scores_by_step(row)
         of_steps = [row["judged"][str(one.step)] for one in checkpoints]
         judged = {axis: [statistics.fmean(of[axis]) for of in of_steps] for axis in ("text", "identity")}
         judged["score"] = [scores[one.step].value for one in checkpoints]
+        together["text"] += judged["text"]
         for name, measure in MEASURES.items():
             measured = [measure(one) for one in checkpoints]
+            together[name] += measured
             for axis, values in judged.items():
                 correlations = found[name].setdefault(axis, [])
                 if min(measured) < max(measured) and min(values) < max(values):  # else there is no rank
                     correlations.append(statistics.correlation(_ranked(measured), _ranked(values)))
-    lines = ["| rank correlation with | text | identity | score |", "|---|---|---|---|"]
+    lines = ["| rank correlation with | text | identity | score | text, all runs |", "|---|---|---|---|---|"]
     for name, of in found.items():
         error = {axis: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.nan for axis, v in of.items()}
         cells = [f"{statistics.fmean(v):+.2f} ± {error[axis]:.2f}" if v else "-" for axis, v in of.items()]
+        texts, measured = _ranked(together["text"]), _ranked(together[name])
+        alike = len(set(texts)) < 2 or len(set(measured)) < 2  # then there is no rank
+        cells.append("-" if alike else f"{statistics.correlation(measured, texts):+.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

@@ -75,7 +75,9 @@ def test_drifts_are_measured_of_each_saved_lora_which_is_what_it_is_without(
         wanted = [(2, f"checkpoint-2/{last}"), (4, f"checkpoint-4/{last}"), (4, last)]
     assert [(line["step"], line["file"]) for line in measured] == wanted
     for line in measured:
-        assert line["class_drift"] > 0 and line["free_drift"] > 0 and line["delta_noise"] > 0
+        assert (
+            line["class_drift"] > 0 and line["free_drift"] > 0 and line["delta_noise"] > 0 and line["prompt_response"]
+        )
         carried = json.loads(found.metadata(line["file"])["ss_apt_checkpoint"])
         assert carried == {name: value for name, value in line.items() if name not in ("file", "seconds")}
     assert_same(train(*case, *PROMPT, config=WORDS + "\ndrifts = false"), found)

@@ -75,3 +75,19 @@ def test_the_table_counts_what_is_within_the_error_of_the_best(tmp_path: Path) -
     assert hits[6:-1] == ["1 of 2", "0 of 2", "1 of 2", "2 of 2", "1.5 of 2", "2 of 2"]
     assert paired[6:-1] == hits[6:-1]
     assert short[6] == f"{shorter:.3f}" and short[11] == "0.000"
+
+
+def test_ranks_are_within_runs_and_over_all_of_them(tmp_path: Path) -> None:
+    rows = []
+    # The same numbers in both, but the second run's prompts are followed less at any response.
+    for concept, less in ((4, 0.0), (5, 0.5)):
+        (tmp_path / f"{concept}-0-0.003").mkdir()
+        lines = [line(100 * k, k / 10, 1 - k / 10, 0.1) for k in (1, 2, 3)]
+        path = tmp_path / f"{concept}-0-0.003" / "dreambooth-checkpoints.jsonl"
+        path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+        judged = {str(100 * k): {"text": [1 - k / 10 - less] * 2, "identity": [k / 10] * 2} for k in (1, 2, 3)}
+        rows.append({"concept": concept, "seed": 0, "learning_rate": 3e-3, "judged": {"ideal": IDEAL, **judged}})
+    cells = {row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]] for row in pick.ranks(tmp_path, rows)}
+    assert cells["prompt response"][:2] == ["+1.00 ± 0.00", "-1.00 ± 0.00"]
+    assert cells["prompt response"][3] == "+0.48" and cells["step"][3] == "-0.48"
+    assert cells["held-out gap"] == ["-", "-", "-", "-"]
