@@ -63,9 +63,9 @@ CHECKPOINTS = 8
 MEASURES: dict[str, Callable[[Checkpoint], float]] = {
     "step": lambda one: one.step,
     "gap": lambda one: one.gap,
-    "class drift": lambda one: one.drifts["class_drift"],
-    "trigger-free drift": lambda one: one.drifts["free_drift"],
-    "prompt response": lambda one: one.drifts["prompt_response"],
+    "class drift": lambda one: one.class_drift,
+    "trigger-free drift": lambda one: one.free_drift,
+    "prompt response": lambda one: one.prompt_response,
     "delta noise": lambda one: one.delta_noise,
     "held-out gap": lambda one: one.held_out_gap,
 }
@@ -249,18 +249,20 @@ def _ranked(values: Sequence[float]) -> list[float]:
 
 
 def ranks(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown: how what is measured of checkpoints ranks them, beside how judges do."""
+    """Markdown: how what is measured of checkpoints ranks them, beside how judges do; runs without a measure are left
+    out of its row."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in MEASURES}
-    together: dict[str, list[float]] = {name: [] for name in (*MEASURES, "text")}
+    together: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURES}
     for row in rows:
         checkpoints, scores = _checkpoints(out, row), _scores_by_step(row)
         of_steps = [row["judged"][str(one.step)] for one in checkpoints]
         judged = {axis: [statistics.fmean(of[axis]) for of in of_steps] for axis in ("text", "identity")}
         judged["score"] = [scores[one.step].value for one in checkpoints]
-        together["text"] += judged["text"]
         for name, measure in MEASURES.items():
             measured = [measure(one) for one in checkpoints]
-            together[name] += measured
+            if any(map(math.isnan, measured)):
+                continue
+            together[name] += zip(measured, judged["text"], strict=True)
             for axis, values in judged.items():
                 correlations = found[name].setdefault(axis, [])
                 if min(measured) < max(measured) and min(values) < max(values):  # else there is no rank
@@ -269,9 +271,9 @@ def ranks(out: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for name, of in found.items():
         error = {axis: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.nan for axis, v in of.items()}
         cells = [f"{statistics.fmean(v):+.2f} ± {error[axis]:.2f}" if v else "-" for axis, v in of.items()]
-        texts, measured = _ranked(together["text"]), _ranked(together[name])
-        alike = len(set(texts)) < 2 or len(set(measured)) < 2  # then there is no rank
-        cells.append("-" if alike else f"{statistics.correlation(measured, texts):+.2f}")
+        all_runs = [_ranked(values) for values in zip(*together[name], strict=True)]
+        ranked = bool(all_runs) and all(len(set(values)) > 1 for values in all_runs)
+        cells.append(f"{statistics.correlation(*all_runs):+.2f}" if ranked else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

@@ -82,6 +82,8 @@ def test_a_response_is_the_median_and_the_same_for_what_predicts_v() -> None:
 def test_a_model_that_does_not_hear_its_text_has_no_response_to_lose() -> None:
     frozen = torch.ones(2, 3)
     assert math.isnan(prompt_response(frozen, frozen, frozen, frozen))
+    heard = torch.tensor([[2.0, 1.0, 1.0], [1.0, 1.0, 1.0]])  # in one of two samples
+    assert prompt_response(1 + 0.5 * (heard - 1), frozen, heard, frozen) == pytest.approx(0.5)
 
 
 def test_embeddings_drift_in_units_of_how_far_they_lie_apart() -> None:

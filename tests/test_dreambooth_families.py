@@ -305,7 +305,7 @@ def test_every_saved_lora_has_a_line_with_its_drifts_and_is_what_it_is_without(
     for line in lines:
         assert line["class_drift"] is not None, found.output[-3000:]
         assert line["class_drift"] > 0 and line["free_drift"] > 0 and line["delta_noise"] > 0, found.output[-2000:]
-        assert line["prompt_response"], found.output[-2000:]
+        assert 0 < line["prompt_response"] < 2, (line, found.output[-2000:])
         assert (line["text_drift"] is None) == (encoder == "frozen")
     assert json.loads(found.metadata["ss_apt_checkpoint"])["class_drift"] == lines[-1]["class_drift"]
     assert_same(run(script, f"unmeasured {encoder}", *given, apt=words_of(script) + "drifts = false"), found)

@@ -60,8 +60,8 @@ def test_where_all_are_worn_out_the_least_is_picked_and_what_to_do_is_said() -> 
     found = verdict(run(responses=(0.1, 0.2, 0.15, -0.1, 0.1, 0.05)))
     assert found.picked is not None and found.picked.step == 200
     assert found.sentences[0].endswith(
-        "all are worn out, and this one listens most: other prompts do 0.20 of what they do to the base model: they "
-        "are ignored."
+        "all are worn out; this one listens to other prompts most, but other prompts do 0.2 of what they do to the "
+        "base model: they are ignored."
     )
     assert found.sentences[1] == "Save earlier ones, or train at a lower learning rate."
 
@@ -81,6 +81,12 @@ def test_a_lora_that_is_never_ahead_on_them_is_judged_by_its_best_too() -> None:
     assert found.picked is not None and found.picked.step == 300
 
 
+def test_what_has_moved_far_is_worn_out_whatever_its_prompts_do() -> None:
+    found = verdict([checkpoint(100), checkpoint(200, free_drift=2.0), checkpoint(300, free_drift=14.0)])
+    assert found.picked is not None and found.picked.step == 200
+    assert found.sentences[1] == "At step 300 other prompts have moved by 14 of what they mean: it is another model."
+
+
 def test_both_have_to_hold() -> None:
     found = verdict(unseen((0.02,) * 5 + (0.01,), RESPONSES[::-1]))
     assert found.picked is not None and found.picked.step == 500  # of those that listen, 400 to 600
@@ -95,7 +101,15 @@ def test_both_have_to_hold() -> None:
             "Too short to say: 20 steps, and the LoRA has hardly moved the model (delta noise 1",
         ),
         ([checkpoint(20, unseen=2)], "Too short to say: 20 steps, and 2 of 10 bins of timesteps were never seen."),
-        (run(response=math.nan), "Cannot tell: not all of these checkpoints have a prompt response"),
+        (
+            run(response=math.nan),
+            "Cannot tell: not all of these checkpoints have a prompt response, which an earlier apt-hooks did not "
+            "measure. Let pictures decide.",
+        ),
+        (
+            run(response=math.nan, free_drift=math.nan),
+            "Cannot tell: not all of these checkpoints have a prompt response. Let pictures decide.",
+        ),
         (
             [*run(), checkpoint(700, response=math.nan)],
             "Cannot tell: not all of these checkpoints have a prompt response",

@@ -91,3 +91,7 @@ def test_ranks_are_within_runs_and_over_all_of_them(tmp_path: Path) -> None:
     assert cells["prompt response"][:2] == ["+1.00 ± 0.00", "-1.00 ± 0.00"]
     assert cells["prompt response"][3] == "+0.48" and cells["step"][3] == "-0.48"
     assert cells["held-out gap"] == ["-", "-", "-", "-"]
+    first = tmp_path / "4-0-0.003" / "dreambooth-checkpoints.jsonl"
+    first.write_text(first.read_text().replace('"prompt_response": 0.9, ', ""))  # as an earlier apt-hooks wrote it
+    cells = {row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]] for row in pick.ranks(tmp_path, rows)}
+    assert cells["prompt response"][3] == "+1.00" and cells["step"][3] == "-0.48"

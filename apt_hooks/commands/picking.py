@@ -49,10 +49,10 @@ def pick(
 ) -> None:
     """Say which of a run's checkpoints to take, and why, by what was measured of each while it was trained.
 
-    All of them in a table: gamma, gap and delta noise on the pictures that are trained on, and how far other prompts
-    have moved. It says so where that does not tell. With --judge also by pictures: `eval`'s scores of each checkpoint,
-    and which of them no other beats by both subject and prompt. Of several runs one that cannot be read is left out and
-    named on stderr, and the exit code is then 1.
+    All of them in a table: gamma, gap and delta noise on the pictures that are trained on, how far other prompts have
+    moved, and how much they still do. It says so where that does not tell. With --judge also by pictures: `eval`'s
+    scores of each checkpoint, and which of them no other beats by both subject and prompt. Of several runs one that
+    cannot be read is left out and named on stderr, and the exit code is then 1.
     """
     from apt_hooks.results.read_checkpoints import find_runs
     from apt_hooks.results.verdict import verdict

@@ -45,15 +45,15 @@ def prompt_response(tuned: Tensor, tuned_without_text: Tensor, frozen: Tensor, f
 
     Ours. The difference that a prompt makes is what classifier-free guidance goes along, so this is how far guidance
     still goes in the prompt's direction. What the LoRA does to predictions with and without text alike, as learning a
-    subject does, is no matter here: that is what it has over `prediction_drift`. Sample by sample, and the (lower)
-    median, for the reasons given there.
+    subject does, is no matter here: that is what it has over `prediction_drift`, and why it alone does not tell of a
+    model that is broken. Sample by sample, and the (lower) median, for the reasons given there.
 
     Args:
         tuned, frozen: [samples, ...], of the same noisy latents, timesteps and prompt.
         tuned_without_text, frozen_without_text: of the same shape, what both predict for the empty prompt.
 
     Returns:
-        NaN where the frozen model does not listen to its text at all in half of the samples.
+        Of the samples in which the frozen model listens to its text at all; NaN where it does in none.
 
     Raises:
         AptError: the shapes differ.
@@ -63,7 +63,7 @@ def prompt_response(tuned: Tensor, tuned_without_text: Tensor, frozen: Tensor, f
         raise AptError(f"all four predictions must have one shape; found {[tuple(x.shape) for x in given]}")
     tuned, tuned_without_text, frozen, frozen_without_text = (x.flatten(1).double() for x in given)
     said, asked = tuned - tuned_without_text, frozen - frozen_without_text
-    return float(((said * asked).sum(dim=1) / asked.square().sum(dim=1)).median())
+    return float(((said * asked).sum(dim=1) / asked.square().sum(dim=1)).nanmedian())
 
 
 def embedding_drift(tuned: Tensor, frozen: Tensor) -> float:

@@ -5,12 +5,14 @@ taken that is not worn out:
 
 - prompts without class and subject still do `LEAST_RESPONSE` of what they do to the base model's predictions
   (`prompt_response`): below that they are ignored;
+- their predictions have moved by at most `MOST_DRIFT` of what a prompt does to them (`free_drift`): farther, whatever
+  the prompt still does, it is another model;
 - where there are pictures that were not trained on, the LoRA is still ahead of the base model on them by `KEPT` of the
   most that it was in this run (`held_out_gap`): behind that it overfits.
 
-Both numbers were chosen on the tiny world, on concepts other than those on which the rule was then compared with judges
-of pictures (docs/checkpoints.md). Of checkpoints whose files are gone the numbers count, and none is picked while there
-are others.
+The first and the last number were chosen on the tiny world, on concepts other than those on which the rule was then
+compared with judges of pictures (docs/checkpoints.md); the second is above all that a run there came to. Of checkpoints
+whose files are gone the numbers count, and none is picked while there are others.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from .read_checkpoints import Checkpoint
 from .too_short import why_too_short
 
 LEAST_RESPONSE = 0.25
+MOST_DRIFT = 2.0
 KEPT = 0.88
 
 
@@ -56,7 +59,8 @@ def verdict(checkpoints: Sequence[Checkpoint], gone: Collection[int] = ()) -> Ve
     if too_short:
         return Verdict(None, (f"Too short to say: {too_short}.", "Train longer, then ask again."))
     if any(math.isnan(one.prompt_response) for one in checkpoints):
-        missing = "Cannot tell: not all of these checkpoints have a prompt response."
+        earlier = "" if math.isnan(last.free_drift) else ", which an earlier apt-hooks did not measure"
+        missing = f"Cannot tell: not all of these checkpoints have a prompt response{earlier}."
         return Verdict(None, (missing, "Let pictures decide."))
     there = [one for one in checkpoints if one.step not in gone]
     fresh = [one for one in checkpoints if _why_not(one, checkpoints) is None]
@@ -73,7 +77,9 @@ def verdict(checkpoints: Sequence[Checkpoint], gone: Collection[int] = ()) -> Ve
 def _why_not(one: Checkpoint, checkpoints: Sequence[Checkpoint]) -> str | None:
     """Why a checkpoint is not to be taken, in words; None where it may be."""
     if one.prompt_response < LEAST_RESPONSE:
-        return f"other prompts do {one.prompt_response:.2f} of what they do to the base model: they are ignored"
+        return f"other prompts do {one.prompt_response:.3g} of what they do to the base model: they are ignored"
+    if one.free_drift > MOST_DRIFT:
+        return f"other prompts have moved by {one.free_drift:.3g} of what they mean: it is another model"
     if _behind_on_unseen(one, checkpoints):
         return "it is behind what it was on pictures that were not trained on: it overfits"
     return None
@@ -93,7 +99,7 @@ def _why(picked: Checkpoint, checkpoints: Sequence[Checkpoint], fresh: Sequence[
         still = f"other prompts still do {picked.prompt_response:.2f} of what they do to the base model"
         return f"the last that is not worn out: {still}"
     which = "those that are left" if fresh else "all"
-    return f"{which} are worn out, and this one listens most: {_why_not(picked, checkpoints)}"
+    return f"{which} are worn out; this one listens to other prompts most, but {_why_not(picked, checkpoints)}"
 
 
 def _behind(picked: Checkpoint, checkpoints: Sequence[Checkpoint], fresh: Sequence[Checkpoint]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -101,10 +100,9 @@ class Drifts:
                 tuned = {name: self._of(prompts) for name, prompts in self._asked.items()}
                 for name, moved in tuned.items():
                     drifts[name] = prediction_drift(moved, self._frozen[name], self._without_text)
-                response = prompt_response(
+                drifts["prompt_response"] = prompt_response(
                     tuned["free_drift"], self._of([""] * SAMPLES), self._frozen["free_drift"], self._without_text
                 )
-                drifts["prompt_response"] = None if math.isnan(response) else response
                 if len(self._frozen_words) and (words := self._probe.embed(self.words)) is not None:
                     drifts["text_drift"] = embedding_drift(_kept(words), self._frozen_words)
         return drifts

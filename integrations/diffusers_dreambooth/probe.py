@@ -100,6 +100,7 @@ class StepProbe:
     ) -> None:
         self._denoiser, self._schedule, self._prompts, self._trained = denoiser, schedule, prompts, trained
         self._wrapped = list(wrapped)
+        self._texts_kept: dict[tuple[str, ...], dict[str, dict[Place, Tensor | None]]] = {}
         self._call: _Call | None = None
         self._step: Callable[[], Any] = _no_step
         self._share: Tensor | None = None
@@ -245,14 +246,23 @@ class StepProbe:
     # -- what is asked -------------------------------------------------------------------------------------------------
 
     def _texts(self, call: _Call, prompts: Sequence[str]) -> dict[str, dict[Place, Tensor | None]]:
-        """Of each prompt, what is to be put into the call."""
+        """Of each prompt, what is to be put into the call; encoded once a run where text encoders are frozen."""
+        like = dict(_tensors(call.given))
         if call.text is not None:
-            like = dict(_tensors(call.given))
             encoded = self._prompts.encoded
             return {
                 prompt: {piece.place: piece.of(encoded[prompt], like[piece.place]) for piece in call.text}
                 for prompt in prompts
             }
+        kept = self._texts_kept.get(tuple(prompts))
+        if kept is None:
+            kept = self._texts_of_step(call, prompts)
+            if not self._trained:
+                self._texts_kept[tuple(prompts)] = _on(torch.device("cpu"), kept)
+        return _on(like[call.latents].device, kept)
+
+    def _texts_of_step(self, call: _Call, prompts: Sequence[str]) -> dict[str, dict[Place, Tensor | None]]:
+        """The same, by the step's own lines."""
         first = dict(_tensors(self._asked(None)))
         # Of three it is seen where the text goes.
         calls = {prompt: dict(_tensors(self._asked(prompt))) for prompt in dict.fromkeys([*prompts, "", *NEUTRAL[:2]])}
@@ -411,6 +421,13 @@ def _found(place: Place, given: Tensor, own: Parts) -> _Piece | None:
                 if same:
                     return _Piece(place, number, axis, same[0])
     return None
+
+
+def _on(device: torch.device, texts: dict[str, dict[Place, Tensor | None]]) -> dict[str, dict[Place, Tensor | None]]:
+    return {
+        prompt: {place: None if tensor is None else tensor.to(device) for place, tensor in of.items()}
+        for prompt, of in texts.items()
+    }
 
 
 def _same(one: Tensor, other: Tensor | None) -> bool:

@@ -30,8 +30,9 @@ logger = logging.getLogger("apt_hooks")
 Parts = list[Tensor | None]
 """What an encoding came to, piece by piece, on the CPU; None where a piece is none."""
 
-_KEPT = 32
-"""Of so many encodings the script's own are kept, to be looked for in what the denoiser is given."""
+_KEPT, _KEPT_BYTES = 32, 2**28
+"""Of so many encodings the script's own are kept, while they are not larger together than that, to be looked for in
+what the denoiser is given."""
 
 
 class ProbePrompts:
@@ -89,7 +90,7 @@ class ProbePrompts:
         A training is worth more than what is measured of it: whatever goes wrong is the reason that nothing is.
         """
         encoded, self._encoded = self._encoded, False
-        if self.refused or self._kept == _KEPT or not encoded:
+        if self.refused or self._kept == _KEPT or not encoded or sum(map(_size, self.own)) > _KEPT_BYTES:
             return
         try:
             with random_streams_kept(), frozen_base(self._alive(), contextlib.nullcontext), encoding_again():
@@ -241,6 +242,11 @@ def _parts(result: Any) -> Parts:
         return [result.detach().cpu()]
     parts = result.values() if isinstance(result, dict) else result if isinstance(result, (list, tuple)) else ()
     return [tensor for part in parts for tensor in _parts(part)]
+
+
+def _size(parts: Parts) -> int:
+    """In bytes."""
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
 def _equal(one: Parts, other: Parts) -> bool:

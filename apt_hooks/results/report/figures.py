@@ -87,7 +87,9 @@ def gamma_plot(run: RunLog, last_step: int, points: int) -> Plot:
 
 
 def checkpoint_plots(checkpoints: Sequence[Checkpoint], picked: Checkpoint | None, last_step: int) -> dict[str, Plot]:
-    """What was learned, and what it cost elsewhere, from checkpoint to checkpoint; a line marks the picked one.
+    """What was learned, what other prompts still do, and how far they have moved, from checkpoint to checkpoint.
+
+    A line marks the picked one.
 
     Returns:
         `gap`, `response`, and `drift` with those that were measured; none of them without a line.

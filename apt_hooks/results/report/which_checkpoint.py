@@ -64,8 +64,12 @@ def _plots(number: int, saved: Saved, last_step: int, figure: _Figure) -> str:
     shown = "".join(figure(f"{name}-{number}", *_PLOTS[name], plot) for name, plot in plots.items())
     legends = [
         key(_id(number), what, [(f"checkpoint-{name}", color, of) for name, (of, color) in lines.items()])
-        for what, lines in (("gap on", _drawn(figures.GAPS, saved)), ("drift of", _drawn(figures.DRIFTS, saved)))
-        if lines and list(lines) != ["gap"]
+        for what, of_them in (
+            ("gap on", figures.GAPS),
+            ("response to", figures.RESPONSES),
+            ("drift of", figures.DRIFTS),
+        )
+        if (lines := _drawn(of_them, saved)) and list(lines) != ["gap"]
     ]
     return f'<div class="panels small">{shown}</div>{"".join(legends)}'
 
