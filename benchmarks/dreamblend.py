@@ -4,7 +4,8 @@
 
 For each concept and seed a LoRA is trained, its checkpoints are kept in DIR, and each of them is judged alone and, as
 the late one, together with the early one in three ways: blended, and by two that cost nothing: interpolated weights,
-and the early one for the first denoising steps, then the late one. The attention shift of each (`apt-hooks maps
+and the early one for the first denoising steps, then the late one. Step 0 is the base model: weights between that and a
+checkpoint are the checkpoint at a lower strength. The attention shift of each (`apt-hooks maps
 --collapse`) is measured. As soon as something is measured, a line of JSON is appended to DIR/runs.jsonl, and it is not
 measured again. Then the means are printed, and drawn in the plane of text and identity score.
 """
@@ -116,7 +117,10 @@ def settings(args: argparse.Namespace, concept: int, seed: int) -> list[Row]:
     both = [{**shared, "early": args.early, "late": step} for step in args.late if step != args.early]
     ways: list[Row] = [{"guidance_lr": args.guidance_lr}]
     ways += [{"interpolate": share} for share in args.interpolate] + [{"switch_at": step} for step in args.switch_at]
-    return alone + [{**pair, **way} for pair in both for way in ways]
+    weaker = [
+        {**shared, "early": 0, "late": step, "interpolate": share} for step in args.late for share in args.interpolate
+    ]
+    return alone + weaker + [{**pair, **way} for pair in both for way in ways]
 
 
 def made_by(args: argparse.Namespace) -> str:
@@ -159,10 +163,11 @@ def measure(args: argparse.Namespace, concept: int, seed: int) -> None:
     alone = {str(w["late"]): files[w["late"]] for w in missing if w["early"] is None}
     shifts = attention_collapse(pipeline, alone, draw) if alone else {}
     for wanted in missing:
-        early, late = wanted["early"] or wanted["late"], wanted["late"]
+        late = wanted["late"]
+        early = late if wanted["early"] is None else wanted["early"]
         if "interpolate" in wanted:
             with tempfile.TemporaryDirectory() as folder:
-                mixed = interpolated(files[early], files[late], wanted["interpolate"], Path(folder))
+                mixed = interpolated(files.get(early), files[late], wanted["interpolate"], Path(folder))
                 with Loras(pipeline, {"mixed": mixed}) as loras, loras.active("mixed"):
                     pictures = draw()
         elif "switch_at" in wanted:
@@ -196,9 +201,13 @@ def checkpoints(args: argparse.Namespace, pipeline: Any, concept: int, seed: int
     return files
 
 
-def interpolated(early: Path, late: Path, share: float, folder: Path) -> Path:
-    """A LoRA whose changes of weights are `(1 - share)` times the early one's and `share` times the late one's."""
-    one, other = load_file(early), load_file(late)
+def interpolated(early: Path | None, late: Path, share: float, folder: Path) -> Path:
+    """A LoRA whose changes of weights are `(1 - share)` times the early one's, None: none, and `share` times the late
+    one's."""
+    other = load_file(late)
+    one = {key: tensor[:0] if ".lora_A" in key else tensor[:, :0] for key, tensor in other.items()}
+    if early is not None:
+        one = load_file(early)
     mixed = {}
     for key in one:
         if ".lora_A" in key:

@@ -264,3 +264,6 @@ def test_interpolated_loras_change_each_weight_by_their_shares(tmp_path):
     mixed = load_file(blending.interpolated(tmp_path / "10.safetensors", tmp_path / "600.safetensors", 0.25, tmp_path))
     found = mixed["unet.to_q.lora_B.weight"] @ mixed["unet.to_q.lora_A.weight"]
     torch.testing.assert_close(found, 0.75 * changes[0] + 0.25 * changes[1])
+    mixed = load_file(blending.interpolated(None, tmp_path / "600.safetensors", 0.25, tmp_path))
+    found = mixed["unet.to_q.lora_B.weight"] @ mixed["unet.to_q.lora_A.weight"]
+    torch.testing.assert_close(found, 0.25 * changes[1])
