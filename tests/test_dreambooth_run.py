@@ -269,7 +269,7 @@ def test_apt_trains_another_lora_and_says_what_it_did(
     assert any(not torch.equal(found.lora[k], plain.lora[k]) for k in plain.lora)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("apt-hooks"))
     assert " is on | no preset | overrides num_bins = 1, ema_alpha = 1.0 | up-blocks 1, 2: 4 cross-attention" in line
-    drifts = "drifts of checkpoints (no class drift: give class_word)"
+    drifts = "drifts of checkpoints (no class drift: give identifier and class_word)"
     assert line.endswith(f" | augmentation of images | {drifts} | log {found.folder / WEIGHTS}-apt.jsonl")
     assert [line["step"] for line in found.lines] == [1, 2, 3, 4]
     first, last = found.lines[0], found.lines[-1]

@@ -50,6 +50,14 @@ def test_a_response_that_comes_back_is_no_end() -> None:
     assert found.picked is not None and found.picked.step == 500
 
 
+def test_of_the_first_one_it_is_said_that_none_is_earlier() -> None:
+    found = verdict(run(responses=(0.9, 0.2, 0.2, 0.2, 0.2, 0.2)))
+    assert found.picked is not None and found.picked.step == 100
+    assert found.sentences[1].endswith(
+        "It is the first that was saved: save more often, or train at a lower learning rate."
+    )
+
+
 def test_of_the_last_one_nothing_behind_it_is_said() -> None:
     found = verdict(run(responses=(0.9, 0.8, 0.8, 0.7, 0.75, 0.9)))
     assert found.picked is not None and found.picked.step == 600

@@ -109,7 +109,10 @@ def _behind(picked: Checkpoint, checkpoints: Sequence[Checkpoint], fresh: Sequen
     if picked is checkpoints[-1]:
         return "It is the last: a longer training may give one that is better still."
     following = checkpoints[checkpoints.index(picked) + 1]
-    return f"At step {following.step} {_why_not(following, checkpoints)}."
+    said = f"At step {following.step} {_why_not(following, checkpoints)}."
+    if picked is checkpoints[0]:
+        said += " It is the first that was saved: save more often, or train at a lower learning rate."
+    return said
 
 
 def _gone(best: Checkpoint, others: bool) -> str:
@@ -133,6 +136,6 @@ def _held_out(checkpoints: Sequence[Checkpoint], gone: Collection[int]) -> str:
         return f"{said}was never ahead of the base model, least behind at step {top.step} ({most})."
     if top is last:
         return f"{said}gets ahead of the base model to the end: no overfitting there."
-    since = "from there on it overfits" if _behind_on_unseen(last, checkpoints) else "hardly less"
+    since = "it overfits by then" if _behind_on_unseen(last, checkpoints) else "hardly less"
     said += f"was furthest ahead of the base model at step {top.step} ({most}), and {last.held_out_gap:.3g} {at}"
     return f"{said}: {since}."

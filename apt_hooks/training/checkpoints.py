@@ -111,7 +111,7 @@ class Checkpoints:
         if self._drifts is None:
             said = f"no drifts of checkpoints: {self._off}"
         elif self._drifts.class_prompt is None:
-            said = "drifts of checkpoints (no class drift: give class_word)"
+            said = "drifts of checkpoints (no class drift: give identifier and class_word)"
         else:
             said = "drifts of checkpoints"
         if self._held_out is not None:
