@@ -191,7 +191,7 @@ def test_where_those_that_are_left_are_worn_out_the_least_is_picked() -> None:
     assert found.picked is not None and found.picked.step == 400
     assert "those that are left are worn out" in found.sentences[0] and "Step 300" in found.sentences[1]
     held_out = unseen([6, 5, 4, 3, 2, 1])
-    assert "at step 100 (6, gone), and 1 at the end: from there on it overfits" in str(verdict(held_out, gone=(100,)))
+    assert "at step 100 (6, gone), and 1 at the end: it overfits by then" in str(verdict(held_out, gone=(100,)))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_where_those_that_are_left_are_worn_out_the_least_is_picked() -> None:
         ((0.3, 0.4, 0.45, 0.5, 0.5, 0.49), "at step 500 (0.5), and 0.49 at the end: hardly less."),
         ((0.3, 0.4, 0.45, 0.5, 0.5, 0.5), "gets ahead of the base model to the end: no overfitting there."),
         ((-0.5, -0.4, -0.3, -0.2, -0.1, -0.2), "was never ahead of the base model, least behind at step 500 (-0.1)."),
-        ((0.3, 0.4, 0.45, 0.5, 0.2, math.nan), "at step 400 (0.5), and 0.2 at step 500: from there on it overfits."),
+        ((0.3, 0.4, 0.45, 0.5, 0.2, math.nan), "at step 400 (0.5), and 0.2 at step 500: it overfits by then."),
     ],
 )
 def test_what_is_said_of_pictures_that_were_not_trained_on(gaps: tuple[float, ...], said: str) -> None:
