@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import toml
 
-from .errors import AptError
+from .errors import AptError, nearest
 from .stop_rule import RULE, is_stop_rule
 from .tomlread import read_toml
 
@@ -187,7 +186,7 @@ class AptConfig:
         for key, value in values.items():
             if key not in cls.key_names():
                 raise AptError(
-                    f"[apt] {key} = {value!r}: there is no such key{_nearest(key, cls.key_names())} "
+                    f"[apt] {key} = {value!r}: there is no such key{nearest(key, cls.key_names())} "
                     f"The keys are {', '.join(cls.key_names())}; the trainer's own go above [apt]."
                 )
         own = {key: value for key, value in values.items() if key != "preset"}
@@ -259,14 +258,9 @@ def preset_text(name: Any) -> str:
     names = preset_names()
     if name not in names:
         listed = ", ".join(f'"{n}"' for n in names)
-        raise AptError(f"[apt] preset must be one of {listed}; found {name!r}{_nearest(str(name), names)}")
+        raise AptError(f"[apt] preset must be one of {listed}; found {name!r}{nearest(str(name), names)}")
     return _preset_folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")
 
 
 def _preset_folder() -> Any:
     return resources.files("apt_hooks").joinpath("presets")
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f'; did you mean "{close[0]}"?' if close else "."

@@ -328,7 +328,7 @@ def test_check_notes_what_the_objective_ignores(tmp_path: Path) -> None:
     [
         ('stop = "class_drift > 1"', "stop names class_drift, which needs identifier and class_word; found stop = "),
         (
-            'stop = "gamma > 1 or free_drift > 1"\ndrifts = false',
+            'stop = "gamma > 0.9 or free_drift > 1"\ndrifts = false',
             "stop names free_drift, which is not measured (drifts = false); found stop = ",
         ),
         (
