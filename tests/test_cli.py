@@ -599,7 +599,7 @@ def test_a_preset_whose_model_sd_scripts_does_not_train_names_the_scripts_that_d
             "no: no such folder; name the one that the photos are in",
         ),
         (("watch", "no", "--once"), "no: no such file or folder yet; name a RUN-apt.jsonl, or a folder that has some"),
-        (("calibrate", "folder"), "folder: cannot be read: Is a directory; name a RUN-apt.jsonl"),
+        (("calibrate", "folder"), "folder: has no *-apt.jsonl, which a run with APT writes beside"),
         (("demo", "--out", "section.toml"), "section.toml: cannot be made: File exists; name another folder"),
         (("demo", "--concept", "99"), "--concept must be from 0 to 13; found 99"),
         (("demo", "--methods", "base,lora"), "found 'lora'"),

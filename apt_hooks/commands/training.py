@@ -188,7 +188,10 @@ def demo(
 
 @app.command(epilog="Example: `apt-hooks calibrate out/lora-apt.jsonl`")
 def calibrate(
-    log: Annotated[Path, typer.Argument(metavar="RUN-apt.jsonl", help="The log of a run, with `monitor_only` or not.")],
+    log: Annotated[
+        Path,
+        typer.Argument(metavar="RUN-apt.jsonl", help="The log of a run, with `monitor_only` or not; or its folder."),
+    ],
     out: Annotated[
         Path | None, typer.Option(metavar="PICTURE.png", help="Where to draw; RUN-apt-calibrate.png if not given.")
     ] = None,
