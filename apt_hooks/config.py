@@ -86,7 +86,8 @@ class AptConfig:
     `ignored` tells which of the user's own keys have come to nothing by that.
 
     Raises:
-        AptError: a value breaks the rule of its key, or only one of `identifier` and `class_word` is given.
+        AptError: a value breaks the rule of its key, only one of `identifier` and `class_word` is given, or both are
+            one word.
     """
 
     enabled: bool = _flag(True)
@@ -143,6 +144,11 @@ class AptConfig:
         if (self.identifier is None) != (self.class_word is None):
             given, missing = ("identifier", "class_word") if self.identifier else ("class_word", "identifier")
             raise AptError(f"[apt] {given} = {getattr(self, given)!r} needs {missing} too: give both or neither")
+        if self.identifier and self.class_word and self.identifier.strip() == self.class_word.strip():
+            raise AptError(
+                "[apt] identifier and class_word must differ, a word for the subject and one for what it is, such as "
+                f'"sks" and "dog"; found {self.identifier!r} for both'
+            )
 
     @classmethod
     def key_names(cls) -> tuple[str, ...]:
