@@ -191,7 +191,8 @@ def test_a_script_is_patched_into_a_copy_beside_it(script: Path) -> None:
     assert run("status", "diffusers", script, code=1) == f"{script}, for diffusers 0.40.0: not patched\n"
     assert run("patch", "diffusers", script) == f"{copy}: patched\n"
     assert script.read_bytes() == before
-    assert run("status", "diffusers", script, code=1) == f"{script}, for diffusers 0.40.0: not patched\n"
+    said = f"{script}, for diffusers 0.40.0: not patched; train_apt.py is\n"
+    assert run("status", "diffusers", script, code=1) == said
     assert run("status", "diffusers", copy) == f"{copy}, for diffusers 0.40.0: patched\n"
     once = copy.read_bytes()
     said = f"{script}: not patched, nothing to do; train_apt.py is: name that, or delete it\n"
