@@ -162,6 +162,8 @@ def report(path: Path, found: Status) -> list[str]:
 
 
 def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise AptError(f"{path}: is a folder; name a training script, such as {_SCRIPT}_sdxl.py")
     try:
         content = path.read_bytes()
     except OSError as error:
