@@ -29,15 +29,20 @@ class _Term:
     bound: float
     steps: int
 
+    @property
+    def part(self) -> str:
+        """Without how long."""
+        return f"{self.name} {self.sign} {self.bound:g}"
+
     def why_pointless(self) -> str | None:
         """Why it holds never or always, whatever a run comes to; None: it does not."""
         bound, above = self.bound, self.sign == ">"
         if self.name == "gamma" and not (0 <= bound < 1 if above else 0 < bound <= 1):
             holds = "always" if (bound < 0 if above else bound > 1) else "never"
-            return f"gamma is from 0 to 1, so that this holds {holds}: compare it with a number between 0 and 1"
+            return f"gamma is from 0 to 1, so {self.part} {holds} holds: compare it with a number between 0 and 1"
         if self.name.endswith("_drift") and (bound < 0 if above else bound <= 0):
             holds = "always" if above else "never"
-            return f"{self.name} is never below 0, so that this holds {holds}: compare it with a number above 0"
+            return f"{self.name} is never below 0, so {self.part} {holds} holds: compare it with a number above 0"
         return None
 
     def met(self, gammas: Sequence[float], line: Mapping[str, Any]) -> bool:
@@ -54,7 +59,7 @@ class _Term:
         return value > self.bound if self.sign == ">" else value < self.bound  # NaN crosses nothing
 
     def __str__(self) -> str:
-        return f"{self.name} {self.sign} {self.bound:g}" + (f" for {self.steps} steps" if self.name == "gamma" else "")
+        return self.part + (f" for {self.steps} steps" if self.name == "gamma" else "")
 
 
 class StopRule:
@@ -128,12 +133,12 @@ def _term(text: str, part: str) -> _Term:
 def _check(text: str, group: Sequence[_Term]) -> None:
     for term in group:
         if why := term.why_pointless():
-            raise AptError(f"[apt] stop = {text!r}: {term.name} {term.sign} {term.bound:g}: {why}")
+            raise AptError(f"[apt] stop = {text!r}: {why}")
     # Beside what is bad, a term of the other direction narrows that down: "class_drift > 1 and gamma < 0.5".
     if not any(term.sign == _BAD[term.name] for term in group):
         term = group[0]
         level = "high" if term.sign == ">" else "low"
         raise AptError(
             f"[apt] stop = {text!r}: a {level} {term.name} is good, and a rule ends the "
-            f"training; did you mean {term.name} {_BAD[term.name]} {term.bound:g}?"
+            f"training; did you mean {term.name} {_BAD[term.name]}?"
         )
