@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import toml
 
-from .errors import AptError
+from .errors import AptError, nearest
 from .stop_rule import RULE, is_stop_rule
 from .tomlread import read_toml
 
@@ -87,7 +86,8 @@ class AptConfig:
     `ignored` tells which of the user's own keys have come to nothing by that.
 
     Raises:
-        AptError: a value breaks the rule of its key, or only one of `identifier` and `class_word` is given.
+        AptError: a value breaks the rule of its key, only one of `identifier` and `class_word` is given, or both are
+            one word.
     """
 
     enabled: bool = _flag(True)
@@ -144,6 +144,11 @@ class AptConfig:
         if (self.identifier is None) != (self.class_word is None):
             given, missing = ("identifier", "class_word") if self.identifier else ("class_word", "identifier")
             raise AptError(f"[apt] {given} = {getattr(self, given)!r} needs {missing} too: give both or neither")
+        if self.identifier and self.class_word and self.identifier.strip() == self.class_word.strip():
+            raise AptError(
+                "[apt] identifier and class_word must differ, a word for the subject and one for what it is, such as "
+                f'"sks" and "dog"; found {self.identifier!r} for both'
+            )
 
     @classmethod
     def key_names(cls) -> tuple[str, ...]:
@@ -187,7 +192,7 @@ class AptConfig:
         for key, value in values.items():
             if key not in cls.key_names():
                 raise AptError(
-                    f"[apt] {key} = {value!r}: there is no such key{_nearest(key, cls.key_names())} "
+                    f"[apt] {key} = {value!r}: there is no such key{nearest(key, cls.key_names())} "
                     f"The keys are {', '.join(cls.key_names())}; the trainer's own go above [apt]."
                 )
         own = {key: value for key, value in values.items() if key != "preset"}
@@ -259,14 +264,9 @@ def preset_text(name: Any) -> str:
     names = preset_names()
     if name not in names:
         listed = ", ".join(f'"{n}"' for n in names)
-        raise AptError(f"[apt] preset must be one of {listed}; found {name!r}{_nearest(str(name), names)}")
+        raise AptError(f"[apt] preset must be one of {listed}; found {name!r}{nearest(str(name), names)}")
     return _preset_folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")
 
 
 def _preset_folder() -> Any:
     return resources.files("apt_hooks").joinpath("presets")
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f'; did you mean "{close[0]}"?' if close else "."

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 
 class AptError(Exception):
     """Bad input or an unsupported set-up; the message is one line that names the thing, the rule and the way out."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a word that is not known: which known one may be meant."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else "."
 
 
 def why_not_imported(error: BaseException) -> str:

@@ -196,6 +196,19 @@ def test_a_long_log_is_read_whole(tmp_path: Path) -> None:
     assert run.gaps[-1].tolist() == [0.001 * b for b in range(10)]
 
 
+@pytest.mark.parametrize("number", ["", ".1"])
+def test_lines_about_checkpoints_are_no_log_and_the_log_beside_them_is_named(log: Path, number: str) -> None:
+    path = write(log.with_name(f"lora-checkpoints{number}.jsonl"), [line(1, [0.1], 1000) | {"file": "a.safetensors"}])
+    log = log.rename(log.with_name(f"lora-apt{number}.jsonl"))
+    for command in ("calibrate", "report", "watch"):
+        result = CliRunner().invoke(app, [command, str(path)])
+        said = f"{path}: has lines about checkpoints, for `apt-hooks pick`, and none of steps; name {log}"
+        assert result.exit_code == 1 and str(result.exception) == said, command
+    log.unlink()
+    with pytest.raises(AptError, match=r"none of steps; name the RUN-apt\.jsonl of that run"):
+        read_log(path)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +227,16 @@ def test_the_command_says_the_scale_and_draws(log: Path) -> None:
     ]
     assert log.with_name("lora-apt-calibrate.png").read_bytes().startswith(b"\x89PNG")
     AptConfig(indicator_scale=230)
+
+
+def test_of_a_folder_its_one_log_is_taken(log: Path) -> None:
+    result = CliRunner().invoke(app, ["calibrate", str(log.parent)], catch_exceptions=False)
+    assert result.output.startswith(f"{log}: steps 1 to 20, 3 bins")
+    log.with_name("other-apt.jsonl").write_bytes(log.read_bytes())
+    with pytest.raises(
+        AptError, match=r"has 2 \*-apt\.jsonl, a scale is of one run; name one of .*lora-apt.*, .*other-"
+    ):
+        CliRunner().invoke(app, ["calibrate", str(log.parent)], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("bins", [1, 2, 1000])

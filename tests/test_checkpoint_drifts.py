@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         ("gamma > 0.9", [0.1, math.nan], {}, None),
         ("held_out_gap < 0", [], {"held_out_gap": [0.1, None, -0.3]}, "held_out_gap < 0"),
         ("gamma > 0.5 and held_out_gap < 0", [0.9], {"held_out_gap": [0.1]}, None),
-        ("gamma > 2 or text_drift > 1e-1", [0.9], {"text_drift": 0.2}, "text_drift > 0.1"),
+        ("gamma > 0.95 or text_drift > 1e-1", [0.9], {"text_drift": 0.2}, "text_drift > 0.1"),
         ("prompt_response < 0.25", [0.9], {"prompt_response": 0.2}, "prompt_response < 0.25"),
     ],
 )
@@ -126,11 +127,45 @@ def test_a_rule_says_which_part_of_it_holds(text: str, gammas: list[float], line
 
 @pytest.mark.parametrize(
     "text",
-    ["", "gamma", "loss > 1", "gamma >= 1", "class_drift > 1 for 3", "gamma > 0.9 for 0", "gamma > x", "gamma > inf"],
+    ["", "gamma", "gamma >= 1", "class_drift > 1 for 3", "gamma > 0.9 for 0", "gamma > x", "gamma > inf"],
 )
 def test_what_is_no_rule_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(AptError, match=r"\[apt\] stop must be .* such as .*gamma > 0\.9 for 200 steps"):
         AptConfig(stop=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("loss > 1", "loss is nothing that is measured. A rule is about gamma, class_drift, "),
+        ("Gamma > 0.9", 'Gamma is nothing that is measured; did you mean "gamma"? A rule is about gamma, '),
+        ("gamma > 0.9 or class-drift > 1", 'class-drift is nothing that is measured; did you mean "class_drift"?'),
+        ("gamma > 90", "gamma is from 0 to 1, so gamma > 90 never holds: compare it with a number between 0 and 1"),
+        ("gamma > 1", "gamma > 1 never holds"),
+        ("gamma > -1 and free_drift > 1", "gamma is from 0 to 1, so gamma > -1 always holds"),
+        ("free_drift > 1 and gamma < 2", "gamma is from 0 to 1, so gamma < 2 always holds"),
+        ("free_drift > 1 and gamma < 0", "gamma < 0 never holds"),
+        ("class_drift > -1", "class_drift is never below 0, so class_drift > -1 always holds: compare it with a "),
+        ("gamma > 0.9 and text_drift < 0", "text_drift is never below 0, so text_drift < 0 never holds"),
+        (
+            "prompt_response > 0.25",
+            "a high prompt_response is good, and a rule ends the training; did you mean prompt_response <?",
+        ),
+        ("class_drift > 1 or held_out_gap > 0", "did you mean held_out_gap <?"),
+        ("gamma < 0.5 and held_out_gap > 0", "a low gamma is good, and a rule ends the training; did you mean gamma >"),
+        *((f"{name} < 0.5", f"did you mean {name} >?") for name in ("class_drift", "free_drift", "text_drift")),
+    ],
+)
+def test_a_rule_that_cannot_be_meant_is_refused_with_the_part_and_the_reason(text: str, said: str) -> None:
+    with pytest.raises(AptError, match="^" + re.escape(f"[apt] stop = {text!r}: ") + ".*" + re.escape(said)):
+        AptConfig(stop=text)
+
+
+@pytest.mark.parametrize(
+    "text", ["gamma > 0", "class_drift > 1 and gamma < 0.5", "held_out_gap < 9", "prompt_response < 0"]
+)
+def test_a_rule_may_narrow_down_what_is_bad_and_have_any_bound_that_can_be_crossed(text: str) -> None:
+    assert AptConfig(stop=text).stop == text
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

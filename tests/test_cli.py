@@ -191,7 +191,8 @@ def test_a_script_is_patched_into_a_copy_beside_it(script: Path) -> None:
     assert run("status", "diffusers", script, code=1) == f"{script}, for diffusers 0.40.0: not patched\n"
     assert run("patch", "diffusers", script) == f"{copy}: patched\n"
     assert script.read_bytes() == before
-    assert run("status", "diffusers", script, code=1) == f"{script}, for diffusers 0.40.0: not patched\n"
+    said = f"{script}, for diffusers 0.40.0: not patched; train_apt.py is\n"
+    assert run("status", "diffusers", script, code=1) == said
     assert run("status", "diffusers", copy) == f"{copy}, for diffusers 0.40.0: patched\n"
     once = copy.read_bytes()
     said = f"{script}: not patched, nothing to do; train_apt.py is: name that, or delete it\n"
@@ -298,7 +299,7 @@ def test_presets_are_listed_by_name_with_their_first_line_and_the_scripts_that_t
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_shown_is_a_section_that_can_be_used_as_it_is(tmp_path: Path, name: str) -> None:
     shown = run("presets", "show", name)
-    assert shown == preset_text(name)
+    assert shown == preset_text(name) == run("presets", "show", name.upper())
     path = tmp_path / "apt.toml"
     path.write_text(shown)
     assert f"{path}: [apt] is valid" in run("check", path)
@@ -328,7 +329,7 @@ def test_check_notes_what_the_objective_ignores(tmp_path: Path) -> None:
     [
         ('stop = "class_drift > 1"', "stop names class_drift, which needs identifier and class_word; found stop = "),
         (
-            'stop = "gamma > 1 or free_drift > 1"\ndrifts = false',
+            'stop = "gamma > 0.9 or free_drift > 1"\ndrifts = false',
             "stop names free_drift, which is not measured (drifts = false); found stop = ",
         ),
         (
@@ -539,6 +540,11 @@ def test_a_preset_whose_model_sd_scripts_does_not_train_names_the_scripts_that_d
         (("status", "sd-scripts", "nowhere"), "looked for kohya's sd-scripts"),
         (("patch", "sd-script"), "sd-script: no such trainer; there are sd-scripts and diffusers"),
         (("unpatch", "sd-script"), "sd-script: no such trainer; there are sd-scripts and diffusers"),
+        (
+            ("patch", "t.py"),
+            "t.py: no such trainer; there are sd-scripts and diffusers; did you mean `apt-hooks patch dif",
+        ),
+        (("status", "folder"), "; did you mean `apt-hooks status sd-scripts folder`?"),
         (("status", "Diffusers"), "Diffusers: no such trainer; there are sd-scripts and diffusers"),
         (
             ("patch", "sd-scripts", ".", "--output", "x.py"),
@@ -559,13 +565,13 @@ def test_a_preset_whose_model_sd_scripts_does_not_train_names_the_scripts_that_d
         (("patch", "diffusers", "nowhere.py", "--in-place"), "nowhere.py: cannot be read: No such file"),
         (("unpatch", "diffusers", "nowhere.py"), "nowhere.py: cannot be read: No such file"),
         (("status", "diffusers", "nowhere.py"), "nowhere.py: cannot be read: No such file"),
-        (("patch", "diffusers", "folder"), "folder: cannot be read: Is a directory; name a training script"),
-        (("patch", "diffusers", "folder", "--in-place"), "folder: cannot be read: Is a directory; name a training"),
-        (("unpatch", "diffusers", "folder"), "folder: cannot be read: Is a directory; name a training script"),
-        (("status", "diffusers", "folder"), "folder: cannot be read: Is a directory; name a training script"),
-        (("patch", "diffusers", ".."), "cannot be read: Is a directory; name a training script"),
-        (("patch", "diffusers", "."), "cannot be read: Is a directory; name a training script"),
-        (("patch", "diffusers"), "name a training script"),
+        (("patch", "diffusers", "folder"), "folder: is a folder; name a training script"),
+        (("patch", "diffusers", "folder", "--in-place"), "folder: is a folder; name a training"),
+        (("unpatch", "diffusers", "folder"), "folder: is a folder; name a training script"),
+        (("status", "diffusers", "folder"), "folder: is a folder; name a training script"),
+        (("patch", "diffusers", ".."), ": is a folder; name a training script"),
+        (("patch", "diffusers", "."), ": is a folder; name a training script"),
+        (("patch", "diffusers"), ".: is a folder; name a training script, such as train_dreambooth_lora_sdxl.py"),
         (("unpatch", "diffusers"), "name a training script"),
         (("status", "diffusers"), "name a training script"),
         (
@@ -578,6 +584,7 @@ def test_a_preset_whose_model_sd_scripts_does_not_train_names_the_scripts_that_d
         (("patch", "diffusers", "t.py", "--output", "nowhere/x.py"), "nowhere: cannot be written to: No such file"),
         (("patch", "diffusers", "t.py", "--output", "other.py"), "other.py: is there already, with edits of its own"),
         (("presets", "show", "sdx"), 'did you mean "sdxl"'),
+        (("presets", "apply", "section.toml", "sdxl"), "goes first: `apt-hooks presets apply sdxl section.toml`"),
         (("presets", "apply", "sdxl", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "section.toml"), "looked for a section [apt]"),
@@ -599,7 +606,7 @@ def test_a_preset_whose_model_sd_scripts_does_not_train_names_the_scripts_that_d
             "no: no such folder; name the one that the photos are in",
         ),
         (("watch", "no", "--once"), "no: no such file or folder yet; name a RUN-apt.jsonl, or a folder that has some"),
-        (("calibrate", "folder"), "folder: cannot be read: Is a directory; name a RUN-apt.jsonl"),
+        (("calibrate", "folder"), "folder: has no *-apt.jsonl, which a run with APT writes beside"),
         (("demo", "--out", "section.toml"), "section.toml: cannot be made: File exists; name another folder"),
         (("demo", "--concept", "99"), "--concept must be from 0 to 13; found 99"),
         (("demo", "--methods", "base,lora"), "found 'lora'"),

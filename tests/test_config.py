@@ -105,6 +105,12 @@ def test_identifier_and_class_word_need_each_other(given, missing):
         AptConfig(**{given: "dog"})
 
 
+@pytest.mark.parametrize("word", ["dog", " dog"])
+def test_identifier_and_class_word_are_two_words(word):
+    with pytest.raises(AptError, match=r"identifier and class_word must differ, .* such as .*; found 'dog' for both"):
+        AptConfig(identifier="dog", class_word=word)
+
+
 @pytest.mark.parametrize(
     ("key", "nearest"), [("lamda_dist", "lambda_dist"), ("bins", "num_bins"), ("preset_name", "preset")]
 )

@@ -51,8 +51,8 @@ def pick(
 
     All of them in a table: gamma, gap and delta noise on the pictures that are trained on, how far other prompts have
     moved, and how much they still do. It says so where that does not tell. With --judge also by pictures: `eval`'s
-    scores of each checkpoint, and which of them no other beats by both subject and prompt. Of several runs one that
-    cannot be read is left out and named on stderr, and the exit code is then 1.
+    scores of each checkpoint, and which of them no other beats by both subject and prompt. Of several runs in a folder
+    one that cannot be read is left out and named on stderr, and the exit code is then 1.
     """
     from apt_hooks.results.read_checkpoints import find_runs
     from apt_hooks.results.verdict import verdict

@@ -49,7 +49,7 @@ def patch(
     ] = False,
 ) -> None:
     """Insert the lines that let a trainer take `[apt]`. Undone by `unpatch`; twice is once."""
-    known = _trainer(trainer)
+    known = _trainer(trainer, "patch")
     options = {"output": output, "in_place": in_place, "force": force}
     given = {name: value for name, value in options.items() if value}
     if not given.keys() <= known.OPTIONS:
@@ -70,7 +70,7 @@ def patch(
 @app.command(epilog="Example: `apt-hooks unpatch sd-scripts ~/sd-scripts`")
 def unpatch(trainer: TrainerName, path: Place = Path(), dry_run: DryRun = False) -> None:
     """Take the inserted lines out again; the files are then what they were, to the byte."""
-    known = _trainer(trainer)
+    known = _trainer(trainer, "unpatch")
     diff = known.unpatch(path, dry_run=dry_run)
     copy = known.patched_copy(path)
     other = f"; {copy.name} is: name that, or delete it" if copy else ""
@@ -80,7 +80,7 @@ def unpatch(trainer: TrainerName, path: Place = Path(), dry_run: DryRun = False)
 @app.command(epilog="Example: `apt-hooks status sd-scripts && echo patched`")
 def status(trainer: TrainerName, path: Place = Path()) -> None:
     """Say the trainer's version and which of its files are patched. Exit code 0 if all are, 1 if not."""
-    known = _trainer(trainer)
+    known = _trainer(trainer, "status")
     found = known.status(path)
     for line in known.report(path, found):
         typer.echo(line)
@@ -101,7 +101,7 @@ def presets_list() -> None:
 @presets.command("show", epilog="Example: `apt-hooks presets show sdxl > apt.toml`")
 def presets_show(name: str) -> None:
     """Print a preset, each value with its source."""
-    typer.echo(preset_text(name), nl=False)
+    typer.echo(preset_text(name.lower()), nl=False)
 
 
 @presets.command("apply", epilog="Example: `apt-hooks presets apply sdxl train.toml`")
@@ -111,6 +111,9 @@ def presets_apply(
     """Add `[apt]` with this preset to a training TOML, or change the preset there; all else stays as it is."""
     from apt_hooks.tomledit import apply_preset
 
+    if name.lower() not in preset_names() and str(config).lower() in preset_names():
+        raise AptError(f"the preset goes first: `apt-hooks presets apply {config} {_typed(Path(name))}`")
+    name = name.lower()
     typer.echo(f"{config}: {apply_preset(config, name)}")
     _note_of_trainer(config, name)
 
@@ -188,7 +191,10 @@ def demo(
 
 @app.command(epilog="Example: `apt-hooks calibrate out/lora-apt.jsonl`")
 def calibrate(
-    log: Annotated[Path, typer.Argument(metavar="RUN-apt.jsonl", help="The log of a run, with `monitor_only` or not.")],
+    log: Annotated[
+        Path,
+        typer.Argument(metavar="RUN-apt.jsonl", help="The log of a run, with `monitor_only` or not; or its folder."),
+    ],
     out: Annotated[
         Path | None, typer.Option(metavar="PICTURE.png", help="Where to draw; RUN-apt-calibrate.png if not given.")
     ] = None,
@@ -247,10 +253,13 @@ def _typed(path: Path) -> str:
     return f'"{path}"' if " " in str(path) else str(path)
 
 
-def _trainer(name: str) -> Trainer:
+def _trainer(name: str, command: str) -> Trainer:
     found = next((trainer for trainer in TRAINERS if name == trainer.NAME), None)
     if found is None:
-        raise AptError(f"{name}: no such trainer; there are {_NAMES}")
+        path = Path(name)
+        meant = sd_scripts if path.is_dir() else diffusers if path.suffix == ".py" else None
+        hint = f"; did you mean `apt-hooks {command} {meant.NAME} {_typed(path)}`?" if meant else ""
+        raise AptError(f"{name}: no such trainer; there are {_NAMES}{hint}")
     return found
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..errors import AptError
 from ..files import write_figure
 from ..method.indicator import gamma_of_gap
-from .read_steplog import read_run
+from .read_steplog import ENDING, find_logs, read_run
 from .too_short import why_too_short
 
 QUANTILE = 0.75
@@ -126,7 +126,7 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
     """Propose an `indicator_scale` for a logged run, and draw its gammas under both scales.
 
     Args:
-        log: the run's step log.
+        log: the run's step log, or a folder that has no other.
         picture: a PNG file; None puts it beside the log, as `...-calibrate.png`.
         scale: as for `read_log`.
         say: takes each line of text for the user.
@@ -135,8 +135,16 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
         The proposed scale, of two digits.
 
     Raises:
-        AptError: as `read_log` and `propose_scale`; a run that is too short; the picture cannot be written.
+        AptError: as `read_log` and `propose_scale`; a folder with none or several logs; a run that is too short; the
+            picture cannot be written.
     """
+    if log.is_dir():
+        logs = list(find_logs([log]).values())
+        if len(logs) > 1:
+            raise AptError(
+                f"{log}: has {len(logs)} *{ENDING}, a scale is of one run; name one of {', '.join(map(str, logs))}"
+            )
+        (log,) = logs
     run = read_log(log, scale)
     picture = picture or log.with_name(f"{log.stem}-calibrate.png")
     if picture.suffix.lower() != ".png":

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,15 @@ import torch
 from torch import Tensor
 
 from apt_hooks.errors import AptError
+from apt_hooks.training.checkpoints import ENDING as CHECKPOINTS
 from apt_hooks.training.steplog import VALUES
 
 ENDING = "-apt.jsonl"
 MOST_LINES = 20_000  # a log of up to so many steps is read whole; half a second of parsing
 MOST_BYTES = 50_000_000  # and not more than this, which hundreds of bins could need
+_OF_CHECKPOINTS = re.compile(
+    CHECKPOINTS.removesuffix(".jsonl") + r"((?:\.\d+)?\.jsonl)$"
+)  # an earlier run's has a number
 _STEP = b'{"step"'  # how `StepLog` begins the line of a step
 
 
@@ -116,8 +121,9 @@ def read_run(path: Path, name: str | None = None, most: int = MOST_LINES) -> Run
         None for a log that has no step yet.
 
     Raises:
-        AptError: it cannot be read, or a line that is read is none of a step log.
+        AptError: it cannot be read, a line that is read is none of a step log, or its name says that it has none.
     """
+    check_no_checkpoints(path)
     chosen = _Chosen(path, most)
     try:
         with path.open("rb", buffering=1 << 18) as file:
@@ -144,6 +150,14 @@ def read_run(path: Path, name: str | None = None, most: int = MOST_LINES) -> Run
         end=chosen.end,
         written=datetime.datetime.fromtimestamp(written),
     )
+
+
+def check_no_checkpoints(path: Path) -> None:
+    """Raises AptError where the file has a run's checkpoints, whose lines look like those of steps."""
+    if _OF_CHECKPOINTS.search(path.name) and path.is_file():
+        log = path.with_name(_OF_CHECKPOINTS.sub(ENDING.removesuffix(".jsonl") + r"\1", path.name))
+        way = f"name {log}" if log.exists() else f"name the RUN{ENDING} of that run"
+        raise AptError(f"{path}: has lines about checkpoints, for `apt-hooks pick`, and none of steps; {way}")
 
 
 def parse_line(path: Path, number: int, text: bytes) -> LoggedStep | dict[str, Any]:

@@ -37,6 +37,8 @@ OPTIONS = frozenset({"output", "in_place", "force"})
 TESTED: tuple[str, ...] = ("0.32.0", "0.35.0", "0.38.0", "0.40.0")
 """What the tested scripts ask diffusers for at least: those of the tags v0.32.1, v0.35.2, v0.38.0 and v0.40.0."""
 
+NOT_PATCHED = "not patched"
+
 BLACK = "apt_hooks_black"
 WORDS = "apt_hooks_words"
 AGAIN = "apt_hooks_again"
@@ -71,7 +73,7 @@ def status(path: Path) -> Status:
     content = _read(path)
     named = re.search(rb"""check_min_version\(["'](\d+(?:\.\d+)*)""", content)
     patched = _patched(content, path.name)
-    state = "not patched"
+    state = NOT_PATCHED
     if patching.is_patched(content):
         state = "patched, and edited since or by another version of apt-hooks; patching it again brings it up to date"
         if patched == content:
@@ -154,11 +156,14 @@ def named(found: Status) -> str:
 
 
 def report(path: Path, found: Status) -> list[str]:
-    """One line."""
-    return [f"{path}, {named(found)}: {found.state}"]
+    """One line, which tells of a patched copy too."""
+    copy = patched_copy(path) if found.state == NOT_PATCHED else None
+    return [f"{path}, {named(found)}: {found.state}" + (f"; {copy.name} is" if copy else "")]
 
 
 def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise AptError(f"{path}: is a folder; name a training script, such as {_SCRIPT}_sdxl.py")
     try:
         content = path.read_bytes()
     except OSError as error:
