@@ -31,7 +31,7 @@ from .model import PIPELINES, denoiser_and_module, load_pipeline
 from .personalize import Trained, Training, lora, method_config, one_thread, reference_pictures, train
 from .saving import Saving
 
-SAVE_EVERY = 100
+SAVE_EVERY = 200
 """Steps between two LoRAs that are saved on the way."""
 
 UNTRAINED = ("ideal", "base")
