@@ -1415,9 +1415,9 @@ def test_an_anchor_that_ends_the_file_without_a_newline_is_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize("act", [lambda path: diffusers.patch(path, path), diffusers.unpatch, diffusers.status])
-@pytest.mark.parametrize("name", ["missing.py", "."])
-def test_what_is_no_file_is_refused(tmp_path: Path, act: Callable[[Path], object], name: str) -> None:
-    with pytest.raises(AptError, match=re.escape(f"{tmp_path / name}: cannot be read: ")) as error:
+@pytest.mark.parametrize(("name", "said"), [("missing.py", "cannot be read: "), (".", "is a folder; ")])
+def test_what_is_no_file_is_refused(tmp_path: Path, act: Callable[[Path], object], name: str, said: str) -> None:
+    with pytest.raises(AptError, match=re.escape(f"{tmp_path / name}: {said}")) as error:
         act(tmp_path / name)
     assert "\n" not in str(error.value) and "name a training script" in str(error.value)
 
