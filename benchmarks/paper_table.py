@@ -40,7 +40,7 @@ from apt_hooks.files import make_folder, write_atomically
 from apt_hooks.integrations.diffusers_dreambooth import patch
 from apt_hooks.integrations.diffusers_dreambooth.adapter import WEIGHTS
 from apt_hooks.integrations.judging.manifest import digest
-from apt_hooks.integrations.sampling.pipelines import TINY_WORLD, check_model
+from apt_hooks.integrations.sampling.pipelines import TINY_WORLDS, check_model
 from apt_hooks.results.comparison.folders import BASE
 from apt_hooks.results.read_steplog import read_run
 from apt_hooks.tinyworld.methods import METHODS
@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = lambda text: list(dict.fromkeys(text.split(",")))  # noqa: E731
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", help="folder in diffusers' format, name on the hub, or tinyworld")
+    parser.add_argument("--model", help="folder in diffusers' format, name on the hub, or tinyworld, its U-Net")
     parser.add_argument("--script", type=Path, help="a DreamBooth-LoRA script of diffusers for that model")
     parser.add_argument("--data", type=Path, help="DreamBooth's dataset: SUBJECT/*.jpg and prompts_and_classes.txt")
     parser.add_argument("--methods", type=names, default=list(PAPER), help=f"of {', '.join(CHOICES)}")
@@ -162,6 +162,11 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(tables(read_json(args.out / "table.json"))))
         return
     check_model(args.model)
+    if TINY_WORLDS.get(args.model) == "transformer":
+        raise AptError(
+            f"--model {args.model}: reads texts in a way of its own, which no script of diffusers trains; "
+            "benchmarks/tinyworld.py --model transformer makes the table of that model"
+        )
     subjects = read_subjects(args.data, args.subjects, args.prompts)
     keys = read_toml(args.apt).get("apt") if args.apt else {}
     if not isinstance(keys, dict):
@@ -228,7 +233,7 @@ def train(run: Run, settings: Row, execute: Execute) -> None:
     subject = f"{settings['identifier']} {run.subject.class_word}"
     model, steps = settings["model"], settings["steps"]
     options = {
-        "pretrained_model_name_or_path": PIPELINES["unet"] if model == TINY_WORLD else model,
+        "pretrained_model_name_or_path": PIPELINES["unet"] if model in TINY_WORLDS else model,
         "instance_data_dir": run.subject.photos,
         "instance_prompt": settings["instance_prompt"].replace("{}", subject),
         "output_dir": run.folder,

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinyworld import cell
 
-from apt_hooks.integrations.sampling.pipelines import TINY_WORLD
+from apt_hooks.integrations.sampling.pipelines import TINY_WORLDS
 from apt_hooks.results.comparison.folders import BASE
 
 REFERENCE = "dreambooth"
@@ -44,7 +44,7 @@ def tables(result: Row) -> list[str]:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for method in methods:
         lines.append(_line(method, [row for row in rows if row["method"] == method], metrics, by))
-        if result["settings"]["model"] != TINY_WORLD and (paper := PAPER.get(method)):
+        if result["settings"]["model"] not in TINY_WORLDS and (paper := PAPER.get(method)):
             cells = (str(paper.get(name, "")) for name in metrics)
             lines.append(f"| the paper's {method} | | " + " | ".join(cells) + " |")
     lines += ["", f"Difference to {REFERENCE}, paired by subject and seed; errors as above:", "", *head]

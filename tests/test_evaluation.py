@@ -26,12 +26,14 @@ from apt_hooks.integrations.judging.embedding_judges import Embedder, SubjectJud
 from apt_hooks.integrations.judging.judge import Drawn, Score
 from apt_hooks.integrations.judging.prompts import SETS, read_prompts
 from apt_hooks.integrations.sampling.loras import named
+from apt_hooks.integrations.sampling.pipelines import Sampling
 from apt_hooks.results.comparison.folders import BASE, Prompt
 from apt_hooks.tinyworld.model import load_pipeline, new_tokenizer
 
 PROMPTS = ("a photo of a big {} on the left in the city", "a drawing of a small {} in the middle at night")
 SUBJECT = ("--subject", "sks cup", "--class-word", "cup")
 FEW = ("--steps", "2", "--guidance-scale", "4", "--count", "2")
+FAST = Sampling(steps=2, guidance_scale=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +247,7 @@ def test_a_model_that_is_not_there_is_told_with_what_to_do(tmp_path):
 
 def plan(seeds, further=()):
     prompts = tuple(Prompt(text.format("sks cup"), text.format("cup")) for text in PROMPTS)
-    return generate.Plan(prompts, tuple(seeds), tuple(further), steps=2, guidance_scale=4.0)
+    return generate.Plan(prompts, tuple(seeds), tuple(further))
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_its_batch(loras, tmp_path):
@@ -253,7 +255,9 @@ def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_its_batch(loras, tm
     pipeline.set_progress_bar_config(disable=True)
     for out, batch in (("alone", 1), ("together", 3)):
         files, own = {"one": loras[0]}, generate.Share()
-        generate.generate(pipeline, files, asked, tmp_path / out, batch=batch, own=own, advance=lambda _count: None)
+        generate.generate(
+            pipeline, files, asked, FAST, tmp_path / out, batch=batch, own=own, advance=lambda _count: None
+        )
     alone, together = tmp_path / "alone", tmp_path / "together"
     paths = [path for name in (BASE, "one") for path in asked.pictures(alone, name)] + asked.more_of_the_base(alone)
     assert len(set(paths)) == 10 and not (alone / "one/000-9.png").exists()
@@ -262,13 +266,31 @@ def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_its_batch(loras, tm
         assert (a - b).abs().max() <= 1  # of 255: sums in another order
 
 
+def test_what_a_pipeline_refuses_is_told_in_one_line(tmp_path, monkeypatch):
+    """Of some the guidance depends on the number of steps, and they say how."""
+    pipeline = load_pipeline()
+
+    def refuse(self, **_given):
+        raise ValueError("`guidance_schedule` must have\nlength 2")
+
+    monkeypatch.setattr(type(pipeline), "__call__", refuse)
+    with pytest.raises(
+        AptError, match=r"^StableDiffusionPipeline draws nothing with .*steps.*: `guidance_.* have length 2$"
+    ):
+        generate.generate(
+            pipeline, {}, plan([0]), FAST, tmp_path, batch=1, own=generate.Share(), advance=lambda _count: None
+        )
+
+
 def test_several_processes_draw_each_picture_once(tmp_path, monkeypatch):
     pipeline, drawn = load_pipeline(), []
     monkeypatch.setattr(generate, "write_atomically", lambda path, _content: drawn.append(path.name))
     monkeypatch.setattr(generate.Share, "wait", lambda _self: None)
     for rank in (0, 1):
         own = generate.Share(rank, 2)
-        generate.generate(pipeline, {}, plan([0, 1], [2]), tmp_path, batch=2, own=own, advance=lambda _count: None)
+        generate.generate(
+            pipeline, {}, plan([0, 1], [2]), FAST, tmp_path, batch=2, own=own, advance=lambda _count: None
+        )
     assert sorted(drawn) == [f"{i:03d}-{seed}.png" for i in (0, 1) for seed in (0, 1, 2)]
 
 
@@ -456,6 +478,29 @@ def test_models_of_other_kinds_are_judged_by_clip_dino_and_hps(first, clip, dino
     assert "the Vendi score compares a prompt's pictures, so it needs a --count of 2 or more; left out" in said
     with pytest.raises(AptError, match=r"--metrics must name one or more of clip, .*; nothing is left"):
         run(*given, *one, "--metrics", "vendi")
+
+
+def test_the_tiny_worlds_transformer_is_judged_as_its_unet_is(references, texts, tmp_path):
+    (lora,) = save_loras(tmp_path, ("one",), "transformer")
+    out = tmp_path / "out"
+    given = [a if a != "tinyworld" else "tinyworld-transformer" for a in arguments([lora], references, texts, out)]
+    said = run(*given, "--count", "2").stdout
+    assert "drawn in 10 steps, guided by 4.0" in said  # its own, as nothing else is asked for
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["scores"]["base"]["text"]["value"] > 0.9  # a model that draws what is asked
+    assert metrics["scores"]["one"]["frechet"]["value"] > metrics["scores"]["base"]["frechet"]["value"]
+    assert metrics["sampling"] == {
+        "steps": 10,
+        "guidance_scale": 4.0,
+        "height": 64,
+        "width": 64,
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+    }
+    assert "drawn in" not in run(*given, "--count", "2").stdout  # all pictures are there
+    with pytest.raises(AptError, match="holds pictures of steps 10, here 3"):
+        run(*given, "--count", "2", "--steps", "3")
+    with pytest.raises(AptError, match="does not fit the model, a StableDiffusionPipeline"):
+        run(*arguments([lora], references, texts, tmp_path / "other"), *FEW)
 
 
 def test_a_black_picture_is_told_of(first, loras, references, texts, tmp_path):

@@ -346,6 +346,7 @@ def test_a_folder_with_runs_of_other_settings_is_refused(bench, options, key):
         (("--subjects", "can,vase"), "--subjects: 'vase' has no folder in .*data, or no class"),
         (("--data", "nowhere"), "--data nowhere: has no prompts_and_classes.txt that can be read"),
         (("--model", "nowhere"), "--model nowhere: no such folder or file"),
+        (("--model", "tinyworld-transformer"), "reads texts in a way of its own, which no script of diffusers trains"),
         (("--script", "nowhere.py"), "nowhere.py: cannot be read"),
         (("--script", STANDIN), "paper_table_standin.py"),
         (("--apt", "{wrong}"), 'lambda_atn = 2: there is no such key; did you mean "lambda_attn"'),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from apt_hooks.tinyworld.lora_file import save_lora
-from apt_hooks.tinyworld.model import TOKENS, load_pipeline, new_tokenizer
+from apt_hooks.tinyworld.model import PIPELINES, TOKENS, denoiser_and_module, load_pipeline, new_tokenizer
 from apt_hooks.tinyworld.personalize import lora
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -37,13 +37,13 @@ def save_dino(folder: Path) -> Path:
     return folder
 
 
-def save_loras(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """Each moves the tiny world's model further than the one before."""
-    pipeline, paths = load_pipeline(), [folder / f"{name}.safetensors" for name in names]
+def save_loras(folder: Path, names: tuple[str, ...], model: str = "unet") -> list[Path]:
+    """Each moves the tiny world's model, of `PIPELINES`, further than the one before."""
+    pipeline, paths = load_pipeline(PIPELINES[model]), [folder / f"{name}.safetensors" for name in names]
     for seed, path in enumerate(paths):
         with lora(pipeline, 4, seed):
             generator = torch.Generator().manual_seed(seed)
-            for key, parameter in pipeline.unet.named_parameters():
+            for key, parameter in denoiser_and_module(pipeline)[1].named_parameters():
                 if "lora_B" in key:
                     parameter.data = 0.2 * (seed + 1) * torch.randn(parameter.shape, generator=generator)
             save_lora(pipeline, path)

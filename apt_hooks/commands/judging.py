@@ -9,7 +9,7 @@ import typer
 
 from apt_hooks.errors import AptError
 
-from .options import GuidanceScale, Model, Seed, Steps, tell_left_out
+from .options import Model, OwnGuidanceScale, OwnSteps, Seed, tell_left_out
 
 app = typer.Typer()
 
@@ -33,8 +33,8 @@ def evaluate(
     seed: Seed = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, from as many seeds on.")] = 4,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
-    steps: Steps = 50,
-    guidance_scale: GuidanceScale = 7.5,
+    steps: OwnSteps = None,
+    guidance_scale: OwnGuidanceScale = None,
     metrics: Annotated[
         str, typer.Option(help="Which of clip, dino, hps, fidelity (FID, KID, precision, recall), vendi.")
     ] = "clip,dino,hps,fidelity,vendi",

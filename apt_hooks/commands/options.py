@@ -14,6 +14,12 @@ Prompt = Annotated[str, typer.Option(help="With the identifier that the LoRAs we
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 GuidanceScale = Annotated[float, typer.Option(help="Classifier-free guidance.")]
+OwnSteps = Annotated[
+    int | None, typer.Option(min=1, help="Denoising steps; if not given 50 of a U-Net, else the pipeline's own.")
+]
+OwnGuidanceScale = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance; if not given 7.5 of a U-Net, else the pipeline's own.")
+]
 
 
 def tell_left_out(lines: Sequence[str]) -> None:

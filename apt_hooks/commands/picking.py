@@ -13,7 +13,7 @@ from apt_hooks.results.checkpoint_table import checkpoint_table, what_is_missing
 from apt_hooks.results.read_checkpoints import SavedRun
 from apt_hooks.results.verdict import Verdict
 
-from .options import GuidanceScale, Seed, Steps, tell_left_out
+from .options import OwnGuidanceScale, OwnSteps, Seed, tell_left_out
 
 app = typer.Typer()
 
@@ -42,8 +42,8 @@ def pick(
     seed: Seed = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, from as many seeds on.")] = 4,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
-    steps: Steps = 50,
-    guidance_scale: GuidanceScale = 7.5,
+    steps: OwnSteps = None,
+    guidance_scale: OwnGuidanceScale = None,
     clip: Annotated[str | None, typer.Option(help="CLIP model for the prompt; ViT-B/32 if not given.")] = None,
     dino: Annotated[str | None, typer.Option(help="DINOv2 model for the subject; base if not given.")] = None,
 ) -> None:

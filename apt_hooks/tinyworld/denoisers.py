@@ -125,16 +125,12 @@ class Denoiser(ABC):
         """The module's prediction of the target, [batch, 4, 16, 16]."""
 
     @abstractmethod
-    def pipeline(self, parts: dict[str, Any]) -> Any:
-        """Diffusers' pipeline of the parts."""
+    def pipeline(self, parts: dict[str, Any], encode: Callable[[Any, list[str]], Tensor]) -> Any:
+        """Diffusers' pipeline of the parts; `encode` makes [texts, tokens, TEXT_WIDTH] of the pipeline and texts."""
 
     @abstractmethod
     def sampling_scheduler(self, scheduler: Any) -> Any:
         """What samples with the noise schedule of the stored scheduler."""
-
-    @abstractmethod
-    def asked(self, prompts: list[str], encode: Callable[[list[str]], Tensor]) -> dict[str, Any]:
-        """What the pipeline is called with to draw prompts; `encode` makes [prompts, tokens, TEXT_WIDTH] of them."""
 
 
 class UNet(Denoiser):
@@ -204,7 +200,7 @@ class UNet(Denoiser):
         predicted: Tensor = module(latents, timesteps, **condition).sample
         return predicted
 
-    def pipeline(self, parts: dict[str, Any]) -> Any:
+    def pipeline(self, parts: dict[str, Any], encode: Callable[[Any, list[str]], Tensor]) -> Any:
         from diffusers import StableDiffusionPipeline
 
         return StableDiffusionPipeline(
@@ -215,9 +211,6 @@ class UNet(Denoiser):
         from diffusers import DPMSolverMultistepScheduler
 
         return DPMSolverMultistepScheduler.from_config(scheduler.config)
-
-    def asked(self, prompts: list[str], encode: Callable[[list[str]], Tensor]) -> dict[str, Any]:
-        return {"prompt": prompts}
 
 
 class Transformer(Denoiser):
@@ -308,21 +301,33 @@ class Transformer(Denoiser):
             predicted: Tensor = module(latents, timestep=timesteps, **condition).sample
         return predicted
 
-    def pipeline(self, parts: dict[str, Any]) -> Any:
+    def pipeline(self, parts: dict[str, Any], encode: Callable[[Any, list[str]], Tensor]) -> Any:
         from diffusers import StableDiffusion3Pipeline
 
         # The pipeline adds the shift, and cannot do without one.
         parts["vae"].register_to_config(shift_factor=0.0)
         others: dict[str, Any] = {f"{part}_{i}": None for part in ("text_encoder", "tokenizer") for i in (2, 3)}
-        return StableDiffusion3Pipeline(**parts, **others)
+        pipeline: Any = StableDiffusion3Pipeline(**parts, **others)
+
+        def encode_prompt(
+            prompt: str | list[str],
+            negative_prompt: str | list[str] | None = None,
+            num_images_per_prompt: int = 1,
+            **_of_other_encoders: Any,
+        ) -> tuple[Tensor, ...]:
+            """As the pipeline's own method, which would take another encoder's hidden states and projections."""
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompts)
+            told, untold = (self.condition(encode(pipeline, texts)) for texts in (prompts, negative))
+            parts = (each[name] for name in ("encoder_hidden_states", "pooled_projections") for each in (told, untold))
+            return tuple(part.repeat_interleave(num_images_per_prompt, dim=0) for part in parts)
+
+        # On the object, not by a class of its own, which no other program could load a saved pipeline with.
+        pipeline.encode_prompt = encode_prompt
+        return pipeline
 
     def sampling_scheduler(self, scheduler: Any) -> Any:
         return scheduler
-
-    def asked(self, prompts: list[str], encode: Callable[[list[str]], Tensor]) -> dict[str, Any]:
-        embeddings = {"": self.condition(encode(prompts)), "negative_": self.condition(encode([""] * len(prompts)))}
-        names = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
-        return {sign + names[key]: value for sign, told in embeddings.items() for key, value in told.items()}
 
 
 UNET, TRANSFORMER = UNet(), Transformer()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import tempfile
@@ -129,7 +128,7 @@ def denoiser_and_module(pipeline: Any) -> tuple[Denoiser, Any]:
 
 def save_pipeline(parts: dict[str, Any], folder: Path) -> None:
     """Write all parts into a folder that `load_pipeline` reads, in float16."""
-    pipeline = denoiser_of(parts).pipeline(parts)
+    pipeline = denoiser_of(parts).pipeline(parts, encode_texts)
     pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
     _make_readable_for_older_releases(folder, parts["tokenizer"])
     _make_public(folder)
@@ -204,7 +203,7 @@ def load_pipeline(folder: Path | None = None) -> Any:
             part: of.from_pretrained((PIPELINES["unet"] if part in lent else folder) / part)
             for part, of in classes.items()
         }
-        pipeline: Any = denoiser.pipeline(parts).to(torch.float32)
+        pipeline: Any = denoiser.pipeline(parts, encode_texts).to(torch.float32)
     pipeline.training_scheduler = parts["scheduler"]
     pipeline.scheduler = denoiser.sampling_scheduler(parts["scheduler"])
     pipeline.set_progress_bar_config(disable=True)
@@ -257,7 +256,7 @@ def sample(
     pictures = []
     for i in range(0, len(prompts), 64):
         shown = pipeline(
-            **denoiser.asked(prompts[i : i + 64], functools.partial(encode_texts, pipeline)),
+            prompts[i : i + 64],
             latents=noise[i : i + 64],
             num_inference_steps=steps or denoiser.sampling_steps,
             guidance_scale=denoiser.guidance if guidance_scale is None else guidance_scale,

@@ -12,7 +12,7 @@ from apt_hooks.files import make_folder
 from apt_hooks.images import find_photos, open_picture
 from apt_hooks.integrations.embedders import CLIP, DINO, HPS, Clip, Dino
 from apt_hooks.integrations.sampling.loras import LoraFile, named
-from apt_hooks.integrations.sampling.pipelines import TINY_WORLD, check_model, load_pipeline
+from apt_hooks.integrations.sampling.pipelines import TINY_WORLDS, Sampling, check_model, load_pipeline, sampling
 from apt_hooks.results.comparison.folders import BASE
 from apt_hooks.results.comparison.grid import run_grid
 
@@ -51,8 +51,8 @@ def run_eval(
     seed: int = 0,
     count: int = 4,
     batch: int = 1,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     metrics: Sequence[str] = METRICS,
     models: Models = Models(),
     say: Say,
@@ -69,7 +69,7 @@ def run_eval(
         out: folder.
         seed, count: pictures of each prompt are drawn from the seeds `seed` to `seed + count - 1`.
         batch: pictures at once.
-        steps, guidance_scale: of the sampling; the scheduler is the model's own.
+        steps, guidance_scale: as for `sampling`; the scheduler is the model's own.
         metrics: some of `METRICS`; the tiny world has judges of its own in their place.
         models: who judges.
         say: takes each line of text for the user.
@@ -86,10 +86,12 @@ def run_eval(
     photos = find_photos(references)
     texts = tuple(read_prompts(prompts, subject, class_word))
     seeds = tuple(range(seed, seed + 2 * count))
-    against = model == TINY_WORLD or "fidelity" in metrics
-    plan = Plan(texts, seeds[:count], seeds[count:] if against else (), steps, guidance_scale)
-    sampling: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale}
-    wanted = new_manifest(model, files, digests, photos, plan.prompts, plan.seeds, sampling)
+    against = model in TINY_WORLDS or "fidelity" in metrics
+    plan = Plan(texts, seeds[:count], seeds[count:] if against else ())
+    given = {
+        name: value for name, value in {"steps": steps, "guidance_scale": guidance_scale}.items() if value is not None
+    }
+    wanted = new_manifest(model, files, digests, photos, plan.prompts, plan.seeds, given)
     check_same(out, before, wanted)
     with share() as own:
         # Before hours of drawing: whether there is somebody to judge.
@@ -97,9 +99,10 @@ def run_eval(
         todo = len(plan.missing(out, list(files)))
         pipeline = load_pipeline(model) if todo or before is None else None
         if pipeline is not None:
-            side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-            sampling |= {"scheduler": type(pipeline.scheduler).__name__, "height": side, "width": side}
-            wanted["sampling"] = sampling
+            how = sampling(model, pipeline, steps, guidance_scale)
+            if (steps is None or guidance_scale is None) and own.rank == 0:
+                say(_told(how))
+            wanted["sampling"] = {**_described(how), **_size(pipeline), "scheduler": type(pipeline.scheduler).__name__}
             check_same(out, before, wanted)
         own.wait()  # all have looked at what was there before
 
@@ -111,7 +114,7 @@ def run_eval(
         if pipeline is None:
             begin()
         else:
-            _draw(pipeline, out, files, plan, batch, own, todo, begin)
+            _draw(pipeline, out, files, plan, how, batch, own, todo, begin)
             del pipeline  # its memory is the judges' now
         if own.rank:
             return {}
@@ -125,6 +128,23 @@ def run_eval(
     run_grid([out], out, references=None, rows=GRID_ROWS, methods=list(files), say=say)
     say(f"in {out}: metrics.json, metrics.csv, grid.png; {len(plan.prompts)} prompts, {count} pictures of each")
     return scores
+
+
+def _described(how: Sampling) -> dict[str, Any]:
+    guided = {} if how.guidance_scale is None else {"guidance_scale": how.guidance_scale}
+    return {"steps": how.steps, **guided}
+
+
+def _told(how: Sampling) -> str:
+    guided = "" if how.guidance_scale is None else f", guided by {how.guidance_scale}"
+    return f"drawn in {how.steps} steps{guided}"
+
+
+def _size(pipeline: Any) -> dict[str, int]:
+    """Of the pictures, in pixels, where the pipeline tells it."""
+    unet = getattr(pipeline, "unet", None)
+    latents = getattr(pipeline, "default_sample_size", None) if unet is None else unet.config.sample_size
+    return {} if latents is None else dict.fromkeys(("height", "width"), latents * pipeline.vae_scale_factor)
 
 
 def _known_names(files: Mapping[str, LoraFile], before: Manifest | None) -> tuple[dict[str, LoraFile], dict[str, str]]:
@@ -148,7 +168,7 @@ def _judges(
         if metric not in METRICS:
             raise AptError(f"--metrics takes {', '.join(METRICS)}, separated by commas; found {metric!r}")
     pictures, each = len(plan.prompts) * len(plan.seeds), len(plan.seeds)
-    if model == TINY_WORLD:
+    if model in TINY_WORLDS:
         if models != Models() or set(metrics) != set(METRICS):
             raise AptError("the tiny world has judges of its own: leave --metrics and the judges' models out")
         try:
@@ -182,6 +202,7 @@ def _draw(
     out: Path,
     files: Mapping[str, LoraFile],
     plan: Plan,
+    how: Sampling,
     batch: int,
     own: Share,
     total: int,
@@ -201,7 +222,7 @@ def _draw(
         def advance(count: int) -> None:
             progress.advance(task, count)
 
-        generate(pipeline, files, plan, out, batch=batch, own=own, advance=advance, begin=begin)
+        generate(pipeline, files, plan, how, out, batch=batch, own=own, advance=advance, begin=begin)
 
 
 def _judge(out: Path, names: Sequence[str], plan: Plan, judges: Sequence[Judge], say: Say) -> Scores:

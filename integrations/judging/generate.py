@@ -16,6 +16,7 @@ import torch
 from apt_hooks.errors import AptError
 from apt_hooks.files import make_folder, write_atomically
 from apt_hooks.integrations.sampling.loras import LoraFile, Loras
+from apt_hooks.integrations.sampling.pipelines import Sampling
 from apt_hooks.results.comparison.folders import BASE, Prompt, picture_name
 
 
@@ -27,14 +28,11 @@ class Plan:
         prompts, seeds: each model draws one of each.
         further: more seeds, of the base model alone: what the distances to the base model are measured to. Those of the
             same seeds would be too near, the noise having decided much of both.
-        steps, guidance_scale: of the sampling.
     """
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
     further: tuple[int, ...]
-    steps: int
-    guidance_scale: float
 
     def pictures(self, out: Path, name: str) -> list[Path]:
         """Files of the base model's or a LoRA's pictures: all seeds of the first prompt, then those of the next."""
@@ -99,6 +97,7 @@ def generate(
     pipeline: Any,
     files: Mapping[str, LoraFile],
     plan: Plan,
+    sampling: Sampling,
     out: Path,
     *,
     batch: int,
@@ -114,6 +113,7 @@ def generate(
     Args:
         pipeline: of diffusers, without LoRAs.
         files: LoRAs by name.
+        sampling: how.
         out: `out/base` and `out/NAME` take the pictures.
         batch: pictures at once.
         own: the share of this process.
@@ -121,13 +121,12 @@ def generate(
         begin: is called before the first picture, when the LoRAs have been loaded.
 
     Raises:
-        AptError: a LoRA that cannot be loaded, a folder that cannot be written to.
+        AptError: a LoRA that cannot be loaded, a folder that cannot be written to; what the pipeline refuses.
     """
     seeds = (*plan.seeds, *plan.further)
     asked = {
         picture_name(i, seed): (prompt, seed + STRIDE * i) for i, prompt in enumerate(plan.prompts) for seed in seeds
     }
-    options = {"num_inference_steps": plan.steps, "guidance_scale": plan.guidance_scale}
     todo = plan.missing(out, list(files))[own.rank :: own.processes]
     own.wait()  # all of them have to see the same pictures missing
     with Loras(pipeline, files) as loras:
@@ -141,7 +140,12 @@ def generate(
                     wanted = [asked[path.name] for path in paths]
                     texts = [prompt.plain if name == BASE else prompt.text for prompt, _ in wanted]
                     generators = [torch.Generator().manual_seed(seed) for _, seed in wanted]
-                    drawn = pipeline(texts, generator=generators, **options).images
+                    options = sampling.options(len(texts))
+                    try:
+                        drawn = pipeline(prompt=texts, generator=generators, **options).images
+                    except ValueError as error:  # as pipelines check what they are called with
+                        asked_for, why = ", ".join(options), " ".join(str(error).split())
+                        raise AptError(f"{type(pipeline).__name__} draws nothing with {asked_for}: {why}") from error
                     for path, picture in zip(paths, drawn, strict=True):
                         content = io.BytesIO()
                         picture.save(content, format="png")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apt_hooks.errors import AptError
-from apt_hooks.integrations.sampling.pipelines import TINY_WORLD
+from apt_hooks.integrations.sampling.pipelines import TINY_WORLDS
 from apt_hooks.results.comparison.folders import BASE
 from apt_hooks.results.pareto_front import front
 from apt_hooks.results.pictures import draw_curves
@@ -43,7 +43,7 @@ def judge_run(
         raise AptError(
             f"{run.path}: --judge needs two checkpoints or more; {len(files)} of {len(run.checkpoints)} are there"
         )
-    own = model == TINY_WORLD
+    own = model in TINY_WORLDS
     metrics = METRICS if own else ("clip", "dino")
     scores = run_eval(model, list(files.values()), references, prompts, out, metrics=metrics, say=say, **options)
     if not scores:

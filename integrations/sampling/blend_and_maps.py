@@ -22,7 +22,7 @@ from .denoising_steps import denoising_steps
 from .dreamblend import DreamBlend, SampledRun
 from .lora_files import check_file
 from .loras import LoraFile, Loras, named
-from .pipelines import load_pipeline, make_movable
+from .pipelines import load_unet_pipeline, make_movable
 from .sweep import ClipJudge, find_checkpoints, sweep, write_rows
 from .word_maps import word_maps, words_of
 
@@ -52,7 +52,7 @@ def run_blend(
         guidance: of `DreamBlend`.
 
     Raises:
-        AptError: what `DreamBlend` and `load_pipeline` raise; a folder that cannot be written to.
+        AptError: what `DreamBlend` and `load_unet_pipeline` raise; a folder that cannot be written to.
     """
     pictures = _pictures()
     for path in (early, late):
@@ -60,7 +60,7 @@ def run_blend(
     _check_range(guidance.get("guidance_steps"), options)
     if Path(early).resolve() == Path(late).resolve():
         raise AptError(f"--early and --late are the same file, {late}; name two checkpoints of one training")
-    pipeline = load_pipeline(model)
+    pipeline = load_unet_pipeline(model)
     make_movable(pipeline, say)
     words = words_of(pipeline.tokenizer, prompt)
     rows: dict[str, list[Tensor]] = {"early": [], "late": [], "blend": []}
@@ -107,7 +107,7 @@ def run_sweep(
     _check_range(guidance.get("guidance_steps"), options)
     judge = ClipJudge(references, clip or CLIP)
     make_folder(out)
-    pipeline = load_pipeline(model)
+    pipeline = load_unet_pipeline(model)
     make_movable(pipeline, say)
     with told_when_stopped(lambda: f"the pictures so far are in {out}, without scores; the same command starts over"):
         rows = sweep(
@@ -151,7 +151,7 @@ def run_maps(
         raise AptError(f"--out {out}: must be a file in a folder that exists")
     if beyond := [moment for moment in timesteps if not 0 <= moment < 1000]:
         raise AptError(f"--timesteps are from 0 to 999; found {beyond[0]}")
-    pipeline = load_pipeline(model)
+    pipeline = load_unet_pipeline(model)
     words = words_of(pipeline.tokenizer, prompt)
     if not words:
         raise AptError(f"--prompt {prompt!r} has no words to draw but {', '.join(prompt.split()) or 'none'}")
@@ -176,7 +176,7 @@ def run_collapse(
     """Print each LoRA's attention shift (`attention_collapse`), by file."""
     if not loras:
         raise AptError("--collapse compares LoRAs with the base model: name one or more by --lora")
-    files, pipeline = named(loras), load_pipeline(model)
+    files, pipeline = named(loras), load_unet_pipeline(model)
 
     def call() -> None:
         pipeline(prompt, generator=torch.Generator().manual_seed(seed), **{**options, "output_type": "latent"})

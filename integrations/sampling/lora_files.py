@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,17 @@ def check_file(path: Path) -> None:
         raise AptError(f"{path}: no such file; name a LoRA, as a trainer has saved it")
 
 
-def read_lora(path: Path) -> dict[str, Delta]:
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def read_lora(path: Path, convert: Convert | None = None) -> dict[str, Delta]:
     """Every module's delta, by the module's name as it stands in the file.
 
     A module's alpha is its own tensor; without one the header's (`lora_adapter_metadata` of diffusers,
     `ss_network_alpha` of sd-scripts); without that, the rank, as sd-scripts and diffusers take it.
+
+    Args:
+        convert: makes tensors of other names of the file's, their alphas in the factors or beside them.
 
     Raises:
         AptError: a file that cannot be read, is no LoRA or is of a kind that is not loaded, or one whose alphas are not
@@ -68,6 +74,8 @@ def read_lora(path: Path) -> dict[str, Delta]:
     """
     tensors, metadata = _read(path)
     _check_kind(path, tensors)
+    if convert is not None:
+        tensors, metadata = convert(tensors), {}
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)

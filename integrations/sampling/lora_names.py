@@ -1,4 +1,4 @@
-"""Which module of a pipeline a LoRA's file means: by diffusers' names, Stability's or those of older releases."""
+"""Which module of a pipeline a LoRA's file means: by diffusers' names, of a U-Net also Stability's or older ones."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from torch import nn
 
 from .lora_files import PEFT_PREFIX
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+PARTS = ("unet", "transformer", *TEXT_ENCODERS)
 _PREFIXES = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "unet_": "unet",
-    "text_encoder_2_": "text_encoder_2",
-    "text_encoder_": "text_encoder",
+    "transformer_": "transformer",
+    **{f"{part}_": part for part in reversed(TEXT_ENCODERS)},  # the shortest is the beginning of the others
 }
 
 
 class ModuleNames:
     """The modules of a pipeline by every name that a LoRA's file may have for them.
 
-    kohya's names have `_` for each `.`, so all are looked up like that. What has no prefix is of the U-Net where that
-    has such a module, else of a text encoder.
+    kohya's names have `_` for each `.`, so all are looked up like that. What has no prefix is of the U-Net or the
+    transformer where that has such a module, else of a text encoder.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -36,9 +37,15 @@ class ModuleNames:
         """The modules that a name may mean, each with its path in the pipeline; more than one where only their sizes
         tell the text encoders' apart."""
         plain = name.removeprefix(PEFT_PREFIX).replace(".", "_").replace("_processor_", "_")
-        prefix = next((prefix for prefix in _PREFIXES if plain.startswith(prefix)), None)
-        parts = [*self.models] if prefix is None else [_PREFIXES[prefix]]
-        found = [(p, self._paths[p].get(plain.removeprefix(prefix or ""))) for p in parts if p in self._paths]
+        known = (prefix for prefix, part in _PREFIXES.items() if part in self.models and plain.startswith(prefix))
+        prefix = next(known, "")
+        parts = [_PREFIXES[prefix]] if prefix else [*self.models]
+        found = self._places(parts, plain.removeprefix(prefix))
+        # Where there is no prefix, a transformer's own module may begin like one: `transformer_blocks`.
+        return found or (self._places([*self.models], plain) if prefix else [])
+
+    def _places(self, parts: list[str], name: str) -> list[tuple[str, nn.Module]]:
+        found = [(part, self._paths[part].get(name)) for part in parts]
         return [(f"{part}.{path}", self.models[part].get_submodule(path)) for part, path in found if path is not None]
 
 
@@ -46,7 +53,11 @@ def _spellings(part: str, model: nn.Module) -> dict[str, str]:
     """The paths of a model's linear layers and convolutions by their names, `.` replaced."""
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     names: dict[str, str] = {}
-    for name, path in _of_unet(model, paths) if part == "unet" else _of_text_encoder(paths):
+    if part in TEXT_ENCODERS:
+        spelled = _of_text_encoder(paths)
+    else:
+        spelled = _of_unet(model, paths) if part == "unet" else ((path, path) for path in paths)
+    for name, path in spelled:
         names.setdefault(name.replace(".", "_"), path)
     return names
 

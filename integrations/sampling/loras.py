@@ -1,7 +1,8 @@
 """Several LoRAs on one pipeline, of which one takes part at a time.
 
 They are put there by forward hooks, from what the file says of each module, and not by diffusers' loader and peft:
-those take one scale for modules that have scales of their own, each release in another way.
+those take one scale for modules that have scales of their own, each release in another way. Other names than diffusers'
+for a transformer's modules, which has one where a trainer may have three, are read by diffusers' own converters.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_hooks.errors import AptError
+from apt_hooks.integrations.library_logging import quiet
 from apt_hooks.integrations.peft import adapter_layers
 
 from .lora_files import Delta, check_file, read_lora
@@ -45,7 +47,7 @@ class Loras:
         self._active: str | None = None
         self._loras: dict[str, list[tuple[nn.Module, _Addition]]] = {}
         for name, path in files.items():
-            deltas = read_lora(Path(path))
+            deltas = _read(Path(path), names, pipeline)
             modules = _modules(Path(path), deltas, names, type(pipeline).__name__)
             self._loras[name] = [(modules[key][1], _Addition(modules[key][1], delta)) for key, delta in deltas.items()]
             with self.active(name):
@@ -152,6 +154,33 @@ def _hooks(models: Sequence[nn.Module]) -> dict[int, list[_Addition]]:
         for key, module in modules.items()
     }
     return {key: own for key, own in found.items() if own}
+
+
+def _read(path: Path, names: ModuleNames, pipeline: Any) -> dict[str, Delta]:
+    """A file's deltas; by diffusers' names for the model where the file has others, as sd-scripts' of transformers.
+
+    Raises:
+        AptError: as `read_lora`; names that diffusers does not know either.
+    """
+    deltas = read_lora(path)
+    if "transformer" not in names.models or all(names.find(key) for key in deltas):
+        return deltas
+
+    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        import diffusers.utils.logging as logging
+
+        if any(delta.magnitude is not None for delta in deltas.values()):
+            raise AptError(f"{path}: is a DoRA with other names than diffusers'; such are loaded of U-Nets alone")
+        try:
+            with quiet(logging):
+                found = type(pipeline).lora_state_dict(dict(tensors))
+        # What its converters stumble on is not of one kind.
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
+            raise AptError(f"{path}: diffusers cannot read it for a {type(pipeline).__name__} ({why})") from error
+        return found[0] if isinstance(found, tuple) else found
+
+    return read_lora(path, convert)
 
 
 def _modules(

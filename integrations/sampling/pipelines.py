@@ -1,7 +1,9 @@
-"""A pipeline from what a user calls a model."""
+"""A pipeline from what a user calls a model, and what it is called with."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 import warnings
 from collections.abc import Callable
@@ -15,23 +17,27 @@ from apt_hooks.integrations.library_logging import quiet
 
 from .denoising_steps import MOVABLE, check_pipeline
 
-TINY_WORLD = "tinyworld"
+TINY_WORLDS = {"tinyworld": "unet", "tinyworld-transformer": "transformer"}
+"""What the models that come with apt-hooks are called, and their denoisers."""
 
 
 def load_pipeline(model: str) -> Any:
-    """A pipeline for SD 1.x, 2.x or SDXL, on the GPU in float16 where there is one, else on the CPU in float32.
+    """A pipeline of diffusers that draws what a text says, on the GPU where there is one, else on the CPU in float32.
+
+    On the GPU a U-Net is in float16; a transformer in bfloat16, as some of them overflow in float16.
 
     Args:
-        model: a folder in diffusers' format, a checkpoint in one file (.safetensors), the name of a model on the
-            Hugging Face hub, or "tinyworld", the small one that comes with apt-hooks.
+        model: a folder in diffusers' format, the name of a model on the Hugging Face hub, one of `TINY_WORLDS`, or, of
+            SD 1.x, 2.x and SDXL, a checkpoint in one file (.safetensors).
 
     Raises:
         AptError: a missing package, or a model that cannot be loaded.
     """
-    if model == TINY_WORLD:
+    if model in TINY_WORLDS:
+        from apt_hooks.tinyworld.model import PIPELINES
         from apt_hooks.tinyworld.model import load_pipeline as load_tiny_world
 
-        return load_tiny_world()
+        return load_tiny_world(PIPELINES[TINY_WORLDS[model]])
     try:
         import diffusers
         import diffusers.utils.logging as logging
@@ -41,30 +47,91 @@ def load_pipeline(model: str) -> Any:
         raise AptError(f'sampling needs diffusers and peft ({error}): pip install "apt-hooks[demo]"') from error
     check_model(model)
     on_gpu = torch.cuda.is_available()
-    options = {"torch_dtype": torch.float16 if on_gpu else torch.float32}
+    half = {"torch_dtype": torch.float16 if on_gpu else torch.float32}
     try:
         with quiet(logging), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if Path(model).is_file():
                 kind = "StableDiffusionXLPipeline" if _is_sdxl(Path(model)) else "StableDiffusionPipeline"
-                pipeline = getattr(diffusers, kind).from_single_file(model, **options)
+                pipeline = getattr(diffusers, kind).from_single_file(model, **half)
             else:
-                pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **options)
+                if on_gpu and "unet" not in diffusers.DiffusionPipeline.load_config(model):
+                    half = {"torch_dtype": torch.bfloat16}
+                pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **half)
     # Of the hub's errors many are OSErrors; a broken model fails in the ways of whatever reads it.
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         failed_import = isinstance(error, RuntimeError) and "import" in str(error)
         why = why_not_imported(error) if failed_import else " ".join(str(error).split())[:200]
         raise AptError(f"--model {model}: cannot be loaded as a pipeline of diffusers ({why})") from error
-    check_pipeline(pipeline)
+    if getattr(pipeline, "transformer", None) is None:
+        check_pipeline(pipeline)
+    elif missing := {"prompt", "generator", "num_inference_steps"} - {*inspect.signature(pipeline.__call__).parameters}:
+        raise AptError(f"{type(pipeline).__name__} is not supported: it takes no {', '.join(sorted(missing))}")
     return pipeline.to("cuda" if on_gpu else "cpu")
+
+
+def load_unet_pipeline(model: str) -> Any:
+    """A pipeline for SD 1.x, 2.x or SDXL, as `load_pipeline` loads it.
+
+    Raises:
+        AptError: one of another kind; as `load_pipeline`.
+    """
+    pipeline = load_pipeline(model)
+    check_pipeline(pipeline)
+    return pipeline
 
 
 def check_model(model: str) -> None:
     """Raises AptError for what cannot be a model: to be told before the hub is asked, again and again."""
-    if model != TINY_WORLD and not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise AptError(
-            f"--model {model}: no such folder or file, no name on the hub (as OWNER/NAME), and not {TINY_WORLD}"
-        )
+    if model not in TINY_WORLDS and not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        own = " or ".join(TINY_WORLDS)
+        raise AptError(f"--model {model}: no such folder or file, no name on the hub (as OWNER/NAME), and not {own}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn: denoising steps and the scale of guidance, None where a pipeline knows none.
+
+    `guided_by` is the pipeline's own name for that scale.
+    """
+
+    steps: int
+    guidance_scale: float | None
+    guided_by: str = "guidance_scale"
+
+    def options(self, pictures: int) -> dict[str, Any]:
+        """Of the pipeline's call with as many prompts."""
+        options: dict[str, Any] = {"num_inference_steps": self.steps}
+        if self.guidance_scale is not None:
+            options[self.guided_by] = self.guidance_scale
+        if self.guided_by == _TRUE_GUIDANCE:  # without a negative prompt it has no effect; a space, as its authors take
+            options["negative_prompt"] = [" "] * pictures
+        return options
+
+
+_TRUE_GUIDANCE = "true_cfg_scale"
+
+
+def sampling(model: str, pipeline: Any, steps: int | None, guidance_scale: float | None) -> Sampling:
+    """What is given; where it is not, the tiny world's own, 50 steps guided by 7.5 of a U-Net, else the pipeline's.
+
+    Raises:
+        AptError: a scale of guidance is given and the pipeline takes none.
+    """
+    known = {name: p.default for name, p in inspect.signature(pipeline.__call__).parameters.items()}
+    # Where both are there, one is a distilled model's input, and the other is off by a default of 1.
+    guided_by = _TRUE_GUIDANCE if known.get(_TRUE_GUIDANCE, 1.0) > 1 else "guidance_scale"
+    if guidance_scale is not None and guided_by not in known:
+        raise AptError(f"--guidance-scale {guidance_scale}: {type(pipeline).__name__} takes none; leave it out")
+    own: tuple[int, float | None] = known["num_inference_steps"], known.get(guided_by)
+    if model in TINY_WORLDS:
+        from apt_hooks.tinyworld.denoisers import DENOISERS
+
+        denoiser = DENOISERS[TINY_WORLDS[model]]
+        own = denoiser.sampling_steps, denoiser.guidance
+    elif "unet" in pipeline.components:
+        own = 50, 7.5
+    return Sampling(own[0] if steps is None else steps, own[1] if guidance_scale is None else guidance_scale, guided_by)
 
 
 def make_movable(pipeline: Any, say: Callable[[str], None]) -> None:
