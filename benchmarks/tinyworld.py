@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ CLOSE = 0.05
 COLUMNS = {**dict.fromkeys(METRICS, ".3f"), "frechet": ".2f", "delta_noise": ".4f"}
 
 Settings = dict[str, Any]
-Scores = dict[tuple[int, int], dict[str, Any]]  # of one method, by concept and seed
+Place = tuple[int, int]  # concept and seed
+Scores = dict[Place, dict[str, Any]]  # of one method
 
 
 def main() -> None:
@@ -100,39 +101,13 @@ def _override(text: str) -> tuple[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Make the runs that are missing, and print the tables."""
-    log, overrides, denoiser = args.out / "runs.jsonl", dict(args.set), DENOISERS[args.model]
     training = Training(steps=args.steps, learning_rate=args.learning_rate, rank=args.rank)
-    (stored,) = (PIPELINES[args.model] / denoiser.part).glob("*.safetensors")
-    weights = hashlib.sha256(stored.read_bytes()).hexdigest()[:8]
-    shared = {"model": args.model, "weights": weights, **dataclasses.asdict(training)}
-    shared |= {"scenes": args.scenes, "repeats": args.repeats, "checkpoints": args.checkpoints}
-    shared |= {"guidance": denoiser.guidance, "sampling_steps": denoiser.sampling_steps}
-    # As the methods will have it, so that a change of the preset is one too; through JSON, which has no tuples.
-    configs = {name: dataclasses.asdict(method_config(name, overrides, denoiser)) for name in METHODS}
-    configs = json.loads(json.dumps({**{name: {} for name in UNTRAINED}, **configs}))
+    comparison = Comparison(training, args.model, args.scenes, args.repeats, args.checkpoints, dict(args.set))
     places = [(concept, seed) for concept in args.concepts for seed in args.seeds]
-    # What a method does beside, where it does anything: rows of those that do not are found as they are.
-    beside = {name: {"beside": does} for name, method in METHODS.items() if (does := method.beside)}
-    asked = {
-        name: {
-            (c, s): {"concept": c, "seed": s, "method": name, **shared, "apt": configs[name], **beside.get(name, {})}
-            for c, s in places
-        }
-        for name in (*args.methods, REFERENCE)
-    }
-    failed = []
+    log, failed = args.out / "runs.jsonl", []
     if not args.table_only:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if log.exists() and not log.read_bytes().endswith(b"\n"):
-            append_line(log, "")  # ends a line that was cut off
-        done = find(read_rows(log), asked)
-        groups = {place: [asked[name][place] for name in args.methods if place not in done[name]] for place in places}
-        with concurrent.futures.ProcessPoolExecutor(args.workers) as pool:
-            futures = {pool.submit(run_group, log, g, training, overrides): p for p, g in groups.items() if g}
-            for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
-                if error := future.exception():
-                    failed.append("concept {}, seed {}: {!r}".format(*futures[future], error))
-    found = find(read_rows(log), asked)
+        failed = make(log, comparison, comparison.asked(args.methods, places), args.workers)
+    found = find(read_rows(log), comparison.asked((*args.methods, REFERENCE), places))
     print("\n".join(tables(found, args.methods, by_concept=len(args.concepts) > 1)))
     if args.checkpoints:
         curves = {name: found[name] for name in args.methods}
@@ -141,7 +116,57 @@ def run(args: argparse.Namespace) -> None:
         raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
 
 
-def run_group(log: Path, group: list[Settings], training: Training, overrides: dict[str, Any]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What the runs of one table have in common; `overrides` are of keys in [apt], `checkpoints` are judged as well."""
+
+    training: Training
+    model: str = "unet"
+    scenes: int = 24
+    repeats: int = 8
+    checkpoints: Sequence[int] = ()
+    overrides: Settings = dataclasses.field(default_factory=dict)
+
+    def asked(self, methods: Iterable[str], places: Sequence[Place]) -> dict[str, dict[Place, Settings]]:
+        """The settings of each method's runs, by concept and seed, as its row will have them."""
+        denoiser = DENOISERS[self.model]
+        (stored,) = (PIPELINES[self.model] / denoiser.part).glob("*.safetensors")
+        weights = hashlib.sha256(stored.read_bytes()).hexdigest()[:8]
+        shared = {"model": self.model, "weights": weights, **dataclasses.asdict(self.training)}
+        shared |= {"scenes": self.scenes, "repeats": self.repeats, "checkpoints": list(self.checkpoints)}
+        shared |= {"guidance": denoiser.guidance, "sampling_steps": denoiser.sampling_steps}
+        asked = {}
+        for name in methods:
+            own: Settings = {"method": name, **shared, "apt": {}}
+            if name not in UNTRAINED:
+                # As the method will have it, so that a change of the preset is one too; through JSON: it has no tuples.
+                config = dataclasses.asdict(method_config(name, self.overrides, denoiser))
+                own["apt"] = json.loads(json.dumps(config))
+                # Where it does anything: rows of those that do not are found as they are.
+                own |= {"beside": does} if (does := METHODS[name].beside) else {}
+            asked[name] = {(c, s): {"concept": c, "seed": s, **own} for c, s in places}
+        return asked
+
+
+def make(log: Path, comparison: Comparison, asked: Mapping[str, Mapping[Place, Settings]], workers: int) -> list[str]:
+    """Make the runs that have no row in the log yet; returns which failed, and why."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists() and not log.read_bytes().endswith(b"\n"):
+        append_line(log, "")  # ends a line that was cut off
+    done, groups, failed = find(read_rows(log), asked), {}, []
+    for name, wanted in asked.items():
+        for place, settings in wanted.items():
+            if place not in done[name]:
+                groups.setdefault(place, []).append(settings)
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        futures = {pool.submit(run_group, log, group, comparison): place for place, group in groups.items()}
+        for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
+            if error := future.exception():
+                failed.append("concept {}, seed {}: {!r}".format(*futures[future], error))
+    return failed
+
+
+def run_group(log: Path, group: list[Settings], comparison: Comparison) -> None:
     """The runs of one concept and seed, in a process of its own."""
     from step import commit, device_name  # the benchmark beside this one
 
@@ -150,7 +175,7 @@ def run_group(log: Path, group: list[Settings], training: Training, overrides: d
     machine = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     machine |= {"device": device_name(torch.device("cpu")), "commit": commit()}
     asked = {key: first[key] for key in ("concept", "seed", "model", "scenes", "repeats")}
-    setting = Setting(training=training, **asked)
+    setting = Setting(training=comparison.training, **asked)
     examination = setting.examination()
     for settings in group:
         start = time.monotonic()
@@ -158,12 +183,12 @@ def run_group(log: Path, group: list[Settings], training: Training, overrides: d
             settings["method"],
             examination,
             setting,
-            overrides=overrides,
-            checkpoints=first["checkpoints"],
+            overrides=comparison.overrides,
+            checkpoints=comparison.checkpoints,
         )
         seconds = round(time.monotonic() - start, 1)
         curve = {"curve": {step: judged.scores for step, judged in result.checkpoints.items()}}
-        row = {**settings, "set": overrides, **result.metrics(), **curve, **machine, "seconds": seconds}
+        row = {**settings, "set": comparison.overrides, **result.metrics(), **curve, **machine, "seconds": seconds}
         append_line(log, json.dumps(row))
 
 
@@ -181,7 +206,7 @@ def read_rows(log: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def find(rows: list[dict[str, Any]], asked: Mapping[str, Mapping[tuple[int, int], Settings]]) -> dict[str, Scores]:
+def find(rows: list[dict[str, Any]], asked: Mapping[str, Mapping[Place, Settings]]) -> dict[str, Scores]:
     """The rows that have the asked settings, by method; whatever else is in the file."""
     return {
         name: {place: row for place, wanted in places.items() for row in rows if wanted.items() <= row.items()}

@@ -1,25 +1,21 @@
 import concurrent.futures
-import importlib.util
+import importlib
 import itertools
 import json
 import sys
 
 import pytest
 import torch
-from benchmark_path import BENCHMARKS, benchmarks_importable
+from benchmark_path import benchmarks_importable
 
 for package in ("diffusers", "peft", "rich", "safetensors"):
     pytest.importorskip(package)
 
-PATH = BENCHMARKS / "tinyworld.py"
-
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("tinyworld_benchmark", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with benchmarks_importable():
+        return importlib.import_module("tinyworld")
 
 
 # The tables.
@@ -129,7 +125,7 @@ def bench(benchmark, monkeypatch, tmp_path):
     """Calls the benchmark with options; what it runs is only written down. Returns concept, seed and method of it."""
     log, ran = tmp_path / "runs.jsonl", []
 
-    def run_group(log, group, training, overrides):
+    def run_group(log, group, comparison):
         for settings in group:
             if settings["concept"] == 7:
                 raise ValueError("no picture")
@@ -247,6 +243,61 @@ def test_wrong_options_are_told_in_one_line_before_anything_runs(bench, options,
     with pytest.raises(SystemExit, match=said) as ended:
         bench(*options)
     assert str(ended.value.code).count("\n") == 0 and not bench.log.exists()
+
+
+# Rivals.
+
+
+@pytest.fixture
+def rivals(benchmark, monkeypatch, tmp_path):
+    """Calls the benchmark of rivals; what it trains is written down, with scores that are made here."""
+    with benchmarks_importable():
+        module = importlib.import_module("rivals")
+    ran = []
+
+    def run_group(log, group, comparison):
+        for settings in group:
+            config, rate = settings["apt"], settings["learning_rate"]
+            ran.append((settings["method"], settings["concept"], rate, settings["steps"]))
+            # DreamBooth is best with the smaller rate, APT with the larger one when stopped early, DCO with 100.
+            good = {"dreambooth": rate == 1e-3, "apt": False, "dco": rate == 3e-3 and config.get("dco_beta") == 100}
+            end = row(benchmark, identity=0.4 if good.get(settings["method"]) else 0.2)
+            half = {**end, "identity": 0.3 if settings["method"] == "apt" and rate == 3e-3 else 0.1}
+            if settings["method"] == "ideal":
+                end = row(benchmark, text=1.0, identity=0.8)
+            curve = {str(step): half for step in settings["checkpoints"]}
+            benchmark.append_line(log, json.dumps({**settings, **end, "curve": curve}))
+
+    def call(*options):
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["rivals.py", "--out", str(tmp_path), *options])
+        module.main()
+        return sorted(set(ran))
+
+    monkeypatch.setattr(benchmark, "run_group", run_group)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
+    return call
+
+
+def test_each_rival_is_reported_as_it_was_best_on_the_concepts_for_tuning(rivals, capsys):
+    ran = rivals("--methods", "dreambooth,dco,apt,ata", "--concepts", "4,5")
+    said = capsys.readouterr().out
+    tuned = {name: {(rate, steps) for n, c, rate, steps in ran if n == name and c in (0, 2, 3)} for name, *_ in ran}
+    both = {(1e-3, 600), (3e-3, 600)}
+    assert tuned == {"ideal": {(1e-3, 600)}, "dreambooth": both, "dco": both, "apt": both, "ata": set()}
+    reported = {(name, rate, steps) for name, concept, rate, steps in ran if concept in (4, 5)}
+    # APT stopped early, and its part as it; trained for as long only.
+    assert reported == {("dreambooth", 1e-3, 600), ("dco", 3e-3, 600), ("apt", 3e-3, 300), ("ata", 3e-3, 300)}
+    assert "| dco | > 0.003, dco_beta 100, 600 steps |" in said and "| ata | 0.003, 300 steps |" in said
+    # Text 0.5 of 1, identity 0.4 of 0.8.
+    assert "| dreambooth | > 0.001, 600 steps | 0.500 | 0.500 | 0.400 |" in said
+    assert rivals("--methods", "dreambooth,dco,apt,ata", "--concepts", "4,5") == []
+    assert {name for name, *_ in rivals("--methods", "prior", "--tune-only")} == {"prior"}
+
+
+def test_a_tuning_that_is_not_whole_yet_chooses_nothing(rivals, capsys):
+    assert rivals("--table-only") == []
+    assert "| dreambooth |" not in capsys.readouterr().out
 
 
 def test_interpolated_loras_change_each_weight_by_their_shares(tmp_path):

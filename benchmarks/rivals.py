@@ -1,0 +1,165 @@
+"""Methods at their best on the tiny world: each tuned by the same budget, then compared on concepts it has not seen.
+
+    python benchmarks/rivals.py --out DIR [--tune-only] [--table-only] [--methods ...]
+
+Each method is trained with two learning rates, DCO and L2-SP with two strengths of their own at each, on concepts 0, 2
+and 3 (1 cannot be learned), and judged at half of the steps and at the end: `SETTINGS`. What is taken of it, with the
+step, is what has the highest mean score over these concepts, of `tuning_score`. So a smaller learning rate and early
+stopping, the cheapest of rivals, are in everybody's reach. The parts of APT, and what is added to it, take APT's. Then
+each is trained so on concepts 4 to 13, and the tables are those of `tinyworld.py`.
+
+As soon as a run is done, a line of JSON is appended to DIR/runs.jsonl, as that does, and it is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyworld import Comparison, Scores, Settings, find, make, numbers, read_rows, tables  # the benchmark beside this
+
+from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.tinyworld.concepts import REPORTED
+from apt_hooks.tinyworld.methods import METHODS
+from apt_hooks.tinyworld.personalize import Training
+
+RATES = (1e-3, 3e-3)
+STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "dco": ("dco_beta", (20.0, 100.0)),
+    "l2-sp": ("lambda_offset", (3e-5, 3e-4)),
+}
+SAME_AS_APT = [name for name in METHODS if name.startswith(("ata", "apt+"))]
+TUNED = [name for name in METHODS if name not in SAME_AS_APT]
+TUNING = [(concept, 0) for concept in (0, 2, 3)]
+STEPS = Training.steps
+IDEAL = "ideal"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How a method is trained."""
+
+    learning_rate: float
+    steps: int
+    keys: tuple[tuple[str, float], ...] = ()
+
+    def told(self) -> str:
+        keys = "".join(f", {key} {value:g}" for key, value in self.keys)
+        return f"{self.learning_rate:g}{keys}, {self.steps} steps"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", type=lambda text: list(dict.fromkeys(text.split(","))), default=list(METHODS))
+    parser.add_argument("--concepts", type=numbers, default=list(REPORTED), help="that are reported")
+    parser.add_argument("--seeds", type=numbers, default=[0], help="that are reported")
+    parser.add_argument("--repeats", type=int, default=3, help="pictures a prompt, of those that are reported")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--tune-only", action="store_true", help="report nothing")
+    parser.add_argument("--table-only", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    with errors_in_one_line():
+        for name in args.methods:
+            if name not in METHODS:
+                raise AptError(f"--methods takes {', '.join(METHODS)}, separated by commas; found {name!r}")
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the runs that are missing, and print the tables."""
+    log, failed = args.out / "runs.jsonl", []
+    apt = {"apt"} if set(args.methods) & set(SAME_AS_APT) else set()
+    tuned = [name for name in TUNED if name in {*args.methods, *apt, "dreambooth"}]
+    # All that is trained with one learning rate side by side.
+    groups = [(IDEAL, {}, RATES[0])] + [(n, keys, rate) for rate in RATES for n in tuned for keys in _strengths(n)]
+    scores: dict[str, dict[Choice, dict[str, float]]] = {name: {} for name in tuned}
+    ideal: Scores = {}
+    for name, keys, rate in groups:
+        half = [] if name == IDEAL else [STEPS // 2]
+        comparison = Comparison(Training(learning_rate=rate), repeats=1, checkpoints=half, overrides=keys)
+        asked = comparison.asked([name], TUNING)
+        if not args.table_only:
+            failed += make(log, comparison, asked, args.workers)
+        found = find(read_rows(log), asked)[name]
+        if name == IDEAL:
+            ideal = found
+        elif len(found) == len(TUNING) and len(ideal) == len(TUNING):
+            for step in (STEPS // 2, STEPS):
+                at = {place: row if step == STEPS else row["curve"][str(step)] for place, row in found.items()}
+                scores[name][Choice(rate, step, tuple(keys.items()))] = _means(at, ideal)
+    chosen = {name: max(of, key=lambda choice: of[choice]["score"]) for name, of in scores.items() if of}
+    print("\n".join(_tuning_table(scores, chosen)))
+    if not args.tune_only and chosen:
+        failed += report(args, log, chosen)
+    if failed:
+        raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
+
+
+def _strengths(name: str) -> list[Settings]:
+    key, values = STRENGTHS.get(name, ("", ()))
+    return [{key: value} for value in values] or [{}]
+
+
+def tuning_score(judged: Mapping[str, float], ideal: Mapping[str, float]) -> float:
+    """Harmonic mean of text and identity as shares of those of the same scenes drawn by code, as in `pick.py`.
+
+    Neither makes the other good: the base model has all of the prompt and none of the subject, a collapsed one the
+    reverse. An identity below 0 is 0.
+    """
+    text, identity = (max(0.0, judged[name] / ideal[name]) for name in ("text", "identity"))
+    return 2 * text * identity / (text + identity) if text + identity else 0.0
+
+
+def _means(found: Scores, ideal: Scores) -> dict[str, float]:
+    means = {name: statistics.fmean(row[name] for row in found.values()) for name in ("text", "identity", "frechet")}
+    return means | {"score": statistics.fmean(tuning_score(row, ideal[place]) for place, row in found.items())}
+
+
+def _tuning_table(scores: Mapping[str, Mapping[Choice, Any]], chosen: Mapping[str, Choice]) -> list[str]:
+    places = ", ".join(str(concept) for concept, _ in TUNING)
+    lines = [f"Tuning, means of concepts {places}; > is what is taken:", ""]
+    lines += [
+        "| method | learning rate, strength, steps | score | text | identity | frechet |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, of in scores.items():
+        for choice, mean in of.items():
+            mark = "> " if choice == chosen[name] else ""
+            cells = f"{mean['score']:.3f} | {mean['text']:.3f} | {mean['identity']:.3f} | {mean['frechet']:.0f}"
+            lines.append(f"| {name} | {mark}{choice.told()} | {cells} |")
+    return lines
+
+
+def report(args: argparse.Namespace, log: Path, chosen: Mapping[str, Choice]) -> list[str]:
+    """Train each method as it was tuned, on the concepts that are reported, and print the tables; returns failures."""
+    places = [(concept, seed) for concept in args.concepts for seed in args.seeds]
+    methods = [name for name in METHODS if name in {*args.methods, "dreambooth"}]
+    failed, found = [], {}
+    for name in methods:
+        choice = chosen.get("apt" if name in SAME_AS_APT else name)
+        if choice is None:
+            continue
+        training = Training(steps=choice.steps, learning_rate=choice.learning_rate)
+        comparison = Comparison(training, repeats=args.repeats, overrides=dict(choice.keys))
+        asked = comparison.asked([name], places)
+        if not args.table_only:
+            failed += make(log, comparison, asked, args.workers)
+        found |= find(read_rows(log), asked)
+    print(
+        "\n".join(["", *_settings(found, chosen), "", *tables(found, list(found), by_concept=len(args.concepts) > 1)])
+    )
+    return failed
+
+
+def _settings(methods: Sequence[str] | Mapping[str, Any], chosen: Mapping[str, Choice]) -> list[str]:
+    told = {name: chosen["apt" if name in SAME_AS_APT else name].told() for name in methods}
+    return ["| method | trained with |", "|---|---|", *(f"| {name} | {how} |" for name, how in told.items())]
+
+
+if __name__ == "__main__":
+    main()
