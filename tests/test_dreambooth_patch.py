@@ -20,7 +20,7 @@ import pytest
 
 from apt_hooks.errors import AptError
 from apt_hooks.integrations import patching
-from apt_hooks.integrations.diffusers_dreambooth import adapter
+from apt_hooks.integrations.diffusers_dreambooth import adapter, script_anchors
 from apt_hooks.integrations.diffusers_dreambooth import patch as diffusers
 from apt_hooks.integrations.patching import MARK
 
@@ -1668,6 +1668,12 @@ def test_the_version_is_the_one_that_the_script_asks_for(path: Path, line: str) 
     assert diffusers.status(path).version == "unknown"
     path.write_text(path.read_text().replace("def parse_args", f"{line}\n\n\ndef parse_args"))
     assert diffusers.status(path).version == "0.35.0"
+
+
+def test_a_script_of_full_fine_tuning_is_told_that_it_trains_no_lora():
+    loop = b"for batch in data:\n    loss = model(batch)\n    accelerator.backward(loss)\n"
+    with pytest.raises(AptError, match=r"^full.py: trains no LoRA of diffusers .* take a `..._lora...` script"):
+        script_anchors.find(loop + b"pipeline.save_pretrained(args.output_dir)\n", "full.py")
 
 
 def test_the_version_of_a_script_from_the_main_branch_is_told(path: Path) -> None:

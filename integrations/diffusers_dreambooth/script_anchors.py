@@ -105,7 +105,8 @@ def find(content: bytes, name: str) -> Anchors:
         name: of the script, for errors.
 
     Raises:
-        AptError: it is no Python, or an anchor is missing; the message names the anchor and what was found instead.
+        AptError: it is no Python, trains no LoRA, or an anchor is missing; the message names the anchor and what was
+            found instead.
     """
     try:
         tree = ast.parse(content)
@@ -123,6 +124,7 @@ class _Finder:
         self.name = name
         self.defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         self.backward = self._backward()
+        self._check_lora(tree)
         self.accelerator = owner(self.backward)
         self.loops = [node for node in self.tree.ancestors(self.backward) if isinstance(node, (ast.For, ast.While))]
         self.function = self.tree.function(self.backward)
@@ -567,6 +569,15 @@ class _Finder:
         names = ("save_lora_weights", "save_file")
         saving = [s for s in suite if any(isinstance(n, ast.Call) and called(n) in names for n in ast.walk(s))]
         return saving[-1], ast.unparse(folders[-1])
+
+    def _check_lora(self, tree: ast.Module) -> None:
+        named = {getattr(node, "attr", None) or getattr(node, "id", None) for node in ast.walk(tree)}
+        if not named & {"LoraConfig", "add_adapter", "save_lora_weights"}:
+            raise AptError(
+                f"{self.name}: trains no LoRA of diffusers (looked for `LoraConfig`, `add_adapter`, "
+                "`save_lora_weights`), and what APT compares with is the model with its LoRA off: take a `..._lora...` "
+                "script. Nothing was changed"
+            )
 
     def _missing(self, wanted: str, found: str) -> AptError:
         return missing(self.name, wanted, found)
