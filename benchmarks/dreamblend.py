@@ -63,6 +63,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     parser.add_argument("--method", default="dreambooth", help="one that differs in keys of [apt] alone")
     parser.add_argument("--checkpoints", type=numbers, default=[5, 10, 20, 40, 80, 150, 300, 600])
+    parser.add_argument("--learning-rate", type=float, default=Training.learning_rate)
+    parser.add_argument("--fine-tune", action="store_true", help="the layers' weights themselves, in place of a LoRA")
     parser.add_argument("--early", type=int, default=10)
     parser.add_argument("--late", type=numbers, default=[150, 300, 600])
     parser.add_argument("--guidance-lr", type=float, default=1.0)
@@ -123,9 +125,14 @@ def settings(args: argparse.Namespace, concept: int, seed: int) -> list[Row]:
     return alone + weaker + [{**pair, **way} for pair in both for way in ways]
 
 
+def training_of(args: argparse.Namespace) -> Training:
+    rank = None if args.fine_tune else Training.rank
+    return Training(steps=max(args.checkpoints), learning_rate=args.learning_rate, rank=rank)
+
+
 def made_by(args: argparse.Namespace) -> str:
     """What the LoRAs depend on beside concept, seed and method, short: their files and rows are of no other setting."""
-    about = [dataclasses.asdict(Training(steps=max(args.checkpoints))), dataclasses.asdict(method_config(args.method))]
+    about = [dataclasses.asdict(training_of(args)), dataclasses.asdict(method_config(args.method))]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -193,7 +200,7 @@ def checkpoints(args: argparse.Namespace, pipeline: Any, concept: int, seed: int
     if all(path.exists() for path in files.values()):
         return files
     folder.mkdir(exist_ok=True)
-    training = Training(steps=max(args.checkpoints))
+    training = training_of(args)
     config, references = method_config(args.method), reference_pictures(CONCEPTS[concept])
     keep = {step: functools.partial(save_lora, pipeline, path) for step, path in files.items()}
     with lora(pipeline, training.rank, seed):

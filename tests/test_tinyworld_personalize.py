@@ -10,6 +10,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from apt_hooks import AptError
+from apt_hooks.integrations.sampling.loras import Loras
 from apt_hooks.tinyworld import preservation
 from apt_hooks.tinyworld.attention import attention_of_words
 from apt_hooks.tinyworld.concepts import CONCEPTS
@@ -143,6 +144,28 @@ def test_delta_noise_begins_at_nothing_and_grows(runs):
 def test_every_step_is_logged(runs):
     *_, log = runs["apt"]
     assert [line["step"] for line in log] == [1, 2, 3] and all(line["l_attn"] is not None for line in log)
+
+
+def test_without_a_rank_the_weights_are_fine_tuned_one_by_one(pipeline, untouched, tmp_path):
+    """Adam's first step moves each number that has a gradient by the learning rate: of a product it would not."""
+    one = dataclasses.replace(TRAINING, steps=1, rank=None, learning_rate=1e-3, average=0.0)
+    with lora(pipeline, None, 0):
+        train(pipeline, PICTURES, CONCEPT.captions(), method_config("dreambooth"), one, seed=0)
+        weights = {n: p.detach().clone() for n, p in pipeline.unet.named_parameters() if "lora_" in n}
+        save_lora(pipeline, tmp_path / "tuned.safetensors")
+    assert state_of(pipeline.unet) == untouched
+    for name, weight in weights.items():
+        if "lora_A" in name:
+            assert torch.equal(weight.flatten(1), torch.eye(len(weight))), name
+        else:
+            assert weight.abs().max() == pytest.approx(1e-3, rel=0.05), name
+            assert weight.abs().median() == pytest.approx(1e-3, rel=0.1), name
+    base = load_pipeline()
+    name = next(n for n, _ in base.unet.named_modules() if n.endswith("attn1.to_q"))
+    module, x = base.unet.get_submodule(name), torch.randn(2, base.unet.get_submodule(name).in_features)
+    with Loras(base, {"it": tmp_path / "tuned.safetensors"}) as loras, loras.active("it"):
+        change = weights[f"{name}.lora_B.concept.weight"]
+        torch.testing.assert_close(module(x), torch.nn.functional.linear(x, module.weight + change, module.bias))
 
 
 def test_a_saved_lora_is_what_diffusers_loads(pipeline, tmp_path):

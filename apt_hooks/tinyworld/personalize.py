@@ -39,13 +39,13 @@ class Training:
     """What all methods share. AdamW without weight decay, its second beta 0.99; the learning rate is constant.
 
     The LoRA that comes out is the moving average of the weights, of decay `average`: what the last few batches happened
-    to be is then no part of it, which makes runs repeatable.
+    to be is then no part of it, which makes runs repeatable. A `rank` of None is fine-tuning (`lora`).
     """
 
     steps: int = 600
     batch: int = 2
     learning_rate: float = 3e-3
-    rank: int = 8
+    rank: int | None = 8
     average: float = 0.98
 
 
@@ -80,17 +80,28 @@ def reference_pictures(concept: Concept, seed: int = 0, take: str = "") -> Tenso
 
 
 @contextlib.contextmanager
-def lora(pipeline: Any, rank: int, seed: int) -> Iterator[None]:
+def lora(pipeline: Any, rank: int | None, seed: int) -> Iterator[None]:
     """Inside, the denoiser carries a new LoRA; afterwards it is the base model again.
 
-    On the linear layers of attention and feed-forward, as sd-scripts puts it.
+    On the linear layers of attention and feed-forward, as sd-scripts puts it. With a rank of None the factor at the
+    input is the identity and is not trained: the other is then any change of the layer's weight, from none on, and to
+    train it is to fine-tune that layer, whatever its size.
     """
     from peft import LoraConfig
 
     denoiser, module = denoiser_and_module(pipeline)
+    config = LoraConfig(r=rank or 1, lora_alpha=rank or 1, target_modules=list(denoiser.lora_targets))
+    if rank is None:
+        ends = tuple(f".{target}" for target in denoiser.lora_targets)
+        inputs = {name: m.weight.shape[1] for name, m in module.named_modules() if name.endswith(ends)}
+        config.rank_pattern, config.alpha_pattern = dict(inputs), dict(inputs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(denoiser.lora_targets)), "concept")
+        module.add_adapter(config, "concept")
+    if rank is None:
+        for name, parameter in module.named_parameters():
+            if "lora_A" in name:
+                torch.nn.init.eye_(parameter.requires_grad_(False).flatten(1))
     try:
         yield
     finally:
@@ -140,9 +151,7 @@ def train(
         saving: where and how often that LoRA is saved; the key `stop` then ends the training.
     """
     denoiser, module = denoiser_and_module(pipeline)
-    parameters = [parameter for name, parameter in module.named_parameters() if "lora_" in name]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    parameters = [p for name, p in module.named_parameters() if "lora_" in name and p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     average = _Average(parameters, training.average)
     samples = _Samples(pipeline, references, captions, training.batch, seed)
