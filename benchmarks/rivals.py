@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,34 +75,46 @@ def run(args: argparse.Namespace) -> None:
     log, failed = args.out / "runs.jsonl", []
     apt = {"apt"} if set(args.methods) & set(SAME_AS_APT) else set()
     tuned = [name for name in TUNED if name in {*args.methods, *apt, "dreambooth"}]
-    # All that is trained with one learning rate side by side.
-    groups = [(IDEAL, {}, RATES[0])] + [(n, keys, rate) for rate in RATES for n in tuned for keys in _strengths(n)]
+    # What differs in nothing but the method is made side by side.
+    groups: list[tuple[list[str], Settings, float]] = [([IDEAL], {}, RATES[0])]
+    for rate in RATES:
+        groups.append(([name for name in tuned if name not in STRENGTHS], {}, rate))
+        groups += [([name], {key: value}, rate) for name, key, value in _strengths(tuned)]
     scores: dict[str, dict[Choice, dict[str, float]]] = {name: {} for name in tuned}
+    incomplete: set[str] = set()
     ideal: Scores = {}
-    for name, keys, rate in groups:
-        half = [] if name == IDEAL else [STEPS // 2]
+    for names, keys, rate in groups:
+        half = [] if names == [IDEAL] else [STEPS // 2]
         comparison = Comparison(Training(learning_rate=rate), repeats=1, checkpoints=half, overrides=keys)
-        asked = comparison.asked([name], TUNING)
+        asked = comparison.asked(names, TUNING)
         if not args.table_only:
             failed += make(log, comparison, asked, args.workers)
-        found = find(read_rows(log), asked)[name]
-        if name == IDEAL:
-            ideal = found
-        elif len(found) == len(TUNING) and len(ideal) == len(TUNING):
-            for step in (STEPS // 2, STEPS):
-                at = {place: row if step == STEPS else row["curve"][str(step)] for place, row in found.items()}
-                scores[name][Choice(rate, step, tuple(keys.items()))] = _means(at, ideal)
-    chosen = {name: max(of, key=lambda choice: of[choice]["score"]) for name, of in scores.items() if of}
+        for name, found in find(read_rows(log), asked).items():
+            if len(found) < len(TUNING):
+                incomplete |= {name, *(tuned if name == IDEAL else ())}
+            elif name == IDEAL:
+                ideal = found
+            elif ideal:
+                for step in (STEPS // 2, STEPS):
+                    at = {place: row if step == STEPS else row["curve"][str(step)] for place, row in found.items()}
+                    scores[name][Choice(rate, step, tuple(keys.items()))] = _means(at, ideal)
+    whole = [name for name in tuned if name not in incomplete]
+    chosen = {name: max(scores[name], key=lambda choice: scores[name][choice]["score"]) for name in whole}
     print("\n".join(_tuning_table(scores, chosen)))
-    if not args.tune_only and chosen:
+    if missing := [name for name in tuned if name in incomplete]:
+        print(f"\nNot tuned yet, and not reported: {', '.join(missing)}")
+    if not args.tune_only and "dreambooth" in chosen:
         failed += report(args, log, chosen)
     if failed:
         raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
 
 
-def _strengths(name: str) -> list[Settings]:
-    key, values = STRENGTHS.get(name, ("", ()))
-    return [{key: value} for value in values] or [{}]
+def _strengths(names: Iterable[str]) -> Iterator[tuple[str, str, float]]:
+    """Method, key and value."""
+    for name in names:
+        key, values = STRENGTHS.get(name, ("", ()))
+        for value in values:
+            yield name, key, value
 
 
 def tuning_score(judged: Mapping[str, float], ideal: Mapping[str, float]) -> float:
@@ -129,7 +141,7 @@ def _tuning_table(scores: Mapping[str, Mapping[Choice, Any]], chosen: Mapping[st
     ]
     for name, of in scores.items():
         for choice, mean in of.items():
-            mark = "> " if choice == chosen[name] else ""
+            mark = "> " if choice == chosen.get(name) else ""
             cells = f"{mean['score']:.3f} | {mean['text']:.3f} | {mean['identity']:.3f} | {mean['frechet']:.0f}"
             lines.append(f"| {name} | {mark}{choice.told()} | {cells} |")
     return lines

@@ -1,5 +1,8 @@
 """A transformer's LoRAs, by whatever names their trainer gave the modules."""
 
+import inspect
+import json
+
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 
 from apt_hooks import AptError
 from apt_hooks.integrations.judging import generate
+from apt_hooks.integrations.sampling import pipelines
 from apt_hooks.integrations.sampling.loras import Loras
 from apt_hooks.integrations.sampling.pipelines import Sampling, load_pipeline, sampling
 from apt_hooks.results.comparison.folders import BASE, Prompt
@@ -117,6 +121,64 @@ def test_sd_scripts_names_are_read_by_diffusers_converter_with_their_alphas(pipe
     check(pipeline, path, weights)
 
 
+def test_an_alpha_that_the_header_alone_tells_is_kept_through_the_converter(pipeline, tmp_path):
+    tensors, weights = sd_scripts_file(pipeline)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    check(pipeline, save(tmp_path / "lora.safetensors", tensors, {"ss_network_alpha": str(ALPHA)}), weights)
+
+
+def test_pefts_own_format_has_its_alpha_beside_it(pipeline, tmp_path):
+    pairs = factors(pipeline, [f"{DOUBLE}.to_q"])
+    tensors = diffusers_names({p.removeprefix("transformer."): pair for p, pair in pairs.items()}, "base_model.model.")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}))
+    path = save(tmp_path / "adapter_model.safetensors", tensors)
+    wanted = {p: module_at(pipeline, p).weight + ALPHA / RANK * up @ down for p, (down, up) in pairs.items()}
+    check(pipeline, path, wanted)
+
+
+@pytest.mark.parametrize("prefix", ("lora_transformer_", "lora_unet_"))
+def test_diffusers_names_with_underscores_need_no_converter(pipeline, tmp_path, prefix, monkeypatch):
+    """As OneTrainer and musubi-tuner write them."""
+    monkeypatch.setattr(type(pipeline), "lora_state_dict", None)
+    pairs = factors(pipeline, [f"{DOUBLE}.to_q", f"{SINGLE}.to_v"])
+    names = {place: prefix + place.removeprefix("transformer.").replace(".", "_") for place in pairs}
+    tensors = {
+        f"{names[p]}.lora_{x}.weight": t for p, pair in pairs.items() for x, t in zip(("down", "up"), pair, strict=True)
+    }
+    tensors |= {f"{name}.alpha": torch.tensor(ALPHA) for name in names.values()}
+    weights = {p: module_at(pipeline, p).weight + ALPHA / RANK * up @ down for p, (down, up) in pairs.items()}
+    check(pipeline, save(tmp_path / "lora.safetensors", tensors), weights)
+
+
+def test_t5_of_sd_scripts_is_the_second_text_encoder_of_flux(pipeline, tmp_path):
+    """The converter, which the transformer's part goes through, would leave it out."""
+    tensors, weights = sd_scripts_file(pipeline)
+    place = "text_encoder_2.encoder.block.1.layer.0.SelfAttention.q"
+    ((_, (down, up)),) = factors(pipeline, [place]).items()
+    name = f"lora_te3_{place.removeprefix('text_encoder_2.').replace('.', '_')}"
+    tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(ALPHA)}
+    weights[place] = module_at(pipeline, place).weight + ALPHA / RANK * up @ down
+    check(pipeline, save(tmp_path / "lora.safetensors", tensors), weights)
+
+
+@pytest.mark.parametrize("found", ("nothing", "half"))
+def test_what_a_converter_leaves_out_is_noticed(pipeline, tmp_path, monkeypatch, found):
+    """Some of diffusers' only warn of it."""
+    tensors, _ = sd_scripts_file(pipeline)
+    of_class = type(pipeline).lora_state_dict
+
+    def forgetful(given, **options):
+        whole = of_class(given, **options)
+        return {key: t for key, t in whole.items() if found == "half" and ".to_" not in key}
+
+    monkeypatch.setattr(type(pipeline), "lora_state_dict", forgetful)
+    share = "0" if found == "nothing" else r"0\.\d+"
+    with pytest.raises(
+        AptError, match=rf"converter takes {share} of what the 2 modules change .*lora_unet_double_blocks_1"
+    ):
+        Loras(pipeline, {"it": save(tmp_path / "lora.safetensors", tensors)})
+
+
 def test_a_model_with_sd_scripts_lora_predicts_as_with_diffusers_own_loader(tmp_path):
     torch.manual_seed(0)
     pipeline = tiny_pipelines.flux().to(torch.float64)
@@ -162,9 +224,88 @@ def test_what_diffusers_converter_cannot_read_is_told_in_one_line(pipeline, tmp_
 # Drawing.
 
 
+def called(**parameters):
+    """A pipeline of a transformer, by what it is called with."""
+    signature = inspect.Signature(
+        [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        + [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=d) for n, d in parameters.items()]
+    )
+    call = lambda self, **_given: ([],)  # noqa: E731
+    call.__signature__ = signature
+    return type("SomePipeline", (), {"__call__": call, "transformer": object(), "components": {}})()
+
+
+COMMON = {"prompt": None, "generator": None, "num_inference_steps": 30}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "given", "options"),
+    [
+        ({"guidance_scale": 4.0}, None, {"guidance_scale": 4.0}),
+        ({"guidance_scale": 3.5, "true_cfg_scale": 1.0}, 2.0, {"guidance_scale": 2.0}),
+        ({"guidance_scale": None, "true_cfg_scale": 4.0}, None, {"true_cfg_scale": 4.0, "negative_prompt": [" ", " "]}),
+        ({"true_cfg_scale": 1.0}, None, {"true_cfg_scale": 1.0}),
+        ({"true_cfg_scale": 1.0}, 4.0, {"true_cfg_scale": 4.0, "negative_prompt": [" ", " "]}),
+        ({"distilled_guidance_scale": 3.25}, 2.0, {"distilled_guidance_scale": 2.0}),
+        ({"guidance_scale": None, "guidance_schedule": (7.0,)}, None, {}),
+        (
+            {"guidance_scale": None, "guidance_schedule": (7.0,)},
+            4.0,
+            {"guidance_scale": 4.0, "guidance_schedule": None},
+        ),
+        ({}, None, {}),
+    ],
+)
+def test_the_scale_of_guidance_goes_where_the_pipeline_takes_it(parameters, given, options):
+    pipeline = called(**COMMON, **parameters)
+    assert sampling("a/model", pipeline, None, given).options(2) == {"num_inference_steps": 30, **options}
+
+
+def test_a_scale_that_a_pipeline_does_not_take_is_refused():
+    with pytest.raises(AptError, match="--guidance-scale 4: SomePipeline takes none; leave it out"):
+        sampling("a/model", called(**COMMON), None, 4)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "lack"),
+    [
+        ({**COMMON, "num_frames": 81}, r"goes by more than a text \(num_frames\)"),
+        ({**COMMON, "image": None, "strength": 0.6}, r"goes by more than a text \(strength\)"),
+        ({"prompt": None, "generator": None}, "takes no num_inference_steps"),
+    ],
+)
+def test_what_draws_no_pictures_by_a_text_is_refused(parameters, lack):
+    with pytest.raises(
+        AptError, match=f"^SomePipeline is not supported, it {lack}: take a pipeline that draws pictures"
+    ):
+        pipelines._check_drawing(called(**parameters))
+
+
+def test_a_pipeline_that_draws_something_else_is_refused(tmp_path):
+    pipeline = called(**COMMON)
+    with pytest.raises(AptError, match="SomePipeline is not supported: it draws no pictures"):
+        type(pipeline).__call__ = lambda self, **_given: ([["frame", "frame"]],)
+        generate._drawn(pipeline, ["a dog"], [], {})
+
+
+def test_blend_and_maps_take_unets_alone(tmp_path):
+    tiny_pipelines.save("sd3", tmp_path / "model")
+    with pytest.raises(
+        AptError, match="StableDiffusion3Pipeline is not supported, it has no unet: take a plain pipeline"
+    ):
+        pipelines.load_unet_pipeline(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize(
     ("family", "own"),
-    [("sd3", Sampling(28, 7.0)), ("flux", Sampling(28, 3.5)), ("qwen_image", Sampling(50, 4.0, "true_cfg_scale"))],
+    [
+        ("sd3", Sampling(28, 7.0)),
+        ("flux", Sampling(28, 3.5)),
+        ("qwen_image", Sampling(50, 4.0, "true_cfg_scale", " ")),
+        ("z_image", Sampling(50, 5.0)),
+        ("lumina2", Sampling(30, 4.0)),
+        ("krea2", Sampling(28, 4.5)),
+    ],
 )
 def test_each_draws_by_its_pipelines_own_steps_and_guidance(family, own, tmp_path, monkeypatch):
     tiny_pipelines.save(family, tmp_path / "model")
@@ -172,19 +313,20 @@ def test_each_draws_by_its_pipelines_own_steps_and_guidance(family, own, tmp_pat
     pipeline = load_pipeline(model)
     assert sampling(model, pipeline, None, None) == own
     few = sampling(model, pipeline, 1, 2.0)
-    assert few == Sampling(1, 2.0, own.guided_by)
+    assert few == Sampling(1, 2.0, own.guided_by, own.negative)
     asked = []
     call = type(pipeline).__call__
 
     def smaller(self, **given):
-        asked.append(given)
+        asked.append({**given, "prompt": list(given["prompt"])})  # Z-Image writes into it
         return call(self, **given, height=32, width=32)
 
     monkeypatch.setattr(type(pipeline), "__call__", smaller)
-    name = next(n for n, m in pipeline.transformer.named_modules() if n.endswith("to_q"))
-    pairs = factors(pipeline, [f"transformer.{name}"])
+    names = [n for n, _ in pipeline.transformer.named_modules() if n.endswith("to_q")]
+    pairs = factors(pipeline, [f"transformer.{name}" for name in names])
     lora = save(tmp_path / "one.safetensors", diffusers_names(pairs))
-    plan = generate.Plan((Prompt("a sks dog", "a dog"), Prompt("a sks dog at night", "a dog at night")), (0, 1), (2,))
+    prompts = (Prompt("a dog", "a dog"), Prompt("a dog at night", "a dog at night"))  # for both: all else is the LoRA's
+    plan = generate.Plan(prompts, (0, 1), (2,))
     pipeline.set_progress_bar_config(disable=True)
     generate.generate(
         *(pipeline, {"one": lora}, plan, few, tmp_path / "out"),

@@ -295,9 +295,19 @@ def test_each_rival_is_reported_as_it_was_best_on_the_concepts_for_tuning(rivals
     assert {name for name, *_ in rivals("--methods", "prior", "--tune-only")} == {"prior"}
 
 
-def test_a_tuning_that_is_not_whole_yet_chooses_nothing(rivals, capsys):
+def test_a_method_whose_tuning_is_not_whole_is_neither_chosen_for_nor_reported(rivals, tmp_path, capsys):
     assert rivals("--table-only") == []
     assert "| dreambooth |" not in capsys.readouterr().out
+    rivals("--methods", "dreambooth,apt,ata", "--tune-only")
+    log = tmp_path / "runs.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    lost = next(r for r in rows if r["method"] == "apt" and r["learning_rate"] == 3e-3 and r["concept"] == 2)
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows if row is not lost))
+    capsys.readouterr()
+    assert rivals("--methods", "dreambooth,apt,ata", "--concepts", "4", "--table-only") == []
+    said = capsys.readouterr().out
+    assert "| dreambooth | > " in said and "| apt | > " not in said and "| apt | 0.001, 600 steps |" in said
+    assert "Not tuned yet, and not reported: apt" in said and "| ata |" not in said
 
 
 def test_interpolated_loras_change_each_weight_by_their_shares(tmp_path):

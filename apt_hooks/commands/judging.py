@@ -9,7 +9,7 @@ import typer
 
 from apt_hooks.errors import AptError
 
-from .options import Model, OwnGuidanceScale, OwnSteps, Seed, tell_left_out
+from .options import AnyModel, OwnGuidanceScale, OwnSteps, Seed, tell_left_out
 
 app = typer.Typer()
 
@@ -20,7 +20,7 @@ app = typer.Typer()
     '--references photos/ --prompts live --subject "sks dog" --class-word dog --out eval/`',
 )
 def evaluate(
-    model: Model,
+    model: AnyModel,
     lora: Annotated[list[Path], typer.Option(help="A LoRA; may be given again.")],
     references: Annotated[Path, typer.Option(help="Folder of photos of the subject.")],
     prompts: Annotated[

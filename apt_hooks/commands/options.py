@@ -10,15 +10,23 @@ import typer
 Model = Annotated[
     str, typer.Option(help="Folder in diffusers' format, one-file checkpoint, name on the hub, or `tinyworld`.")
 ]
+AnyModel = Annotated[
+    str,
+    typer.Option(
+        help="Folder in diffusers' format, name on the hub, one-file checkpoint of SD or SDXL, `tinyworld` or "
+        "`tinyworld-transformer`."
+    ),
+]
 Prompt = Annotated[str, typer.Option(help="With the identifier that the LoRAs were trained with.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 GuidanceScale = Annotated[float, typer.Option(help="Classifier-free guidance.")]
 OwnSteps = Annotated[
-    int | None, typer.Option(min=1, help="Denoising steps; if not given 50 of a U-Net, else the pipeline's own.")
+    int | None, typer.Option(min=1, help="Denoising steps; if not given 50 of SD and SDXL, else the pipeline's own.")
 ]
 OwnGuidanceScale = Annotated[
-    float | None, typer.Option(help="Classifier-free guidance; if not given 7.5 of a U-Net, else the pipeline's own.")
+    float | None,
+    typer.Option(help="Classifier-free guidance; if not given 7.5 of SD and SDXL, else the pipeline's own."),
 ]
 
 

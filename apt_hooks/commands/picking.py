@@ -31,7 +31,7 @@ def pick(
     judge: Annotated[
         bool, typer.Option("--judge", help="Draw with each checkpoint too, and judge it; needs the five options below.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="As for `eval`: the base model, or `tinyworld`.")] = None,
+    model: Annotated[str | None, typer.Option(help="As for `eval`: the base model.")] = None,
     references: Annotated[Path | None, typer.Option(help="Folder of photos of the subject.")] = None,
     prompts: Annotated[str | None, typer.Option(help="As for `eval`: `object`, `live`, or a file.")] = None,
     subject: Annotated[str | None, typer.Option(help="What the LoRAs call it: `sks dog`.")] = None,

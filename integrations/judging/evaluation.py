@@ -102,7 +102,7 @@ def run_eval(
             how = sampling(model, pipeline, steps, guidance_scale)
             if (steps is None or guidance_scale is None) and own.rank == 0:
                 say(_told(how))
-            wanted["sampling"] = {**_described(how), **_size(pipeline), "scheduler": type(pipeline.scheduler).__name__}
+            wanted["sampling"] = {**_described(how), "scheduler": type(pipeline.scheduler).__name__}
             check_same(out, before, wanted)
         own.wait()  # all have looked at what was there before
 
@@ -121,7 +121,8 @@ def run_eval(
         scores = _judge(out, list(files), plan, judges, say)
     columns = [metric for judge in judges for metric in judge.metrics]
     about = {key: wanted[key] for key in ("apt_hooks", "model", "loras", "seeds")}
-    about |= {"prompts": len(plan.prompts), "sampling": wanted["sampling"]}
+    width, height = open_picture(plan.pictures(out, BASE)[0]).size
+    about |= {"prompts": len(plan.prompts), "sampling": {**wanted["sampling"], "height": height, "width": width}}
     write_results(out, columns, scores, about)
     for line in table(columns, scores):
         say(line)
@@ -138,13 +139,6 @@ def _described(how: Sampling) -> dict[str, Any]:
 def _told(how: Sampling) -> str:
     guided = "" if how.guidance_scale is None else f", guided by {how.guidance_scale}"
     return f"drawn in {how.steps} steps{guided}"
-
-
-def _size(pipeline: Any) -> dict[str, int]:
-    """Of the pictures, in pixels, where the pipeline tells it."""
-    unet = getattr(pipeline, "unet", None)
-    latents = getattr(pipeline, "default_sample_size", None) if unet is None else unet.config.sample_size
-    return {} if latents is None else dict.fromkeys(("height", "width"), latents * pipeline.vae_scale_factor)
 
 
 def _known_names(files: Mapping[str, LoraFile], before: Manifest | None) -> tuple[dict[str, LoraFile], dict[str, str]]:

@@ -140,15 +140,27 @@ def generate(
                     wanted = [asked[path.name] for path in paths]
                     texts = [prompt.plain if name == BASE else prompt.text for prompt, _ in wanted]
                     generators = [torch.Generator().manual_seed(seed) for _, seed in wanted]
-                    options = sampling.options(len(texts))
-                    try:
-                        drawn = pipeline(prompt=texts, generator=generators, **options).images
-                    except ValueError as error:  # as pipelines check what they are called with
-                        asked_for, why = ", ".join(options), " ".join(str(error).split())
-                        raise AptError(f"{type(pipeline).__name__} draws nothing with {asked_for}: {why}") from error
+                    drawn = _drawn(pipeline, texts, generators, sampling.options(len(texts)))
                     for path, picture in zip(paths, drawn, strict=True):
                         content = io.BytesIO()
                         picture.save(content, format="png")
                         write_atomically(path, content.getvalue())
                     advance(len(paths))
     own.wait()
+
+
+def _drawn(pipeline: Any, texts: list[str], generators: list[torch.Generator], options: dict[str, Any]) -> list[Any]:
+    from PIL import Image
+
+    name = type(pipeline).__name__
+    try:
+        pictures, *_ = pipeline(prompt=texts, generator=generators, return_dict=False, **options)
+    except torch.cuda.OutOfMemoryError as error:
+        raise AptError(f"{name}: {len(texts)} pictures at once are too many for the GPU's memory: --batch") from error
+    # What pipelines say of what they are called with, and what befalls those that draw from a picture.
+    except (ValueError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())
+        raise AptError(f"{name} draws nothing with {', '.join(options)}: {why}") from error
+    if not isinstance(pictures, list) or not all(isinstance(picture, Image.Image) for picture in pictures):
+        raise AptError(f"{name} is not supported: it draws no pictures")
+    return pictures

@@ -43,6 +43,11 @@ class Delta:
         """`matrix` times a vector of as many numbers as it has columns, without the matrix."""
         return self.scale * (self.up.float().flatten(1) @ (self.down.float().flatten(1) @ x))
 
+    def size_squared(self) -> float:
+        """The sum of the squares of `matrix`, without the matrix."""
+        down, up = self.down.double().flatten(1), self.up.double().flatten(1)
+        return float(((down @ down.T) * (up.T @ up)).sum()) * self.scale**2
+
     def matrix(self) -> Tensor:
         """[out, in * height * width], in float32."""
         return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
@@ -59,14 +64,11 @@ def check_file(path: Path) -> None:
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-def read_lora(path: Path, convert: Convert | None = None) -> dict[str, Delta]:
+def read_lora(path: Path) -> dict[str, Delta]:
     """Every module's delta, by the module's name as it stands in the file.
 
     A module's alpha is its own tensor; without one the header's (`lora_adapter_metadata` of diffusers,
     `ss_network_alpha` of sd-scripts); without that, the rank, as sd-scripts and diffusers take it.
-
-    Args:
-        convert: makes tensors of other names of the file's, their alphas in the factors or beside them.
 
     Raises:
         AptError: a file that cannot be read, is no LoRA or is of a kind that is not loaded, or one whose alphas are not
@@ -74,20 +76,64 @@ def read_lora(path: Path, convert: Convert | None = None) -> dict[str, Delta]:
     """
     tensors, metadata = _read(path)
     _check_kind(path, tensors)
-    if convert is not None:
-        tensors, metadata = convert(tensors), {}
+    modules = _modules(path, tensors)
+    alphas = _Alphas(path, metadata, any(name.startswith(PEFT_PREFIX) for name in modules))
+    return {name: _delta(path, name, parts, alphas) for name, parts in modules.items()}
+
+
+def convert_lora(path: Path, deltas: Mapping[str, Delta], convert: Convert) -> dict[str, Delta]:
+    """Some of a file's deltas by other names.
+
+    Args:
+        path: of the file.
+        deltas: of it (`read_lora`), those that are to be converted; none with DoRA's lengths.
+        convert: makes tensors of other names, its own alphas in the factors, of the file's tensors.
+
+    Raises:
+        AptError: what it makes is no LoRA, or does not change weights by as much in all: it has left some of it out.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in _read(path)[0].items():
+        match = _matched(path, key)
+        if (delta := deltas.get(match["module"])) is None:
+            continue
+        # The scale goes into the factors: of those who convert, each knows another way to an alpha, or none.
+        if match["up"] is not None:
+            tensor = (tensor.float() * delta.scale).to(tensor.dtype)
+        elif match["alpha"] is not None:
+            tensor = torch.full_like(tensor, len(delta.down))
+        tensors[key] = tensor
+    alphas = _Alphas(path, {}, of_peft=False)
+    found = {name: _delta(path, name, parts, alphas) for name, parts in _modules(path, convert(tensors)).items()}
+    before, after = (sum(delta.size_squared() for delta in of.values()) for of in (deltas, found))
+    # What is split, joined or renamed changes as much as before.
+    if not abs(after - before) <= 1e-2 * before:
+        share = after / before if before else math.inf
+        raise AptError(
+            f"{path}: diffusers' converter takes {share:.3g} of what the {len(deltas)} modules change that have other "
+            f"names than diffusers', such as {next(iter(deltas))}; is it of another base model?"
+        )
+    return found
+
+
+def _modules(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each module, by what they are in it."""
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise AptError(f"{path}: {key} is no part of a LoRA, and what it does would be missing; not supported")
+        match = _matched(path, key)
         part = next(name for name in _PARTS if match[name] is not None)
         own = modules.setdefault(match["module"], {})
         if part in own:
             raise AptError(f"{path}: {match['module']} has two tensors for its {part}")
         own[part] = tensor
-    alphas = _Alphas(path, metadata, any(name.startswith(PEFT_PREFIX) for name in modules))
-    return {name: _delta(path, name, parts, alphas) for name, parts in modules.items()}
+    return modules
+
+
+def _matched(path: Path, key: str) -> re.Match[str]:
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise AptError(f"{path}: {key} is no part of a LoRA, and what it does would be missing; not supported")
+    return match
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -190,7 +236,8 @@ class _Alphas:
             beside = path.with_name("adapter_config.json")
             if not beside.is_file():
                 raise AptError(
-                    f"{path}: is of peft's own format, whose alpha stands in {beside.name}: put it beside it"
+                    f"{path}: is of peft's own format, whose alpha stands in {beside.name}: put it beside it; where "
+                    'its trainer wrote none, write {"peft_type": "LORA", "lora_alpha": ALPHA} into one'
                 )
             self.configs = {PEFT_PREFIX: self._json(beside.read_bytes(), str(beside))}
         elif text is not None:

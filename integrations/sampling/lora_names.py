@@ -12,13 +12,15 @@ from .lora_files import PEFT_PREFIX
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 PARTS = ("unet", "transformer", *TEXT_ENCODERS)
 _PREFIXES = {
-    "lora_unet_": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "unet_": "unet",
-    "transformer_": "transformer",
-    **{f"{part}_": part for part in reversed(TEXT_ENCODERS)},  # the shortest is the beginning of the others
+    "lora_unet_": ("unet", "transformer"),
+    "lora_transformer_": ("transformer",),
+    "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),  # T5 to sd-scripts, whichever it is of the model
+    "unet_": ("unet",),
+    "transformer_": ("transformer",),
+    **{f"{part}_": (part,) for part in reversed(TEXT_ENCODERS)},  # the shortest is the beginning of the others
 }
 
 
@@ -37,12 +39,11 @@ class ModuleNames:
         """The modules that a name may mean, each with its path in the pipeline; more than one where only their sizes
         tell the text encoders' apart."""
         plain = name.removeprefix(PEFT_PREFIX).replace(".", "_").replace("_processor_", "_")
-        known = (prefix for prefix, part in _PREFIXES.items() if part in self.models and plain.startswith(prefix))
-        prefix = next(known, "")
-        parts = [_PREFIXES[prefix]] if prefix else [*self.models]
-        found = self._places(parts, plain.removeprefix(prefix))
-        # Where there is no prefix, a transformer's own module may begin like one: `transformer_blocks`.
-        return found or (self._places([*self.models], plain) if prefix else [])
+        prefix = next((prefix for prefix in _PREFIXES if plain.startswith(prefix)), "")
+        part = next((part for part in _PREFIXES.get(prefix, ()) if part in self.models), None)
+        found = self._places([part], plain.removeprefix(prefix)) if part else []
+        # Without a prefix a module's own name may begin like one: `transformer_blocks`.
+        return found if found or prefix.startswith("lora_") else self._places([*self.models], plain)
 
     def _places(self, parts: list[str], name: str) -> list[tuple[str, nn.Module]]:
         found = [(part, self._paths[part].get(name)) for part in parts]

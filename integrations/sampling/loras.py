@@ -21,7 +21,7 @@ from apt_hooks.errors import AptError
 from apt_hooks.integrations.library_logging import quiet
 from apt_hooks.integrations.peft import adapter_layers
 
-from .lora_files import Delta, check_file, read_lora
+from .lora_files import Delta, check_file, convert_lora, read_lora
 from .lora_names import ModuleNames
 
 LoraFile = str | Path
@@ -157,30 +157,31 @@ def _hooks(models: Sequence[nn.Module]) -> dict[int, list[_Addition]]:
 
 
 def _read(path: Path, names: ModuleNames, pipeline: Any) -> dict[str, Delta]:
-    """A file's deltas; by diffusers' names for the model where the file has others, as sd-scripts' of transformers.
+    """A file's deltas; by diffusers' names for a transformer where the file has others, as sd-scripts has.
 
     Raises:
         AptError: as `read_lora`; names that diffusers does not know either.
     """
     deltas = read_lora(path)
-    if "transformer" not in names.models or all(names.find(key) for key in deltas):
+    others = {name: delta for name, delta in deltas.items() if not names.find(name)}
+    if not others or "transformer" not in names.models or not hasattr(pipeline, "lora_state_dict"):
         return deltas
+    if any(delta.magnitude is not None for delta in others.values()):
+        raise AptError(f"{path}: is a DoRA with other names than diffusers'; such are loaded of U-Nets alone")
 
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         import diffusers.utils.logging as logging
 
-        if any(delta.magnitude is not None for delta in deltas.values()):
-            raise AptError(f"{path}: is a DoRA with other names than diffusers'; such are loaded of U-Nets alone")
         try:
             with quiet(logging):
-                found = type(pipeline).lora_state_dict(dict(tensors))
+                found = type(pipeline).lora_state_dict(tensors)
         # What its converters stumble on is not of one kind.
         except Exception as error:
             why = " ".join(str(error).split())[:200]
             raise AptError(f"{path}: diffusers cannot read it for a {type(pipeline).__name__} ({why})") from error
         return found[0] if isinstance(found, tuple) else found
 
-    return read_lora(path, convert)
+    return {name: deltas[name] for name in deltas.keys() - others} | convert_lora(path, others, convert)
 
 
 def _modules(

@@ -63,11 +63,33 @@ def load_pipeline(model: str) -> Any:
         failed_import = isinstance(error, RuntimeError) and "import" in str(error)
         why = why_not_imported(error) if failed_import else " ".join(str(error).split())[:200]
         raise AptError(f"--model {model}: cannot be loaded as a pipeline of diffusers ({why})") from error
+    _check_drawing(pipeline)
+    try:
+        return pipeline.to("cuda" if on_gpu else "cpu")
+    except torch.cuda.OutOfMemoryError as error:
+        raise AptError(
+            f"--model {model}: does not fit into the GPU's memory, and there is no offloading yet"
+        ) from error
+
+
+_MORE_THAN_TEXT = ("strength", "mask_image", "control_image", "num_frames", "video_length", "audio_length_in_s")
+
+
+def _check_drawing(pipeline: Any) -> None:
+    """Raises AptError unless the pipeline draws pictures by a text alone, as far as its call tells."""
+    given = inspect.signature(pipeline.__call__).parameters
+    missing = [name for name in ("prompt", "generator", "num_inference_steps") if name not in given]
+    more = [name for name in _MORE_THAN_TEXT if name in given]
+    more += [
+        n for n, p in given.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n != "prompt"
+    ]
+    if missing or more:
+        lack = f"takes no {missing[0]}" if missing else f"goes by more than a text ({more[0]})"
+        raise AptError(
+            f"{type(pipeline).__name__} is not supported, it {lack}: take a pipeline that draws pictures by a text"
+        )
     if getattr(pipeline, "transformer", None) is None:
         check_pipeline(pipeline)
-    elif missing := {"prompt", "generator", "num_inference_steps"} - {*inspect.signature(pipeline.__call__).parameters}:
-        raise AptError(f"{type(pipeline).__name__} is not supported: it takes no {', '.join(sorted(missing))}")
-    return pipeline.to("cuda" if on_gpu else "cpu")
 
 
 def load_unet_pipeline(model: str) -> Any:
@@ -92,24 +114,26 @@ def check_model(model: str) -> None:
 class Sampling:
     """How pictures are drawn: denoising steps and the scale of guidance, None where a pipeline knows none.
 
-    `guided_by` is the pipeline's own name for that scale.
+    Attributes:
+        guided_by: the pipeline's own name for that scale.
+        negative: a negative prompt, without which the scale would have no effect.
+        without: what else the pipeline is not to take its own of, as the scale is in its place.
     """
 
     steps: int
     guidance_scale: float | None
     guided_by: str = "guidance_scale"
+    negative: str | None = None
+    without: tuple[str, ...] = ()
 
     def options(self, pictures: int) -> dict[str, Any]:
         """Of the pipeline's call with as many prompts."""
-        options: dict[str, Any] = {"num_inference_steps": self.steps}
+        options: dict[str, Any] = {"num_inference_steps": self.steps, **dict.fromkeys(self.without)}
         if self.guidance_scale is not None:
             options[self.guided_by] = self.guidance_scale
-        if self.guided_by == _TRUE_GUIDANCE:  # without a negative prompt it has no effect; a space, as its authors take
-            options["negative_prompt"] = [" "] * pictures
+        if self.negative is not None:
+            options["negative_prompt"] = [self.negative] * pictures
         return options
-
-
-_TRUE_GUIDANCE = "true_cfg_scale"
 
 
 def sampling(model: str, pipeline: Any, steps: int | None, guidance_scale: float | None) -> Sampling:
@@ -119,8 +143,16 @@ def sampling(model: str, pipeline: Any, steps: int | None, guidance_scale: float
         AptError: a scale of guidance is given and the pipeline takes none.
     """
     known = {name: p.default for name, p in inspect.signature(pipeline.__call__).parameters.items()}
-    # Where both are there, one is a distilled model's input, and the other is off by a default of 1.
-    guided_by = _TRUE_GUIDANCE if known.get(_TRUE_GUIDANCE, 1.0) > 1 else "guidance_scale"
+    # Where two are there, one is a distilled model's input, and the other is off by a default of 1.
+    names = sorted(
+        ({"guidance_scale", "true_cfg_scale", "distilled_guidance_scale"} & known.keys()) or {"guidance_scale"},
+        key=lambda name: (not _number(known.get(name)) > 1, name != "guidance_scale"),
+    )
+    guided_by = names[0]
+    # A scale for each of so many steps.
+    without = (
+        ("guidance_schedule",) if guidance_scale is not None and known.get("guidance_schedule") is not None else ()
+    )
     if guidance_scale is not None and guided_by not in known:
         raise AptError(f"--guidance-scale {guidance_scale}: {type(pipeline).__name__} takes none; leave it out")
     own: tuple[int, float | None] = known["num_inference_steps"], known.get(guided_by)
@@ -131,7 +163,13 @@ def sampling(model: str, pipeline: Any, steps: int | None, guidance_scale: float
         own = denoiser.sampling_steps, denoiser.guidance
     elif "unet" in pipeline.components:
         own = 50, 7.5
-    return Sampling(own[0] if steps is None else steps, own[1] if guidance_scale is None else guidance_scale, guided_by)
+    scale = own[1] if guidance_scale is None else guidance_scale
+    negative = " " if guided_by == "true_cfg_scale" and _number(scale) > 1 else None  # as its authors take
+    return Sampling(own[0] if steps is None else steps, scale, guided_by, negative, without)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def make_movable(pipeline: Any, say: Callable[[str], None]) -> None:
