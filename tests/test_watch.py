@@ -205,7 +205,8 @@ def test_a_picture_has_a_bar_a_bin_and_a_sparkline_a_value(tmp_path: Path) -> No
     lines = [step(i, (1.0, 0.5, 0.0), delta_noise=0.1 * i) for i in range(1, 9)]
     lines[-1]["gap"][2] = None
     text = shown(write(tmp_path / "lora-apt.jsonl", [start(), *lines]))
-    assert text[0] == "lora  preset sdxl, lambda_attn = 0.5" and text[2].startswith("step 8  ")
+    assert text[0] == "lora  preset sdxl, lambda_attn = 0.5"
+    assert any(line.startswith("step 8  ") for line in text)  # behind the path, in as many lines as that takes
     bars = {line.split()[0]: line for line in text if line.strip()[:1].isdigit() or line.strip().startswith("mean")}
     assert [bars[key].count("\u2588") for key in ("0-333", "334-666", "mean")] == [64, 32, 48]
     assert bars["0-333"].endswith(" 1.00") and bars["667-999"].endswith("not seen yet")
@@ -219,7 +220,7 @@ def test_a_picture_fits_the_terminal(tmp_path: Path, width: int) -> None:
     name = "a_very_long_name_" * 5
     log = write(tmp_path / f"{name}-apt.jsonl", [start(), *(step(i, [0.5] * 50) for i in range(1, 300))])
     text = shown(log, width=width)
-    assert all(len(line) <= width for line in text) and 20 < len(text) < 40
+    assert all(len(line) <= width for line in text) and 20 < len(text) < 60
     assert sum("0.50" in line for line in text) == 18  # 17 lines of three bins, and the mean
 
 
