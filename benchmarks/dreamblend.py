@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from tinyworld import append_line, cell, numbers, read_rows
+from tinyworld import append_line, cell, check_listed, numbers, read_rows
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.integrations.sampling.collapse import attention_collapse
@@ -77,10 +77,7 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.smoke:
         args.concepts, args.seeds, args.checkpoints, args.early, args.late, args.scenes = [4], [0], [1, 2], 1, [2], 5
-    for option, known in {"concepts": range(len(CONCEPTS)), "late": args.checkpoints}.items():
-        for item in getattr(args, option):
-            if item not in known:
-                raise AptError(f"--{option} takes {', '.join(map(str, known))}, separated by commas; found {item!r}")
+    check_listed(args, concepts=range(len(CONCEPTS)), late=args.checkpoints)
     by_keys = [name for name, method in METHODS.items() if not method.beside]
     if args.early not in args.checkpoints or args.method not in by_keys:
         raise AptError(f"--early is one of --checkpoints, --method of {', '.join(by_keys)}")

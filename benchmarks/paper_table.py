@@ -32,7 +32,7 @@ import toml
 from paper_table_scores import PAPER, Row, estimate, tables
 from processes import Execute, Processes, devices
 from step import commit, version
-from tinyworld import numbers
+from tinyworld import check_listed, numbers
 
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
@@ -89,9 +89,7 @@ def _arguments() -> argparse.Namespace:
     for option in () if args.table_only else ("model", "script", "data"):
         if getattr(args, option) is None:
             raise AptError(f"--{option} is needed, but for --table-only")
-    for method in args.methods:
-        if method not in CHOICES:
-            raise AptError(f"--methods takes {', '.join(CHOICES)}, separated by commas; found {method!r}")
+    check_listed(args, methods=CHOICES)
     for option in ("steps", "rank", "count"):
         if getattr(args, option) < 1:
             raise AptError(f"--{option} must be at least 1; found {getattr(args, option)}")
@@ -233,7 +231,7 @@ def train(run: Run, settings: Row, execute: Execute) -> None:
     subject = f"{settings['identifier']} {run.subject.class_word}"
     model, steps = settings["model"], settings["steps"]
     options = {
-        "pretrained_model_name_or_path": PIPELINES["unet"] if model in TINY_WORLDS else model,
+        "pretrained_model_name_or_path": PIPELINES[TINY_WORLDS[model]] if model in TINY_WORLDS else model,
         "instance_data_dir": run.subject.photos,
         "instance_prompt": settings["instance_prompt"].replace("{}", subject),
         "output_dir": run.folder,

@@ -167,6 +167,12 @@ def _scores(examination: Examination, judgement: Judgement) -> dict[str, list[fl
     }
 
 
+def balanced_score(judged: Mapping[str, float], ideal: Mapping[str, float]) -> float:
+    """The harmonic mean of mean text and mean identity as shares of the ideal's, an identity below 0 as 0."""
+    text, identity = (max(0.0, judged[name] / ideal[name]) for name in ("text", "identity"))
+    return 2 * text * identity / (text + identity) if text + identity else 0.0
+
+
 class Score:
     """Of a checkpoint, as the head of this file decides on it, and what it is with each picture left out.
 
@@ -175,12 +181,11 @@ class Score:
     """
 
     def __init__(self, judged: Mapping[str, Sequence[float]], ideal: Mapping[str, Sequence[float]]) -> None:
+        best = {name: statistics.fmean(ideal[name]) for name in ("text", "identity")}
+
         def mean(rows: Sequence[int]) -> float:
-            shares = [
-                max(0.0, statistics.fmean(judged[name][row] for row in rows) / statistics.fmean(ideal[name]))
-                for name in ("text", "identity")
-            ]
-            return 2 * math.prod(shares) / sum(shares) if sum(shares) else 0.0
+            means = {name: statistics.fmean(judged[name][row] for row in rows) for name in best}
+            return balanced_score(means, best)
 
         rows = range(len(judged["text"]))
         self.value = mean(rows)

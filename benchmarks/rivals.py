@@ -3,10 +3,10 @@
     python benchmarks/rivals.py --out DIR [--tune-only] [--table-only] [--methods ...]
 
 Each method is trained with two learning rates, DCO and L2-SP with two strengths of their own at each, on concepts 0, 2
-and 3 (1 cannot be learned), and judged at half of the steps and at the end: `SETTINGS`. What is taken of it, with the
-step, is what has the highest mean score over these concepts, of `tuning_score`. So a smaller learning rate and early
-stopping, the cheapest of rivals, are in everybody's reach. The parts of APT, and what is added to it, take APT's. Then
-each is trained so on concepts 4 to 13, and the tables are those of `tinyworld.py`.
+and 3 (1 cannot be learned), and judged at half of the steps and at the end: `RATES`, `STRENGTHS`. What is taken of it,
+with the step, is what has the highest mean score over these concepts, by the score of `pick.py`. So a smaller learning
+rate and early stopping, the cheapest of rivals, are in everybody's reach. The parts of APT, and what is added to it,
+take APT's. Then each is trained so on concepts 4 to 13, and the tables are those of `tinyworld.py`.
 
 As soon as a run is done, a line of JSON is appended to DIR/runs.jsonl, as that does, and it is not made again.
 """
@@ -16,14 +16,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinyworld import Comparison, Scores, Settings, find, make, numbers, read_rows, tables  # the benchmark beside this
+from pick import balanced_score  # the benchmarks beside this one
+from tinyworld import Comparison, Scores, Settings, check_listed, find, make, numbers, read_rows, tables
 
 from apt_hooks.errors import AptError, errors_in_one_line
-from apt_hooks.tinyworld.concepts import REPORTED
+from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
 from apt_hooks.tinyworld.methods import METHODS
 from apt_hooks.tinyworld.personalize import Training
 
@@ -64,9 +65,7 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="train nothing")
     args = parser.parse_args()
     with errors_in_one_line():
-        for name in args.methods:
-            if name not in METHODS:
-                raise AptError(f"--methods takes {', '.join(METHODS)}, separated by commas; found {name!r}")
+        check_listed(args, methods=METHODS, concepts=range(len(CONCEPTS)))
         run(args)
 
 
@@ -117,19 +116,9 @@ def _strengths(names: Iterable[str]) -> Iterator[tuple[str, str, float]]:
             yield name, key, value
 
 
-def tuning_score(judged: Mapping[str, float], ideal: Mapping[str, float]) -> float:
-    """Harmonic mean of text and identity as shares of those of the same scenes drawn by code, as in `pick.py`.
-
-    Neither makes the other good: the base model has all of the prompt and none of the subject, a collapsed one the
-    reverse. An identity below 0 is 0.
-    """
-    text, identity = (max(0.0, judged[name] / ideal[name]) for name in ("text", "identity"))
-    return 2 * text * identity / (text + identity) if text + identity else 0.0
-
-
 def _means(found: Scores, ideal: Scores) -> dict[str, float]:
     means = {name: statistics.fmean(row[name] for row in found.values()) for name in ("text", "identity", "frechet")}
-    return means | {"score": statistics.fmean(tuning_score(row, ideal[place]) for place, row in found.items())}
+    return means | {"score": statistics.fmean(balanced_score(row, ideal[place]) for place, row in found.items())}
 
 
 def _tuning_table(scores: Mapping[str, Mapping[Choice, Any]], chosen: Mapping[str, Choice]) -> list[str]:
@@ -168,7 +157,7 @@ def report(args: argparse.Namespace, log: Path, chosen: Mapping[str, Choice]) ->
     return failed
 
 
-def _settings(methods: Sequence[str] | Mapping[str, Any], chosen: Mapping[str, Choice]) -> list[str]:
+def _settings(methods: Iterable[str], chosen: Mapping[str, Choice]) -> list[str]:
     told = {name: chosen["apt" if name in SAME_AS_APT else name].told() for name in methods}
     return ["| method | trained with |", "|---|---|", *(f"| {name} | {how} |" for name, how in told.items())]
 

@@ -74,10 +74,7 @@ def _arguments() -> argparse.Namespace:
     if args.smoke:
         args.concepts, args.seeds, args.methods = [4], [0], ["base", "apt"]
         args.steps, args.scenes, args.repeats = 2, 5, 1
-    for option, known in {"concepts": range(len(CONCEPTS)), "methods": (*UNTRAINED, *METHODS)}.items():
-        for item in getattr(args, option):
-            if item not in known:
-                raise AptError(f"--{option} takes {', '.join(map(str, known))}, separated by commas; found {item!r}")
+    check_listed(args, concepts=range(len(CONCEPTS)), methods=(*UNTRAINED, *METHODS))
     for step in args.checkpoints:
         if not 1 <= step < args.steps:
             raise AptError(f"--checkpoints must be from 1 to below --steps, here {args.steps}; found {step}")
@@ -85,6 +82,14 @@ def _arguments() -> argparse.Namespace:
         if getattr(args, option) < 1:
             raise AptError(f"--{option} must be at least 1; found {getattr(args, option)}")
     return args
+
+
+def check_listed(args: argparse.Namespace, **known: Iterable[Any]) -> None:
+    """Raises AptError for an item of an option that is none of those it may have."""
+    for option, items in known.items():
+        for item in getattr(args, option):
+            if item not in items:
+                raise AptError(f"--{option} takes {', '.join(map(str, items))}, separated by commas; found {item!r}")
 
 
 def numbers(text: str) -> list[int]:

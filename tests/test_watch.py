@@ -117,7 +117,7 @@ def test_of_a_folder_a_broken_log_is_left_out_until_it_is_written_again(tmp_path
     watched = looked(tmp_path)
     assert watched.path == good and watched.last is not None and watched.last.step == 4
     assert [path.name for path in watched.left_out] == ["bad-apt.jsonl"]
-    assert f"leftout:{bad}" in "".join("".join(shown(tmp_path)).split())  # over as many lines as it takes
+    assert any(line.startswith(f"left out: {tmp_path}"[:79]) for line in shown(tmp_path))
     write(bad, [step(1), step(2)])
     os.utime(bad, (2000, 2000))
     watched._looked = -math.inf
@@ -205,8 +205,7 @@ def test_a_picture_has_a_bar_a_bin_and_a_sparkline_a_value(tmp_path: Path) -> No
     lines = [step(i, (1.0, 0.5, 0.0), delta_noise=0.1 * i) for i in range(1, 9)]
     lines[-1]["gap"][2] = None
     text = shown(write(tmp_path / "lora-apt.jsonl", [start(), *lines]))
-    assert text[0] == "lora  preset sdxl, lambda_attn = 0.5"
-    assert any(line.startswith("step 8  ") for line in text)  # behind the path, in as many lines as that takes
+    assert text[0] == "lora  preset sdxl, lambda_attn = 0.5" and text[2].startswith("step 8  ")
     bars = {line.split()[0]: line for line in text if line.strip()[:1].isdigit() or line.strip().startswith("mean")}
     assert [bars[key].count("\u2588") for key in ("0-333", "334-666", "mean")] == [64, 32, 48]
     assert bars["0-333"].endswith(" 1.00") and bars["667-999"].endswith("not seen yet")
@@ -220,7 +219,7 @@ def test_a_picture_fits_the_terminal(tmp_path: Path, width: int) -> None:
     name = "a_very_long_name_" * 5
     log = write(tmp_path / f"{name}-apt.jsonl", [start(), *(step(i, [0.5] * 50) for i in range(1, 300))])
     text = shown(log, width=width)
-    assert all(len(line) <= width for line in text) and 20 < len(text) < 60
+    assert all(len(line) <= width for line in text) and 20 < len(text) < 40
     assert sum("0.50" in line for line in text) == 18  # 17 lines of three bins, and the mean
 
 

@@ -319,8 +319,10 @@ class Transformer(Denoiser):
             prompts = [prompt] if isinstance(prompt, str) else prompt
             negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompts)
             told, untold = (self.condition(encode(pipeline, texts)) for texts in (prompts, negative))
-            parts = (each[name] for name in ("encoder_hidden_states", "pooled_projections") for each in (told, untold))
-            return tuple(part.repeat_interleave(num_images_per_prompt, dim=0) for part in parts)
+            order = (
+                (each, name) for name in ("encoder_hidden_states", "pooled_projections") for each in (told, untold)
+            )
+            return tuple(each[name].repeat_interleave(num_images_per_prompt, dim=0) for each, name in order)
 
         # On the object, not by a class of its own, which no other program could load a saved pipeline with.
         pipeline.encode_prompt = encode_prompt

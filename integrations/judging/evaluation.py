@@ -88,9 +88,7 @@ def run_eval(
     seeds = tuple(range(seed, seed + 2 * count))
     against = model in TINY_WORLDS or "fidelity" in metrics
     plan = Plan(texts, seeds[:count], seeds[count:] if against else ())
-    given = {
-        name: value for name, value in {"steps": steps, "guidance_scale": guidance_scale}.items() if value is not None
-    }
+    given = _described(steps, guidance_scale)
     wanted = new_manifest(model, files, digests, photos, plan.prompts, plan.seeds, given)
     check_same(out, before, wanted)
     with share() as own:
@@ -102,7 +100,8 @@ def run_eval(
             how = sampling(model, pipeline, steps, guidance_scale)
             if (steps is None or guidance_scale is None) and own.rank == 0:
                 say(_told(how))
-            wanted["sampling"] = {**_described(how), "scheduler": type(pipeline.scheduler).__name__}
+            wanted["sampling"] = _described(how.steps, how.guidance_scale)
+            wanted["sampling"]["scheduler"] = type(pipeline.scheduler).__name__
             check_same(out, before, wanted)
         own.wait()  # all have looked at what was there before
 
@@ -131,9 +130,10 @@ def run_eval(
     return scores
 
 
-def _described(how: Sampling) -> dict[str, Any]:
-    guided = {} if how.guidance_scale is None else {"guidance_scale": how.guidance_scale}
-    return {"steps": how.steps, **guided}
+def _described(steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
+    """As the manifest has it; without what is not given, or what the pipeline does not know."""
+    both = {"steps": steps, "guidance_scale": guidance_scale}
+    return {name: value for name, value in both.items() if value is not None}
 
 
 def _told(how: Sampling) -> str:

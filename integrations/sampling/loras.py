@@ -163,8 +163,10 @@ def _read(path: Path, names: ModuleNames, pipeline: Any) -> dict[str, Delta]:
         AptError: as `read_lora`; names that diffusers does not know either.
     """
     deltas = read_lora(path)
+    if "transformer" not in names.models or not hasattr(pipeline, "lora_state_dict"):
+        return deltas
     others = {name: delta for name, delta in deltas.items() if not names.find(name)}
-    if not others or "transformer" not in names.models or not hasattr(pipeline, "lora_state_dict"):
+    if not others:
         return deltas
     if any(delta.magnitude is not None for delta in others.values()):
         raise AptError(f"{path}: is a DoRA with other names than diffusers'; such are loaded of U-Nets alone")

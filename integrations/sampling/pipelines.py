@@ -47,17 +47,17 @@ def load_pipeline(model: str) -> Any:
         raise AptError(f'sampling needs diffusers and peft ({error}): pip install "apt-hooks[demo]"') from error
     check_model(model)
     on_gpu = torch.cuda.is_available()
-    half = {"torch_dtype": torch.float16 if on_gpu else torch.float32}
+    precision = {"torch_dtype": torch.float16 if on_gpu else torch.float32}
     try:
         with quiet(logging), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if Path(model).is_file():
                 kind = "StableDiffusionXLPipeline" if _is_sdxl(Path(model)) else "StableDiffusionPipeline"
-                pipeline = getattr(diffusers, kind).from_single_file(model, **half)
+                pipeline = getattr(diffusers, kind).from_single_file(model, **precision)
             else:
                 if on_gpu and "unet" not in diffusers.DiffusionPipeline.load_config(model):
-                    half = {"torch_dtype": torch.bfloat16}
-                pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **half)
+                    precision = {"torch_dtype": torch.bfloat16}
+                pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **precision)
     # Of the hub's errors many are OSErrors; a broken model fails in the ways of whatever reads it.
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         failed_import = isinstance(error, RuntimeError) and "import" in str(error)
@@ -143,18 +143,14 @@ def sampling(model: str, pipeline: Any, steps: int | None, guidance_scale: float
         AptError: a scale of guidance is given and the pipeline takes none.
     """
     known = {name: p.default for name, p in inspect.signature(pipeline.__call__).parameters.items()}
-    # Where two are there, one is a distilled model's input, and the other is off by a default of 1.
-    names = sorted(
-        ({"guidance_scale", "true_cfg_scale", "distilled_guidance_scale"} & known.keys()) or {"guidance_scale"},
-        key=lambda name: (not _number(known.get(name)) > 1, name != "guidance_scale"),
-    )
-    guided_by = names[0]
-    # A scale for each of so many steps.
-    without = (
-        ("guidance_schedule",) if guidance_scale is not None and known.get("guidance_schedule") is not None else ()
-    )
-    if guidance_scale is not None and guided_by not in known:
+    scales = [name for name in ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale") if name in known]
+    if guidance_scale is not None and not scales:
         raise AptError(f"--guidance-scale {guidance_scale}: {type(pipeline).__name__} takes none; leave it out")
+    # Where two are there, one is a distilled model's input, and the other is off by a default of 1.
+    on = [name for name in scales if _number(known[name]) > 1]
+    guided_by = (*on, *scales, "guidance_scale")[0]
+    # A scale for each of so many steps, which a scale of one's own takes the place of.
+    without = tuple(n for n in ("guidance_schedule",) if guidance_scale is not None and known.get(n) is not None)
     own: tuple[int, float | None] = known["num_inference_steps"], known.get(guided_by)
     if model in TINY_WORLDS:
         from apt_hooks.tinyworld.denoisers import DENOISERS

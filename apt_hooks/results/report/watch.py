@@ -291,7 +291,8 @@ def picture(watched: Watched, width: int, height: int | None) -> Any:
         lines.append(Text(f"also here: {names}", style="dim"))
     lines += [Text(f"left out: {why}", style="dim") for why in watched.left_out.values()]
     for line in lines:
-        line.no_wrap, line.overflow = height is not None, "fold" if height is None else "ellipsis"
+        line.no_wrap, line.overflow = True, "ellipsis"
+    lines[0].no_wrap = height is not None  # without a screen to keep to, all of the settings
     return Group(*lines)
 
 
