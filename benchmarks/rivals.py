@@ -2,11 +2,11 @@
 
     python benchmarks/rivals.py --out DIR [--tune-only] [--table-only] [--methods ...]
 
-Each method is trained with two learning rates, DCO and L2-SP with two strengths of their own at each, on concepts 0, 2
-and 3 (1 cannot be learned), and judged at half of the steps and at the end: `RATES`, `STRENGTHS`. What is taken of it,
-with the step, is what has the highest mean score over these concepts, by the score of `pick.py`. So a smaller learning
-rate and early stopping, the cheapest of rivals, are in everybody's reach. The parts of APT, and what is added to it,
-take APT's. Then each is trained so on concepts 4 to 13, and the tables are those of `tinyworld.py`.
+Each method is trained with two learning rates, DCO, L2-SP and APT with two strengths of their own at each, on concepts
+0, 2 and 3 (1 cannot be learned), and judged at half of the steps and at the end: `RATES`, `STRENGTHS`. What is taken of
+it, with the step, is what has the highest mean score over these concepts, by the score of `pick.py`. So a smaller
+learning rate and early stopping, the cheapest of rivals, are in everybody's reach. The parts of APT, and what is added
+to it, take APT's. Then each is trained so on concepts 4 to 13, and the tables are those of `tinyworld.py`.
 
 As soon as a run is done, a line of JSON is appended to DIR/runs.jsonl, as that does, and it is not made again.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pick import balanced_score  # the benchmarks beside this one
-from tinyworld import Comparison, Scores, Settings, check_listed, find, make, numbers, read_rows, tables
+from tinyworld import Asked, Comparison, Scores, Settings, check_listed, find, make, numbers, read_rows, tables
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
@@ -32,6 +32,7 @@ RATES = (1e-3, 3e-3)
 STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
     "dco": ("dco_beta", (20.0, 100.0)),
     "l2-sp": ("lambda_offset", (3e-5, 3e-4)),
+    "apt": ("lambda_attn", (0.3, 1.0)),
 }
 SAME_AS_APT = [name for name in METHODS if name.startswith(("ata", "apt+"))]
 TUNED = [name for name in METHODS if name not in SAME_AS_APT]
@@ -82,13 +83,16 @@ def run(args: argparse.Namespace) -> None:
     scores: dict[str, dict[Choice, dict[str, float]]] = {name: {} for name in tuned}
     incomplete: set[str] = set()
     ideal: Scores = {}
+    wanted = []
     for names, keys, rate in groups:
         half = [] if names == [IDEAL] else [STEPS // 2]
         comparison = Comparison(Training(learning_rate=rate), repeats=1, checkpoints=half, overrides=keys)
-        asked = comparison.asked(names, TUNING)
-        if not args.table_only:
-            failed += make(log, comparison, asked, args.workers)
-        for name, found in find(read_rows(log), asked).items():
+        wanted.append((comparison, comparison.asked(names, TUNING)))
+    if not args.table_only:
+        failed += make(log, wanted, args.workers)
+    rows = read_rows(log)
+    for (_, keys, rate), (_, asked) in zip(groups, wanted, strict=True):
+        for name, found in find(rows, asked).items():
             if len(found) < len(TUNING):
                 incomplete |= {name, *(tuned if name == IDEAL else ())}
             elif name == IDEAL:
@@ -140,17 +144,17 @@ def report(args: argparse.Namespace, log: Path, chosen: Mapping[str, Choice]) ->
     """Train each method as it was tuned, on the concepts that are reported, and print the tables; returns failures."""
     places = [(concept, seed) for concept in args.concepts for seed in args.seeds]
     methods = [name for name in METHODS if name in {*args.methods, "dreambooth"}]
-    failed, found = [], {}
+    wanted: list[tuple[Comparison, Asked]] = []
     for name in methods:
         choice = chosen.get("apt" if name in SAME_AS_APT else name)
         if choice is None:
             continue
         training = Training(steps=choice.steps, learning_rate=choice.learning_rate)
         comparison = Comparison(training, repeats=args.repeats, overrides=dict(choice.keys))
-        asked = comparison.asked([name], places)
-        if not args.table_only:
-            failed += make(log, comparison, asked, args.workers)
-        found |= find(read_rows(log), asked)
+        wanted.append((comparison, comparison.asked([name], places)))
+    failed = [] if args.table_only else make(log, wanted, args.workers)
+    rows = read_rows(log)
+    found = {name: scores for _, asked in wanted for name, scores in find(rows, asked).items()}
     print(
         "\n".join(["", *_settings(found, chosen), "", *tables(found, list(found), by_concept=len(args.concepts) > 1)])
     )

@@ -46,6 +46,7 @@ COLUMNS = {**dict.fromkeys(METRICS, ".3f"), "frechet": ".2f", "delta_noise": ".4
 Settings = dict[str, Any]
 Place = tuple[int, int]  # concept and seed
 Scores = dict[Place, dict[str, Any]]  # of one method
+Asked = Mapping[str, Mapping[Place, Settings]]  # by method
 
 
 def main() -> None:
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     places = [(concept, seed) for concept in args.concepts for seed in args.seeds]
     log, failed = args.out / "runs.jsonl", []
     if not args.table_only:
-        failed = make(log, comparison, comparison.asked(args.methods, places), args.workers)
+        failed = make(log, [(comparison, comparison.asked(args.methods, places))], args.workers)
     found = find(read_rows(log), comparison.asked((*args.methods, REFERENCE), places))
     print("\n".join(tables(found, args.methods, by_concept=len(args.concepts) > 1)))
     if args.checkpoints:
@@ -132,7 +133,7 @@ class Comparison:
     checkpoints: Sequence[int] = ()
     overrides: Settings = dataclasses.field(default_factory=dict)
 
-    def asked(self, methods: Iterable[str], places: Sequence[Place]) -> dict[str, dict[Place, Settings]]:
+    def asked(self, methods: Iterable[str], places: Sequence[Place]) -> Asked:
         """The settings of each method's runs, by concept and seed, as its row will have them."""
         denoiser = DENOISERS[self.model]
         (stored,) = (PIPELINES[self.model] / denoiser.part).glob("*.safetensors")
@@ -153,18 +154,23 @@ class Comparison:
         return asked
 
 
-def make(log: Path, comparison: Comparison, asked: Mapping[str, Mapping[Place, Settings]], workers: int) -> list[str]:
-    """Make the runs that have no row in the log yet; returns which failed, and why."""
+def make(log: Path, wanted: Iterable[tuple[Comparison, Asked]], workers: int) -> list[str]:
+    """Make the runs that have no row in the log yet, in this order; returns which failed, and why."""
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists() and not log.read_bytes().endswith(b"\n"):
         append_line(log, "")  # ends a line that was cut off
-    done, groups, failed = find(read_rows(log), asked), {}, []
-    for name, wanted in asked.items():
-        for place, settings in wanted.items():
-            if place not in done[name]:
-                groups.setdefault(place, []).append(settings)
+    rows, planned, failed = read_rows(log), [], []
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        futures = {pool.submit(run_group, log, group, comparison): place for place, group in groups.items()}
+        futures = {}
+        for comparison, asked in wanted:
+            done, groups = find(rows, asked), {}
+            for name, places in asked.items():
+                for place, settings in places.items():
+                    # What two comparisons have in common is made once.
+                    if place not in done[name] and settings not in planned:
+                        planned.append(settings)
+                        groups.setdefault(place, []).append(settings)
+            futures |= {pool.submit(run_group, log, group, comparison): place for place, group in groups.items()}
         for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
             if error := future.exception():
                 failed.append("concept {}, seed {}: {!r}".format(*futures[future], error))
@@ -211,7 +217,7 @@ def read_rows(log: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def find(rows: list[dict[str, Any]], asked: Mapping[str, Mapping[Place, Settings]]) -> dict[str, Scores]:
+def find(rows: list[dict[str, Any]], asked: Asked) -> dict[str, Scores]:
     """The rows that have the asked settings, by method; whatever else is in the file."""
     return {
         name: {place: row for place, wanted in places.items() for row in rows if wanted.items() <= row.items()}
@@ -226,7 +232,7 @@ def tables(found: Mapping[str, Scores], methods: list[str], by_concept: bool) ->
     alone, of its runs.
     """
     over = "concepts, each the mean of its seeds" if by_concept else "the seeds of one concept"
-    paired = {name: _differences(found[name], found[REFERENCE]) for name in methods if name != REFERENCE}
+    paired = {name: differences(found[name], found[REFERENCE]) for name in methods if name != REFERENCE}
     lines = [f"Mean ± standard error over {over}:", "", *_table({name: found[name] for name in methods}, by_concept)]
     lines += ["", f"Difference to {REFERENCE}, paired by concept and seed, of frechet in percent; errors as above:", ""]
     lines += _table(paired, by_concept, sign="+")
@@ -284,13 +290,13 @@ def _draw_curves(path: Path, found: Mapping[str, Scores], by_concept: bool) -> N
             steps = sorted(map(int, set.intersection(*map(set, judged.values()))))
             of_steps = {step: {place: row[str(step)] for place, row in judged.items()} for step in steps}
             curves[NAMES[name]] = {
-                step: {key: _mean_and_error(_means(of, key, by_concept)) for key in ("text", "identity")}
+                step: {key: mean_and_error(means_of_groups(of, key, by_concept)) for key in ("text", "identity")}
                 for step, of in of_steps.items()
             }
     draw_curves(path, curves)
 
 
-def _means(scores: Scores, column: str, by_concept: bool) -> list[float]:
+def means_of_groups(scores: Scores, column: str, by_concept: bool = True) -> list[float]:
     """Of each concept, or of each seed where there is one concept: what errors are the spread of."""
     groups: dict[int, list[float]] = {}
     for (concept, seed), row in scores.items():
@@ -298,24 +304,25 @@ def _means(scores: Scores, column: str, by_concept: bool) -> list[float]:
     return [statistics.fmean(values) for values in groups.values()]
 
 
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
+def mean_and_error(values: list[float]) -> tuple[float, float]:
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return statistics.fmean(values), error
 
 
-def _differences(scores: Scores, reference: Scores) -> Scores:
-    differences: Scores = {}
+def differences(scores: Scores, reference: Scores) -> Scores:
+    """Of each pair; that of frechet in percent."""
+    paired: Scores = {}
     for place in scores.keys() & reference.keys():
         one, other = scores[place], reference[place]
-        differences[place] = {name: one[name] - other[name] for name in COLUMNS}
-        differences[place]["frechet"] *= 100 / other["frechet"]
-    return differences
+        paired[place] = {name: one[name] - other[name] for name in COLUMNS}
+        paired[place]["frechet"] *= 100 / other["frechet"]
+    return paired
 
 
 def _table(methods: Mapping[str, Scores], by_concept: bool, sign: str = "") -> list[str]:
     lines = ["| method | runs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name, scores in methods.items():
-        cells = [cell(_means(scores, column, by_concept), style, sign) for column, style in COLUMNS.items()]
+        cells = [cell(means_of_groups(scores, column, by_concept), style, sign) for column, style in COLUMNS.items()]
         lines.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -324,7 +331,7 @@ def cell(values: list[float], style: str, sign: str = "") -> str:
     """Mean ± standard error; of one value itself, of none a dash."""
     if len(values) < 2:
         return format(values[0], sign + style) if values else "-"
-    mean, error = _mean_and_error(values)
+    mean, error = mean_and_error(values)
     return f"{mean:{sign}{style}} ± {error:{style}}"
 
 

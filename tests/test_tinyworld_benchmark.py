@@ -258,11 +258,14 @@ def rivals(benchmark, monkeypatch, tmp_path):
     def run_group(log, group, comparison):
         for settings in group:
             config, rate = settings["apt"], settings["learning_rate"]
+            if settings["method"] == "ata":
+                assert config["lambda_attn"] == 0
             ran.append((settings["method"], settings["concept"], rate, settings["steps"]))
-            # DreamBooth is best with the smaller rate, APT with the larger one when stopped early, DCO with 100.
+            # DreamBooth is best with the smaller rate, DCO with 100, APT with 0.3 and the larger rate, stopped early.
             good = {"dreambooth": rate == 1e-3, "apt": False, "dco": rate == 3e-3 and config.get("dco_beta") == 100}
             end = row(benchmark, identity=0.4 if good.get(settings["method"]) else 0.2)
-            half = {**end, "identity": 0.3 if settings["method"] == "apt" and rate == 3e-3 else 0.1}
+            early = settings["method"] == "apt" and rate == 3e-3 and config["lambda_attn"] == 0.3
+            half = {**end, "identity": 0.3 if early else 0.1}
             if settings["method"] == "ideal":
                 end = row(benchmark, text=1.0, identity=0.8)
             curve = {str(step): half for step in settings["checkpoints"]}
@@ -286,9 +289,9 @@ def test_each_rival_is_reported_as_it_was_best_on_the_concepts_for_tuning(rivals
     both = {(1e-3, 600), (3e-3, 600)}
     assert tuned == {"ideal": {(1e-3, 600)}, "dreambooth": both, "dco": both, "apt": both, "ata": set()}
     reported = {(name, rate, steps) for name, concept, rate, steps in ran if concept in (4, 5)}
-    # APT stopped early, and its part as it; trained for as long only.
+    # APT stopped early, and its part as it; trained for as long only, and the part still without alignment.
     assert reported == {("dreambooth", 1e-3, 600), ("dco", 3e-3, 600), ("apt", 3e-3, 300), ("ata", 3e-3, 300)}
-    assert "| dco | > 0.003, dco_beta 100, 600 steps |" in said and "| ata | 0.003, 300 steps |" in said
+    assert "| dco | > 0.003, dco_beta 100, 600 steps |" in said and "| ata | 0.003, lambda_attn 0.3, 300 steps |" in said
     # Text 0.5 of 1, identity 0.4 of 0.8.
     assert "| dreambooth | > 0.001, 600 steps | 0.500 | 0.500 | 0.400 |" in said
     assert rivals("--methods", "dreambooth,dco,apt,ata", "--concepts", "4,5") == []
@@ -306,8 +309,55 @@ def test_a_method_whose_tuning_is_not_whole_is_neither_chosen_for_nor_reported(r
     capsys.readouterr()
     assert rivals("--methods", "dreambooth,apt,ata", "--concepts", "4", "--table-only") == []
     said = capsys.readouterr().out
-    assert "| dreambooth | > " in said and "| apt | > " not in said and "| apt | 0.001, 600 steps |" in said
+    assert "| dreambooth | > " in said and "| apt | > " not in said and "| apt | 0.001, lambda_attn 1, 600 steps |" in said
     assert "Not tuned yet, and not reported: apt" in said and "| ata |" not in said
+
+
+def test_each_value_of_an_option_of_apt_is_compared_to_dreambooth(benchmark, monkeypatch, tmp_path, capsys):
+    with benchmarks_importable():
+        module = importlib.import_module("apt_options")
+    ran = []
+
+    def run_group(log, group, comparison):
+        for settings in group:
+            config = settings["apt"]
+            ran.append((settings["method"], settings["concept"], config["augment_border"], config["frozen_every"]))
+            text = 0.6 if settings["method"] == "dreambooth" else 0.9 - 0.1 * config["frozen_every"]
+            text += 0.02 * settings["concept"]
+            benchmark.append_line(log, json.dumps({**settings, **row(benchmark, text=text), "curve": {}}))
+
+    def call(*options):
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["apt_options.py", "--out", str(tmp_path), *options])
+        module.main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(benchmark, "run_group", run_group)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
+    options = ("--options", "frozen_every,augment_border", "--concepts", "0,2")
+    said = call(*options)
+    # The preset is the first value of one option, and is made once.
+    each = [(*others, every) for others in (("apt", 0), ("apt", 2)) for every in (("learn", 1), ("learn", 2))]
+    assert len(ran) == len(set(ran)) + 2  # the border with more augmentation, which is not looked at here
+    assert {(method, concept, (border, every)) for method, concept, border, every in ran} >= set(each)
+    assert [method for method, *_ in ran].count("dreambooth") == 2
+    assert cells(said.splitlines()[3:], "frozen_every") == [
+        {
+            **dict.fromkeys(module.COLUMNS, "+0.000 ± 0.000"),
+            "option": "frozen_every",
+            "value": value,
+            "runs": "2",
+            "frechet": "+0 ± 0",
+            "text": f"{text:+.3f} ± 0.000",
+        }
+        for value, text in (("> 1", 0.2), ("2", 0.1), ("4", -0.1))
+    ]
+    assert "| augment_border, augment_max_probability = 0.4 | ignore | 2 |" in said
+    assert (tmp_path / "options.png").stat().st_size > 0
+    call(*options, "--table-only")
+    assert ran == []
+    call(*options)
+    assert ran == []
 
 
 def test_interpolated_loras_change_each_weight_by_their_shares(tmp_path):
