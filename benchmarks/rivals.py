@@ -21,7 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from pick import balanced_score  # the benchmarks beside this one
-from tinyworld import Asked, Comparison, Scores, Settings, check_listed, find, make, numbers, read_rows, tables
+from tinyworld import (
+    REFERENCE,
+    Asked,
+    Comparison,
+    Scores,
+    Settings,
+    cell,
+    check_listed,
+    find,
+    make,
+    means_of_groups,
+    numbers,
+    read_rows,
+    tables,
+)
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
@@ -74,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     """Make the runs that are missing, and print the tables."""
     log, failed = args.out / "runs.jsonl", []
     apt = {"apt"} if set(args.methods) & set(SAME_AS_APT) else set()
-    tuned = [name for name in TUNED if name in {*args.methods, *apt, "dreambooth"}]
+    tuned = [name for name in TUNED if name in {*args.methods, *apt, REFERENCE}]
     # What differs in nothing but the method is made side by side.
     groups: list[tuple[list[str], Settings, float]] = [([IDEAL], {}, RATES[0])]
     for rate in RATES:
@@ -106,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(_tuning_table(scores, chosen)))
     if missing := [name for name in tuned if name in incomplete]:
         print(f"\nNot tuned yet, and not reported: {', '.join(missing)}")
-    if not args.tune_only and "dreambooth" in chosen:
+    if not args.tune_only and REFERENCE in chosen:
         failed += report(args, log, chosen)
     if failed:
         raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
@@ -143,27 +157,41 @@ def _tuning_table(scores: Mapping[str, Mapping[Choice, Any]], chosen: Mapping[st
 def report(args: argparse.Namespace, log: Path, chosen: Mapping[str, Choice]) -> list[str]:
     """Train each method as it was tuned, on the concepts that are reported, and print the tables; returns failures."""
     places = [(concept, seed) for concept in args.concepts for seed in args.seeds]
-    methods = [name for name in METHODS if name in {*args.methods, "dreambooth"}]
-    wanted: list[tuple[Comparison, Asked]] = []
-    for name in methods:
-        choice = chosen.get("apt" if name in SAME_AS_APT else name)
-        if choice is None:
-            continue
+    own = {name: chosen.get("apt" if name in SAME_AS_APT else name) for name in METHODS}
+    choices = {name: choice for name, choice in own.items() if choice and name in {*args.methods, REFERENCE}}
+    drawn_by_code = Comparison(Training(), repeats=args.repeats)
+    wanted: list[tuple[Comparison, Asked]] = [(drawn_by_code, drawn_by_code.asked([IDEAL], places))]
+    for name, choice in choices.items():
         training = Training(steps=choice.steps, learning_rate=choice.learning_rate)
         comparison = Comparison(training, repeats=args.repeats, overrides=dict(choice.keys))
         wanted.append((comparison, comparison.asked([name], places)))
     failed = [] if args.table_only else make(log, wanted, args.workers)
-    rows = read_rows(log)
+    rows, by_concept = read_rows(log), len(args.concepts) > 1
     found = {name: scores for _, asked in wanted for name, scores in find(rows, asked).items()}
-    print(
-        "\n".join(["", *_settings(found, chosen), "", *tables(found, list(found), by_concept=len(args.concepts) > 1)])
-    )
+    ideal = found.pop(IDEAL)
+    print("\n".join(["", *_choices_table(choices, found, ideal, by_concept), ""]))
+    print("\n".join(tables(found, list(found), by_concept)))
     return failed
 
 
-def _settings(methods: Iterable[str], chosen: Mapping[str, Choice]) -> list[str]:
-    told = {name: chosen["apt" if name in SAME_AS_APT else name].told() for name in methods}
-    return ["| method | trained with |", "|---|---|", *(f"| {name} | {how} |" for name, how in told.items())]
+def _choices_table(
+    choices: Mapping[str, Choice], found: Mapping[str, Scores], ideal: Scores, by_concept: bool
+) -> list[str]:
+    scores: dict[str, Scores] = {
+        name: {place: {"score": balanced_score(row, ideal[place])} for place, row in of.items() if place in ideal}
+        for name, of in found.items()
+    }
+    lines = [f"| method | trained with | runs | score | difference to {REFERENCE} |", "|---|---|---|---|---|"]
+    for name, of in scores.items():
+        paired: Scores = {
+            place: {"score": row["score"] - scores[REFERENCE][place]["score"]}
+            for place, row in of.items()
+            if place in scores[REFERENCE]
+        }
+        cells = [cell(means_of_groups(of, "score", by_concept), ".3f")]
+        cells.append(cell(means_of_groups(paired, "score", by_concept), ".3f", "+") if name != REFERENCE else "")
+        lines.append(f"| {name} | {choices[name].told()} | {len(of)} | {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

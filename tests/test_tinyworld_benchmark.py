@@ -290,8 +290,11 @@ def test_each_rival_is_reported_as_it_was_best_on_the_concepts_for_tuning(rivals
     assert tuned == {"ideal": {(1e-3, 600)}, "dreambooth": both, "dco": both, "apt": both, "ata": set()}
     reported = {(name, rate, steps) for name, concept, rate, steps in ran if concept in (4, 5)}
     # APT stopped early, and its part as it; trained for as long only, and the part still without alignment.
-    assert reported == {("dreambooth", 1e-3, 600), ("dco", 3e-3, 600), ("apt", 3e-3, 300), ("ata", 3e-3, 300)}
-    assert "| dco | > 0.003, dco_beta 100, 600 steps |" in said and "| ata | 0.003, lambda_attn 0.3, 300 steps |" in said
+    trained = {("dreambooth", 1e-3, 600), ("dco", 3e-3, 600), ("apt", 3e-3, 300), ("ata", 3e-3, 300)}
+    assert reported == {*trained, ("ideal", 3e-3, 600)}
+    assert "| dco | > 0.003, dco_beta 100, 600 steps |" in said and "| dreambooth | 0.001, 600 steps | 2 |" in said
+    # Of 0.5 and 0.5, and of 0.5 and 0.25.
+    assert "| ata | 0.003, lambda_attn 0.3, 300 steps | 2 | 0.333 ± 0.000 | -0.167 ± 0.000 |" in said
     # Text 0.5 of 1, identity 0.4 of 0.8.
     assert "| dreambooth | > 0.001, 600 steps | 0.500 | 0.500 | 0.400 |" in said
     assert rivals("--methods", "dreambooth,dco,apt,ata", "--concepts", "4,5") == []
@@ -309,7 +312,9 @@ def test_a_method_whose_tuning_is_not_whole_is_neither_chosen_for_nor_reported(r
     capsys.readouterr()
     assert rivals("--methods", "dreambooth,apt,ata", "--concepts", "4", "--table-only") == []
     said = capsys.readouterr().out
-    assert "| dreambooth | > " in said and "| apt | > " not in said and "| apt | 0.001, lambda_attn 1, 600 steps |" in said
+    assert (
+        "| dreambooth | > " in said and "| apt | > " not in said and "| apt | 0.001, lambda_attn 1, 600 steps |" in said
+    )
     assert "Not tuned yet, and not reported: apt" in said and "| ata |" not in said
 
 
