@@ -20,6 +20,7 @@ from tinyworld import (  # the benchmark beside this one
     Scores,
     Settings,
     cell,
+    check_at_least_one,
     check_listed,
     differences,
     find,
@@ -62,6 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     with errors_in_one_line():
         check_listed(args, options=OPTIONS, concepts=range(len(CONCEPTS)))
+        check_at_least_one(args, "repeats", "workers")
         run(args)
 
 

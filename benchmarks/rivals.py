@@ -28,6 +28,7 @@ from tinyworld import (
     Scores,
     Settings,
     cell,
+    check_at_least_one,
     check_listed,
     find,
     make,
@@ -81,6 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     with errors_in_one_line():
         check_listed(args, methods=METHODS, concepts=range(len(CONCEPTS)))
+        check_at_least_one(args, "repeats", "workers")
         run(args)
 
 

@@ -79,9 +79,7 @@ def _arguments() -> argparse.Namespace:
     for step in args.checkpoints:
         if not 1 <= step < args.steps:
             raise AptError(f"--checkpoints must be from 1 to below --steps, here {args.steps}; found {step}")
-    for option in ("steps", "rank", "scenes", "repeats", "workers"):
-        if getattr(args, option) < 1:
-            raise AptError(f"--{option} must be at least 1; found {getattr(args, option)}")
+    check_at_least_one(args, "steps", "rank", "scenes", "repeats", "workers")
     return args
 
 
@@ -91,6 +89,13 @@ def check_listed(args: argparse.Namespace, **known: Iterable[Any]) -> None:
         for item in getattr(args, option):
             if item not in items:
                 raise AptError(f"--{option} takes {', '.join(map(str, items))}, separated by commas; found {item!r}")
+
+
+def check_at_least_one(args: argparse.Namespace, *options: str) -> None:
+    """Raises AptError for a number below 1."""
+    for option in options:
+        if getattr(args, option) < 1:
+            raise AptError(f"--{option} must be at least 1; found {getattr(args, option)}")
 
 
 def numbers(text: str) -> list[int]:

@@ -363,6 +363,10 @@ def test_each_value_of_an_option_of_apt_is_compared_to_dreambooth(benchmark, mon
     assert ran == []
     call(*options)
     assert ran == []
+    for wrong, named in (("--options", "augment_borde"), ("--repeats", "0")):
+        with pytest.raises(SystemExit) as refused:
+            call(wrong, named)
+        assert wrong in str(refused.value) + capsys.readouterr().err
 
 
 def test_interpolated_loras_change_each_weight_by_their_shares(tmp_path):
