@@ -10,6 +10,8 @@ done, a line of JSON is appended to DIR/runs.jsonl, as by `tinyworld.py`, and it
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,14 +43,14 @@ OPTIONS: dict[str, tuple[Settings, tuple[Any, ...]]] = {
     "augment_max_probability": ({}, (0.0, 0.05, 0.2, 0.4)),
     "augment_border": ({"augment_max_probability": 0.4}, ("learn", "ignore")),
     "frozen_every": ({}, (1, 2, 4)),
-    "lambda_joint": ({"regularizer": "joint"}, (0.01, 0.1, 1.0)),
+    "lambda_joint": ({"regularizer": "joint"}, (0.01, 0.1)),
     "lambda_attn": ({}, (0.0, 0.3, 1.0, 3.0)),
-    "lambda_dist": ({}, (0.0, 0.03, 0.1, 0.3)),
-    "indicator_scale": ({}, (1.0, 5.0, 20.0)),
+    "lambda_dist": ({}, (0.0, 0.03, 0.1)),
 }
 """What else is set, and the values."""
 COLUMNS = {"frechet": ".0f", "recall": ".3f", "text": ".3f", "identity": ".3f", "black_frames": ".3f"}
 DRAWN = ("text", "identity")
+ACROSS = 3  # fields in a row of the picture
 
 
 def main() -> None:
@@ -116,18 +118,27 @@ def _draw(path: Path, paired: Mapping[tuple[str, Any], Scores]) -> None:
     from matplotlib.figure import Figure
 
     options = list(dict.fromkeys(option for option, _ in paired))
-    figure = Figure(figsize=(2.6 * len(options), 3.2), layout="constrained")
-    fields = figure.subplots(1, len(options), sharey=True, squeeze=False)[0]
-    for ax, option in zip(fields, options, strict=True):
-        of = {f"{value}\n{_mark(option, value)}": scores for (name, value), scores in paired.items() if name == option}
+    rows = math.ceil(len(options) / ACROSS)
+    figure = Figure(figsize=(3.2 * min(len(options), ACROSS), 0.4 + 2.8 * rows), layout="constrained")
+    fields = list(figure.subplots(rows, min(len(options), ACROSS), sharey=True, squeeze=False).flat)
+    for ax, option in itertools.zip_longest(fields, options):
+        if option is None:
+            ax.axis("off")
+            continue
+        values = {
+            (f"{value}", bool(_mark(option, value))): found for (of, value), found in paired.items() if of == option
+        }
         for column in DRAWN:
-            measured = {value: means_of_groups(scores, column) for value, scores in of.items() if scores}
+            measured = {value: means_of_groups(found, column) for value, found in values.items() if found}
             if measured:
                 means, errors = zip(*map(mean_and_error, measured.values()), strict=True)
-                ax.errorbar(list(measured), means, errors, fmt="o-", capsize=3, label=column)
+                told = [f"{value}\n(preset)" if preset else value for value, preset in measured]
+                ax.errorbar(told, means, errors, fmt="o-", capsize=3, label=column)
         ax.axhline(0, color="#999999", linewidth=1)
+        ax.margins(x=0.15)
         ax.set_title("\n".join(_told(option).split(", ")), fontsize=9)
-    fields[0].set_ylabel("APT less DreamBooth")
+    for ax in fields[:: min(len(options), ACROSS)]:
+        ax.set_ylabel("APT less DreamBooth")
     fields[0].legend(fontsize=8)
     write_figure(path, figure)
 
