@@ -21,6 +21,7 @@ from tinyworld import (  # the benchmark beside this one
     Comparison,
     Scores,
     Settings,
+    add_run_options,
     cell,
     check_at_least_one,
     check_listed,
@@ -29,11 +30,13 @@ from tinyworld import (  # the benchmark beside this one
     make,
     mean_and_error,
     means_of_groups,
+    names,
     numbers,
     read_rows,
+    tell_failed,
 )
 
-from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.errors import errors_in_one_line
 from apt_hooks.files import write_figure
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.denoisers import UNET
@@ -55,13 +58,11 @@ ACROSS = 3  # fields in a row of the picture
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--options", type=lambda text: list(dict.fromkeys(text.split(","))), default=list(OPTIONS))
+    add_run_options(parser)
+    parser.add_argument("--options", type=names, default=list(OPTIONS))
     parser.add_argument("--concepts", type=numbers, default=[0, 2, 3])
     parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument("--repeats", type=int, default=3, help="pictures a prompt")
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--table-only", action="store_true", help="train nothing")
     args = parser.parse_args()
     with errors_in_one_line():
         check_listed(args, options=OPTIONS, concepts=range(len(CONCEPTS)))
@@ -84,8 +85,7 @@ def run(args: argparse.Namespace) -> None:
     paired = {point: differences(scores, reference) for point, scores in zip(points, found, strict=True)}
     print("\n".join(_table(reference, paired)))
     _draw(args.out / "options.png", paired)
-    if failed:
-        raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
+    tell_failed(failed)
 
 
 def _comparison(args: argparse.Namespace, overrides: Settings) -> Comparison:
@@ -99,7 +99,8 @@ def _table(reference: Scores, paired: Mapping[tuple[str, Any], Scores]) -> list[
     lines += ["| option | value | runs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 3) + "|"]
     for (option, value), scores in paired.items():
         cells = [cell(means_of_groups(scores, column), style, "+") for column, style in COLUMNS.items()]
-        lines.append(f"| {_told(option)} | {_mark(option, value)}{value} | {len(scores)} | {' | '.join(cells)} |")
+        mark = "> " if _is_preset(option, value) else ""
+        lines.append(f"| {_told(option)} | {mark}{value} | {len(scores)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -107,10 +108,9 @@ def _told(option: str) -> str:
     return ", ".join([option, *(f"{key} = {value}" for key, value in OPTIONS[option][0].items())])
 
 
-def _mark(option: str, value: Any) -> str:
-    """> before what is the preset."""
+def _is_preset(option: str, value: Any) -> bool:
     preset = method_config("apt", denoiser=UNET)
-    return "> " if all(getattr(preset, k) == v for k, v in {**OPTIONS[option][0], option: value}.items()) else ""
+    return all(getattr(preset, key) == own for key, own in {**OPTIONS[option][0], option: value}.items())
 
 
 def _draw(path: Path, paired: Mapping[tuple[str, Any], Scores]) -> None:
@@ -118,26 +118,28 @@ def _draw(path: Path, paired: Mapping[tuple[str, Any], Scores]) -> None:
     from matplotlib.figure import Figure
 
     options = list(dict.fromkeys(option for option, _ in paired))
-    rows = math.ceil(len(options) / ACROSS)
-    figure = Figure(figsize=(3.2 * min(len(options), ACROSS), 0.4 + 2.8 * rows), layout="constrained")
-    fields = list(figure.subplots(rows, min(len(options), ACROSS), sharey=True, squeeze=False).flat)
+    across = min(len(options), ACROSS)
+    rows = math.ceil(len(options) / across)
+    figure = Figure(figsize=(3.2 * across, 0.4 + 2.8 * rows), layout="constrained")
+    fields = list(figure.subplots(rows, across, sharey=True, squeeze=False).flat)
     for ax, option in itertools.zip_longest(fields, options):
         if option is None:
             ax.axis("off")
             continue
         values = {
-            (f"{value}", bool(_mark(option, value))): found for (of, value), found in paired.items() if of == option
+            f"{value}\n(preset)" if _is_preset(option, value) else f"{value}": found
+            for (of, value), found in paired.items()
+            if of == option
         }
         for column in DRAWN:
             measured = {value: means_of_groups(found, column) for value, found in values.items() if found}
             if measured:
                 means, errors = zip(*map(mean_and_error, measured.values()), strict=True)
-                told = [f"{value}\n(preset)" if preset else value for value, preset in measured]
-                ax.errorbar(told, means, errors, fmt="o-", capsize=3, label=column)
+                ax.errorbar(list(measured), means, errors, fmt="o-", capsize=3, label=column)
         ax.axhline(0, color="#999999", linewidth=1)
         ax.margins(x=0.15)
         ax.set_title("\n".join(_told(option).split(", ")), fontsize=9)
-    for ax in fields[:: min(len(options), ACROSS)]:
+    for ax in fields[::across]:
         ax.set_ylabel("APT less DreamBooth")
     fields[0].legend(fontsize=8)
     write_figure(path, figure)

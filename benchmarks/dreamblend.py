@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from tinyworld import append_line, cell, check_listed, numbers, read_rows
+from tinyworld import add_run_options, append_line, cell, check_listed, numbers, read_rows, tell_failed
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.integrations.sampling.collapse import attention_collapse
@@ -58,7 +58,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    add_run_options(parser)
     parser.add_argument("--concepts", type=numbers, default=[4, 5, 6, 7])
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     parser.add_argument("--method", default="dreambooth", help="one that differs in keys of [apt] alone")
@@ -71,8 +71,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--interpolate", type=shares, default=[0.5], help="shares of the late one's weights")
     parser.add_argument("--switch-at", type=numbers, default=[3], help="denoising steps, of 10, before the late one")
     parser.add_argument("--scenes", type=int, default=24, help="prompts, a picture each")
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--table-only", action="store_true", help="measure nothing")
     parser.add_argument("--smoke", action="store_true", help="one small run, to see that it works")
     args = parser.parse_args()
     if args.smoke:
@@ -105,8 +103,7 @@ def run(args: argparse.Namespace) -> None:
     print_table(points)
     if points:
         draw(args.out / "dreamblend.png", points)
-    if failed:
-        raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
+    tell_failed(failed)
 
 
 def settings(args: argparse.Namespace, concept: int, seed: int) -> list[Row]:

@@ -32,7 +32,7 @@ import toml
 from paper_table_scores import PAPER, Row, estimate, tables
 from processes import Execute, Processes, devices
 from step import commit, version
-from tinyworld import check_listed, numbers
+from tinyworld import check_at_least_one, check_listed, names, numbers, tell_failed
 
 from apt_hooks.config import AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
@@ -63,7 +63,6 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = lambda text: list(dict.fromkeys(text.split(",")))  # noqa: E731
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", help="folder in diffusers' format, name on the hub, or tinyworld, its U-Net")
     parser.add_argument("--script", type=Path, help="a DreamBooth-LoRA script of diffusers for that model")
@@ -90,9 +89,7 @@ def _arguments() -> argparse.Namespace:
         if getattr(args, option) is None:
             raise AptError(f"--{option} is needed, but for --table-only")
     check_listed(args, methods=CHOICES)
-    for option in ("steps", "rank", "count"):
-        if getattr(args, option) < 1:
-            raise AptError(f"--{option} must be at least 1; found {getattr(args, option)}")
+    check_at_least_one(args, "steps", "rank", "count")
     return args
 
 
@@ -190,8 +187,7 @@ def run(args: argparse.Namespace) -> None:
     result = collect(settings, options, runs)
     write_json(args.out / "table.json", result)
     print("\n".join(tables(result)))
-    if failed:
-        raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
+    tell_failed(failed)
     if args.smoke:
         print("\n".join(["", *estimate(result, **asked, smoke_steps=SMOKE_STEPS, devices=len(names))]))
 

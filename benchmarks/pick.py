@@ -44,7 +44,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from tinyworld import append_line, numbers, read_rows  # the benchmark beside this one
+from tinyworld import add_run_options, append_line, numbers, read_rows  # the benchmark beside this one
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.results.read_checkpoints import Checkpoint, read_checkpoints
@@ -74,14 +74,12 @@ RULES = ("pick", "without", "last", "middle", "random", "held out")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    add_run_options(parser, workers=1)
     parser.add_argument("--concepts", type=numbers, default=[4, 5, 6, 7])
     parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument("--learning-rates", type=_rates, default=[1e-3, 3e-3, 9e-3])
     parser.add_argument("--steps", type=int, default=Training.steps)
     parser.add_argument("--scenes", type=int, default=24, help="prompts, of one picture each")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
-    parser.add_argument("--table-only", action="store_true", help="train nothing")
     parser.add_argument("--smoke", action="store_true", help="one small run, to see that it works")
     args = parser.parse_args()
     if args.smoke:

@@ -27,18 +27,21 @@ from tinyworld import (
     Comparison,
     Scores,
     Settings,
+    add_run_options,
     cell,
     check_at_least_one,
     check_listed,
     find,
     make,
     means_of_groups,
+    names,
     numbers,
     read_rows,
     tables,
+    tell_failed,
 )
 
-from apt_hooks.errors import AptError, errors_in_one_line
+from apt_hooks.errors import errors_in_one_line
 from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
 from apt_hooks.tinyworld.methods import METHODS
 from apt_hooks.tinyworld.personalize import Training
@@ -71,14 +74,12 @@ class Choice:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--methods", type=lambda text: list(dict.fromkeys(text.split(","))), default=list(METHODS))
+    add_run_options(parser)
+    parser.add_argument("--methods", type=names, default=list(METHODS))
     parser.add_argument("--concepts", type=numbers, default=list(REPORTED), help="that are reported")
     parser.add_argument("--seeds", type=numbers, default=[0], help="that are reported")
     parser.add_argument("--repeats", type=int, default=3, help="pictures a prompt, of those that are reported")
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--tune-only", action="store_true", help="report nothing")
-    parser.add_argument("--table-only", action="store_true", help="train nothing")
     args = parser.parse_args()
     with errors_in_one_line():
         check_listed(args, methods=METHODS, concepts=range(len(CONCEPTS)))
@@ -100,10 +101,10 @@ def run(args: argparse.Namespace) -> None:
     incomplete: set[str] = set()
     ideal: Scores = {}
     wanted = []
-    for names, keys, rate in groups:
-        half = [] if names == [IDEAL] else [STEPS // 2]
+    for methods, keys, rate in groups:
+        half = [] if methods == [IDEAL] else [STEPS // 2]
         comparison = Comparison(Training(learning_rate=rate), repeats=1, checkpoints=half, overrides=keys)
-        wanted.append((comparison, comparison.asked(names, TUNING)))
+        wanted.append((comparison, comparison.asked(methods, TUNING)))
     if not args.table_only:
         failed += make(log, wanted, args.workers)
     rows = read_rows(log)
@@ -124,13 +125,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"\nNot tuned yet, and not reported: {', '.join(missing)}")
     if not args.tune_only and REFERENCE in chosen:
         failed += report(args, log, chosen)
-    if failed:
-        raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
+    tell_failed(failed)
 
 
-def _strengths(names: Iterable[str]) -> Iterator[tuple[str, str, float]]:
+def _strengths(methods: Iterable[str]) -> Iterator[tuple[str, str, float]]:
     """Method, key and value."""
-    for name in names:
+    for name in methods:
         key, values = STRENGTHS.get(name, ("", ()))
         for value in values:
             yield name, key, value

@@ -56,10 +56,10 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    add_run_options(parser)
     parser.add_argument("--concepts", type=numbers, default=list(REPORTED))
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
-    parser.add_argument("--methods", type=lambda text: list(dict.fromkeys(text.split(","))), default=["base", *METHODS])
+    parser.add_argument("--methods", type=names, default=["base", *METHODS])
     parser.add_argument("--model", choices=PIPELINES, default="unet")
     parser.add_argument("--steps", type=int, default=Training.steps)
     parser.add_argument("--learning-rate", type=float, default=Training.learning_rate)
@@ -68,8 +68,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=24, help="prompts that are judged")
     parser.add_argument("--repeats", type=int, default=8, help="pictures a prompt")
     parser.add_argument("--set", type=_override, action="append", default=[], metavar="KEY=VALUE", help="in [apt]")
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--table-only", action="store_true", help="train nothing")
     parser.add_argument("--smoke", action="store_true", help="one small run of two methods, to see that it works")
     args = parser.parse_args()
     if args.smoke:
@@ -81,6 +79,13 @@ def _arguments() -> argparse.Namespace:
             raise AptError(f"--checkpoints must be from 1 to below --steps, here {args.steps}; found {step}")
     check_at_least_one(args, "steps", "rank", "scenes", "repeats", "workers")
     return args
+
+
+def add_run_options(parser: argparse.ArgumentParser, workers: int = 2) -> None:
+    """What every benchmark has that makes runs which are missing in a folder."""
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=workers, help="processes, one thread each")
+    parser.add_argument("--table-only", action="store_true", help="train nothing")
 
 
 def check_listed(args: argparse.Namespace, **known: Iterable[Any]) -> None:
@@ -96,6 +101,16 @@ def check_at_least_one(args: argparse.Namespace, *options: str) -> None:
     for option in options:
         if getattr(args, option) < 1:
             raise AptError(f"--{option} must be at least 1; found {getattr(args, option)}")
+
+
+def tell_failed(failed: Sequence[str]) -> None:
+    """Raises AptError where runs have failed, after the tables of the others."""
+    if failed:
+        raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
+
+
+def names(text: str) -> list[str]:
+    return list(dict.fromkeys(text.split(",")))
 
 
 def numbers(text: str) -> list[int]:
@@ -123,8 +138,7 @@ def run(args: argparse.Namespace) -> None:
     if args.checkpoints:
         curves = {name: found[name] for name in args.methods}
         _draw_curves(args.out / "curves.png", curves, by_concept=len(args.concepts) > 1)
-    if failed:
-        raise AptError(f"failed, and made again by the same command: {'; '.join(failed)}")
+    tell_failed(failed)
 
 
 @dataclasses.dataclass(frozen=True)
