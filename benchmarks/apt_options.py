@@ -2,8 +2,9 @@
 
     python benchmarks/apt_options.py --out DIR [--options lambda_attn,...] [--concepts 0,2,3] [--seeds 0]
 
-Trained as the demo is, with the preset but for the option (`OPTIONS`), and compared to DreamBooth on the same concept
-and seed. Prints a table; DIR/options.png draws text and identity over the values of each option. As soon as a run is
+Trained as the demo is, with the preset but for the option (`OPTIONS`), and compared on the same concept and seed, in
+two tables: to DreamBooth, and to the option's value of the preset (to its first one, where the preset has none of
+them), which tells what the option does; DIR/options.png draws the latter for text and identity. As soon as a run is
 done, a line of JSON is appended to DIR/runs.jsonl, as by `tinyworld.py`, and it is not made again.
 """
 
@@ -53,6 +54,7 @@ OPTIONS: dict[str, tuple[Settings, tuple[Any, ...]]] = {
 """What else is set, and the values."""
 COLUMNS = {"frechet": ".0f", "recall": ".3f", "text": ".3f", "identity": ".3f", "black_frames": ".3f"}
 DRAWN = ("text", "identity")
+Point = tuple[str, Any]  # an option and a value of it
 ACROSS = 3  # fields in a row of the picture
 
 
@@ -81,10 +83,23 @@ def run(args: argparse.Namespace) -> None:
         asked.append((comparison, comparison.asked(["apt"], places)))
     failed = [] if args.table_only else make(log, asked, args.workers)
     rows = read_rows(log)
-    reference, *found = (scores for _, of in asked for scores in find(rows, of).values())
-    paired = {point: differences(scores, reference) for point, scores in zip(points, found, strict=True)}
-    print("\n".join(_table(reference, paired)))
-    _draw(args.out / "options.png", paired)
+    reference, *of_points = (scores for _, of in asked for scores in find(rows, of).values())
+    found, by_concept = dict(zip(points, of_points, strict=True)), len(args.concepts) > 1
+    own = {column: cell(means_of_groups(reference, column, by_concept), style) for column, style in COLUMNS.items()}
+    print(f"DreamBooth, {len(reference)} runs: " + ", ".join(f"{column} {told}" for column, told in own.items()))
+    over = "concepts" if by_concept else "the seeds of one concept"
+    print(f"\nAPT's difference to it, paired; of frechet in percent; mean ± standard error over {over}:\n")
+    print("\n".join(_table({point: differences(scores, reference) for point, scores in found.items()}, by_concept)))
+    of_option = {}
+    for option in args.options:
+        values = OPTIONS[option][1]
+        base = found[option, next((value for value in values if _is_preset(option, value)), values[0])]
+        others = [value for value in values if found[option, value] is not base]
+        of_option |= {(option, value): differences(found[option, value], base) for value in others}
+    print("\nAnd to APT with the preset's value, or the option's first:\n")
+    print("\n".join(_table(of_option, by_concept)))
+    if any(of_option.values()):
+        _draw(args.out / "options.png", of_option, by_concept)
     tell_failed(failed)
 
 
@@ -92,13 +107,10 @@ def _comparison(args: argparse.Namespace, overrides: Settings) -> Comparison:
     return Comparison(Training(), repeats=args.repeats, overrides=overrides)
 
 
-def _table(reference: Scores, paired: Mapping[tuple[str, Any], Scores]) -> list[str]:
-    own = {column: cell(means_of_groups(reference, column), style) for column, style in COLUMNS.items()}
-    lines = [f"DreamBooth, {len(reference)} runs: " + ", ".join(f"{column} {told}" for column, told in own.items())]
-    lines += ["", "APT's difference to it, paired; of frechet in percent; mean ± standard error over concepts:", ""]
-    lines += ["| option | value | runs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 3) + "|"]
+def _table(paired: Mapping[Point, Scores], by_concept: bool) -> list[str]:
+    lines = ["| option | value | runs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 3) + "|"]
     for (option, value), scores in paired.items():
-        cells = [cell(means_of_groups(scores, column), style, "+") for column, style in COLUMNS.items()]
+        cells = [cell(means_of_groups(scores, column, by_concept), style, "+") for column, style in COLUMNS.items()]
         mark = "> " if _is_preset(option, value) else ""
         lines.append(f"| {_told(option)} | {mark}{value} | {len(scores)} | {' | '.join(cells)} |")
     return lines
@@ -113,8 +125,8 @@ def _is_preset(option: str, value: Any) -> bool:
     return all(getattr(preset, key) == own for key, own in {**OPTIONS[option][0], option: value}.items())
 
 
-def _draw(path: Path, paired: Mapping[tuple[str, Any], Scores]) -> None:
-    """A field an option, a curve a score."""
+def _draw(path: Path, paired: Mapping[Point, Scores], by_concept: bool) -> None:
+    """A field an option, a curve a score; the value that the others are compared to is at 0."""
     from matplotlib.figure import Figure
 
     options = list(dict.fromkeys(option for option, _ in paired))
@@ -126,23 +138,25 @@ def _draw(path: Path, paired: Mapping[tuple[str, Any], Scores]) -> None:
         if option is None:
             ax.axis("off")
             continue
-        values = {
-            f"{value}\n(preset)" if _is_preset(option, value) else f"{value}": found
-            for (of, value), found in paired.items()
-            if of == option
-        }
         for column in DRAWN:
-            measured = {value: means_of_groups(found, column) for value, found in values.items() if found}
-            if measured:
-                means, errors = zip(*map(mean_and_error, measured.values()), strict=True)
-                ax.errorbar(list(measured), means, errors, fmt="o-", capsize=3, label=column)
+            points = [_point(paired.get((option, v)), column, by_concept) for v in OPTIONS[option][1]]
+            means, errors = zip(*points, strict=True)
+            labels = [f"{v}\n(preset)" if _is_preset(option, v) else f"{v}" for v in OPTIONS[option][1]]
+            ax.errorbar(labels, means, errors, fmt="o-", capsize=3, label=column)
         ax.axhline(0, color="#999999", linewidth=1)
         ax.margins(x=0.15)
         ax.set_title("\n".join(_told(option).split(", ")), fontsize=9)
     for ax in fields[::across]:
-        ax.set_ylabel("APT less DreamBooth")
+        ax.set_ylabel("difference, paired")
     fields[0].legend(fontsize=8)
     write_figure(path, figure)
+
+
+def _point(scores: Scores | None, column: str, by_concept: bool) -> tuple[float, float]:
+    """Mean and error; nan, which is not drawn, of what has not run."""
+    if scores is None:
+        return 0.0, math.nan  # what the others are compared to
+    return mean_and_error(means_of_groups(scores, column, by_concept)) if scores else (math.nan, math.nan)
 
 
 if __name__ == "__main__":

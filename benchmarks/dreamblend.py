@@ -25,9 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors.torch import load_file, save_file
-from tinyworld import add_run_options, append_line, cell, check_listed, numbers, read_rows, tell_failed
+from tinyworld import (  # the benchmark beside this one
+    add_run_options,
+    append_line,
+    cell,
+    check_at_least_one,
+    check_listed,
+    failures,
+    numbers,
+    read_rows,
+    tell_failed,
+)
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.integrations.sampling.collapse import attention_collapse
@@ -76,6 +85,7 @@ def _arguments() -> argparse.Namespace:
     if args.smoke:
         args.concepts, args.seeds, args.checkpoints, args.early, args.late, args.scenes = [4], [0], [1, 2], 1, [2], 5
     check_listed(args, concepts=range(len(CONCEPTS)), late=args.checkpoints)
+    check_at_least_one(args, "scenes", "workers")
     by_keys = [name for name, method in METHODS.items() if not method.beside]
     if args.early not in args.checkpoints or args.method not in by_keys:
         raise AptError(f"--early is one of --checkpoints, --method of {', '.join(by_keys)}")
@@ -93,10 +103,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.table_only:
         args.out.mkdir(parents=True, exist_ok=True)
         with concurrent.futures.ProcessPoolExecutor(args.workers) as pool:
-            futures = {pool.submit(measure, args, *place): place for place in places}
-            for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
-                if error := future.exception():
-                    failed.append("concept {}, seed {}: {!r}".format(*futures[future], error))
+            failed = failures({pool.submit(measure, args, *one): "concept {}, seed {}".format(*one) for one in places})
     asked = [wanted for concept, seed in places for wanted in settings(args, concept, seed)]
     rows = [row for row in read_rows(args.out / "runs.jsonl") if any(w.items() <= row.items() for w in asked)]
     points = means(rows)

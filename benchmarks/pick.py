@@ -43,8 +43,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
-from tinyworld import add_run_options, append_line, numbers, read_rows  # the benchmark beside this one
+from tinyworld import (  # the benchmark beside this one
+    add_run_options,
+    append_line,
+    check_at_least_one,
+    check_listed,
+    failures,
+    numbers,
+    read_rows,
+    tell_failed,
+)
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.results.read_checkpoints import Checkpoint, read_checkpoints
@@ -93,10 +101,9 @@ def run(args: argparse.Namespace) -> None:
     """Make the runs that are missing, and print the table."""
     if args.steps < CHECKPOINTS or args.steps % CHECKPOINTS:
         raise AptError(f"--steps must be a multiple of {CHECKPOINTS}, the checkpoints; found {args.steps}")
-    for concept in args.concepts:
-        if not 0 <= concept < len(CONCEPTS):
-            raise AptError(f"--concepts takes 0 to {len(CONCEPTS) - 1}, separated by commas; found {concept}")
-    log = args.out / "judged.jsonl"
+    check_listed(args, concepts=range(len(CONCEPTS)))
+    check_at_least_one(args, "scenes", "workers")
+    log, failed = args.out / "judged.jsonl", []
     asked = [
         {"concept": concept, "seed": seed, "learning_rate": rate, "steps": args.steps, "scenes": args.scenes}
         for concept in args.concepts
@@ -107,11 +114,13 @@ def run(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         missing = [one for one in asked if _find(log, one) is None]
         with concurrent.futures.ProcessPoolExecutor(args.workers) as pool:
-            futures = [pool.submit(train_and_judge, args.out, log, one) for one in missing]
-            for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
-                future.result()
+            futures = {
+                pool.submit(train_and_judge, args.out, log, one): folder_of(args.out, one).name for one in missing
+            }
+            failed = failures(futures)
     rows = [row for one in asked if (row := _find(log, one)) is not None]
     print("\n".join([*table(args.out, rows), "", *ranks(args.out, rows)]))
+    tell_failed(failed)
 
 
 def _rates(text: str) -> list[float]:

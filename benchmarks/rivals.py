@@ -1,10 +1,10 @@
-"""Methods at their best on the tiny world: each tuned by the same budget, then compared on concepts it has not seen.
+"""Methods at their best on the tiny world: each tuned alike, then compared on concepts it has not seen.
 
     python benchmarks/rivals.py --out DIR [--tune-only] [--table-only] [--methods ...]
 
-Each method is trained with two learning rates, DCO, L2-SP and APT with two strengths of their own at each, on concepts
-0, 2 and 3 (1 cannot be learned), and judged at half of the steps and at the end: `RATES`, `STRENGTHS`. What is taken of
-it, with the step, is what has the highest mean score over these concepts, by the score of `pick.py`. So a smaller
+Each method is trained with two learning rates, DCO, L2-SP and APT, which have a strength, with two of these at each, on
+concepts 0, 2 and 3 (1 cannot be learned), and judged at half of the steps and at the end: `RATES`, `STRENGTHS`. What is
+taken of it, with the step, is what has the highest mean score over these concepts, by that of `pick.py`. So a smaller
 learning rate and early stopping, the cheapest of rivals, are in everybody's reach. The parts of APT, and what is added
 to it, take APT's. Then each is trained so on concepts 4 to 13, and the tables are those of `tinyworld.py`.
 
@@ -31,6 +31,7 @@ from tinyworld import (
     cell,
     check_at_least_one,
     check_listed,
+    differences,
     find,
     make,
     means_of_groups,
@@ -71,6 +72,10 @@ class Choice:
         keys = "".join(f", {key} {value:g}" for key, value in self.keys)
         return f"{self.learning_rate:g}{keys}, {self.steps} steps"
 
+    def of(self, method: str) -> Choice:
+        """For a method that is trained as another: without the keys that it sets itself."""
+        return dataclasses.replace(self, keys=tuple(item for item in self.keys if item[0] not in METHODS[method].keys))
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,7 +87,8 @@ def main() -> None:
     parser.add_argument("--tune-only", action="store_true", help="report nothing")
     args = parser.parse_args()
     with errors_in_one_line():
-        check_listed(args, methods=METHODS, concepts=range(len(CONCEPTS)))
+        tuning = {concept for concept, _ in TUNING}
+        check_listed(args, methods=METHODS, concepts=[c for c in range(len(CONCEPTS)) if c not in tuning])
         check_at_least_one(args, "repeats", "workers")
         run(args)
 
@@ -160,7 +166,7 @@ def report(args: argparse.Namespace, log: Path, chosen: Mapping[str, Choice]) ->
     """Train each method as it was tuned, on the concepts that are reported, and print the tables; returns failures."""
     places = [(concept, seed) for concept in args.concepts for seed in args.seeds]
     own = {name: chosen.get("apt" if name in SAME_AS_APT else name) for name in METHODS}
-    choices = {name: choice for name, choice in own.items() if choice and name in {*args.methods, REFERENCE}}
+    choices = {name: choice.of(name) for name, choice in own.items() if choice and name in {*args.methods, REFERENCE}}
     drawn_by_code = Comparison(Training(), repeats=args.repeats)
     wanted: list[tuple[Comparison, Asked]] = [(drawn_by_code, drawn_by_code.asked([IDEAL], places))]
     for name, choice in choices.items():
@@ -171,6 +177,8 @@ def report(args: argparse.Namespace, log: Path, chosen: Mapping[str, Choice]) ->
     rows, by_concept = read_rows(log), len(args.concepts) > 1
     found = {name: scores for _, asked in wanted for name, scores in find(rows, asked).items()}
     ideal = found.pop(IDEAL)
+    if lacking := [f"{concept}, {seed}" for concept, seed in places if (concept, seed) not in ideal]:
+        print(f"\nWithout a score, as `{IDEAL}` has not run there (concept, seed): {'; '.join(lacking)}")
     print("\n".join(["", *_choices_table(choices, found, ideal, by_concept), ""]))
     print("\n".join(tables(found, list(found), by_concept)))
     return failed
@@ -185,14 +193,10 @@ def _choices_table(
     }
     lines = [f"| method | trained with | runs | score | difference to {REFERENCE} |", "|---|---|---|---|---|"]
     for name, of in scores.items():
-        paired: Scores = {
-            place: {"score": row["score"] - scores[REFERENCE][place]["score"]}
-            for place, row in of.items()
-            if place in scores[REFERENCE]
-        }
+        paired = differences(of, scores[REFERENCE], ["score"])
         cells = [cell(means_of_groups(of, "score", by_concept), ".3f")]
         cells.append(cell(means_of_groups(paired, "score", by_concept), ".3f", "+") if name != REFERENCE else "")
-        lines.append(f"| {name} | {choices[name].told()} | {len(of)} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {choices[name].told()} | {len(found[name])} | {' | '.join(cells)} |")
     return lines
 
 

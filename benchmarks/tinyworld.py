@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import hashlib
@@ -178,9 +179,9 @@ def make(log: Path, wanted: Iterable[tuple[Comparison, Asked]], workers: int) ->
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists() and not log.read_bytes().endswith(b"\n"):
         append_line(log, "")  # ends a line that was cut off
-    rows, planned, failed = read_rows(log), [], []
+    rows, planned = read_rows(log), []
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        futures = {}
+        futures: dict[concurrent.futures.Future[None], str] = {}
         for comparison, asked in wanted:
             done, groups = find(rows, asked), {}
             for name, places in asked.items():
@@ -189,10 +190,26 @@ def make(log: Path, wanted: Iterable[tuple[Comparison, Asked]], workers: int) ->
                     if place not in done[name] and settings not in planned:
                         planned.append(settings)
                         groups.setdefault(place, []).append(settings)
-            futures |= {pool.submit(run_group, log, group, comparison): place for place, group in groups.items()}
-        for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
-            if error := future.exception():
-                failed.append("concept {}, seed {}: {!r}".format(*futures[future], error))
+            differs = {"learning_rate": comparison.training.learning_rate, **comparison.overrides}
+            told = ", ".join(f"{key} {value}" for key, value in differs.items())
+            for (concept, seed), group in groups.items():
+                methods = ", ".join(settings["method"] for settings in group)
+                label = f"concept {concept}, seed {seed}, {methods} ({told})"
+                futures[pool.submit(run_group, log, group, comparison)] = label
+        return failures(futures)
+
+
+def failures(futures: Mapping[concurrent.futures.Future[Any], str]) -> list[str]:
+    """Waits for all, with a bar; returns what is said of those that failed, each with its label."""
+    failed, killed = [], 0
+    for future in track(concurrent.futures.as_completed(futures), total=len(futures)):
+        error = future.exception()
+        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+            killed += 1  # of all that was not done when one process ended, the same is said
+        elif error:
+            failed.append(f"{futures[future]}: {error!r}")
+    if killed:
+        failed.append(f"{killed} of {len(futures)} not done, as a process was killed (is there too little memory?)")
     return failed
 
 
@@ -324,17 +341,19 @@ def means_of_groups(scores: Scores, column: str, by_concept: bool = True) -> lis
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    """The mean and its standard error, which one value does not tell: nan."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return statistics.fmean(values), error
 
 
-def differences(scores: Scores, reference: Scores) -> Scores:
+def differences(scores: Scores, reference: Scores, columns: Iterable[str] = COLUMNS) -> Scores:
     """Of each pair; that of frechet in percent."""
     paired: Scores = {}
     for place in scores.keys() & reference.keys():
         one, other = scores[place], reference[place]
-        paired[place] = {name: one[name] - other[name] for name in COLUMNS}
-        paired[place]["frechet"] *= 100 / other["frechet"]
+        paired[place] = {name: one[name] - other[name] for name in columns}
+        if "frechet" in paired[place]:
+            paired[place]["frechet"] *= 100 / other["frechet"]
     return paired
 
 

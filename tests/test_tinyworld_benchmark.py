@@ -220,10 +220,22 @@ def test_a_failure_is_told_at_the_end_and_loses_nothing_else(bench, capsys):
     with pytest.raises(SystemExit) as ended:
         bench("--concepts", "4,7,8")
     assert str(ended.value.code) == (
-        "apt-hooks: error: failed, and made again by the same command: concept 7, seed 0: ValueError('no picture')"
+        "apt-hooks: error: failed, and made again by the same command: "
+        "concept 7, seed 0, dreambooth, apt (learning_rate 0.003): ValueError('no picture')"
     )
     assert cells(capsys.readouterr().out.splitlines(), "apt")[0]["recall"] == "0.600 ± 0.200"
     assert bench("--concepts", "4,8") == []
+
+
+def test_that_a_process_was_killed_is_told_once(benchmark):
+    futures = {concurrent.futures.Future(): f"run {number}" for number in range(4)}
+    for number, future in enumerate(futures):
+        killed = concurrent.futures.process.BrokenProcessPool("terminated abruptly")
+        future.set_result(None) if number == 0 else future.set_exception(OSError("full") if number == 1 else killed)
+    assert sorted(benchmark.failures(futures)) == [
+        "2 of 4 not done, as a process was killed (is there too little memory?)",
+        "run 1: OSError('full')",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -266,6 +278,8 @@ def rivals(benchmark, monkeypatch, tmp_path):
             end = row(benchmark, identity=0.4 if good.get(settings["method"]) else 0.2)
             early = settings["method"] == "apt" and rate == 3e-3 and config["lambda_attn"] == 0.3
             half = {**end, "identity": 0.3 if early else 0.1}
+            if settings["concept"] == 5 and settings["method"] in ("apt", "ata"):
+                end = half = row(benchmark, identity=0.4)
             if settings["method"] == "ideal":
                 end = row(benchmark, text=1.0, identity=0.8)
             curve = {str(step): half for step in settings["checkpoints"]}
@@ -293,12 +307,45 @@ def test_each_rival_is_reported_as_it_was_best_on_the_concepts_for_tuning(rivals
     trained = {("dreambooth", 1e-3, 600), ("dco", 3e-3, 600), ("apt", 3e-3, 300), ("ata", 3e-3, 300)}
     assert reported == {*trained, ("ideal", 3e-3, 600)}
     assert "| dco | > 0.003, dco_beta 100, 600 steps |" in said and "| dreambooth | 0.001, 600 steps | 2 |" in said
-    # Of 0.5 and 0.5, and of 0.5 and 0.25.
-    assert "| ata | 0.003, lambda_attn 0.3, 300 steps | 2 | 0.333 ± 0.000 | -0.167 ± 0.000 |" in said
+    # Of 0.5 and 0.5, and of 0.5 and 0.25 on concept 4 alone; the part sets its own lambda_attn.
+    assert "| apt | 0.003, lambda_attn 0.3, 300 steps | 2 | 0.417 ± 0.083 | -0.083 ± 0.083 |" in said
+    assert "| ata | 0.003, 300 steps | 2 | 0.417 ± 0.083 | -0.083 ± 0.083 |" in said
     # Text 0.5 of 1, identity 0.4 of 0.8.
     assert "| dreambooth | > 0.001, 600 steps | 0.500 | 0.500 | 0.400 |" in said
     assert rivals("--methods", "dreambooth,dco,apt,ata", "--concepts", "4,5") == []
     assert {name for name, *_ in rivals("--methods", "prior", "--tune-only")} == {"prior"}
+
+
+def test_the_scores_differences_are_of_the_same_concept(rivals, tmp_path, capsys):
+    rivals("--methods", "dreambooth,apt", "--concepts", "4,5")
+    log = tmp_path / "runs.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    lost = next(row for row in rows if row["method"] == "dreambooth" and row["concept"] == 4)
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows if row is not lost))
+    capsys.readouterr()
+    rivals("--methods", "dreambooth,apt", "--concepts", "4,5", "--table-only")
+    assert "| apt | 0.003, lambda_attn 0.3, 300 steps | 2 | 0.417 ± 0.083 | +0.000 |" in capsys.readouterr().out
+    lost = next(row for row in rows if row["method"] == "ideal" and row["concept"] == 4)
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows if row is not lost))
+    rivals("--methods", "dreambooth,apt", "--concepts", "4,5", "--table-only")
+    said = capsys.readouterr().out
+    assert "Without a score, as `ideal` has not run there (concept, seed): 4, 0\n" in said
+    assert "| apt | 0.003, lambda_attn 0.3, 300 steps | 2 | 0.500 | +0.000 |" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--concepts", "0,4"), "--concepts takes 1, 4, 5, .*; found 0"),
+        (("--methods", "lora"), "--methods takes dreambooth, dco, .*; found 'lora'"),
+        (("--repeats", "0"), "--repeats must be at least 1; found 0"),
+        (("--workers", "0"), "--workers must be at least 1; found 0"),
+    ],
+)
+def test_wrong_options_of_rivals_are_told_before_anything_runs(rivals, tmp_path, options, said):
+    with pytest.raises(SystemExit, match=said):
+        rivals(*options)
+    assert not (tmp_path / "runs.jsonl").exists()
 
 
 def test_a_method_whose_tuning_is_not_whole_is_neither_chosen_for_nor_reported(rivals, tmp_path, capsys):
@@ -318,55 +365,75 @@ def test_a_method_whose_tuning_is_not_whole_is_neither_chosen_for_nor_reported(r
     assert "Not tuned yet, and not reported: apt" in said and "| ata |" not in said
 
 
-def test_each_value_of_an_option_of_apt_is_compared_to_dreambooth(benchmark, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def apt_options(benchmark, monkeypatch, tmp_path, capsys):
+    """Calls the benchmark of options, returns what it says; what it trains is in `ran`, its text score made here."""
     with benchmarks_importable():
         module = importlib.import_module("apt_options")
-    ran = []
 
     def run_group(log, group, comparison):
         for settings in group:
-            config = settings["apt"]
-            ran.append((settings["method"], settings["concept"], config["augment_border"], config["frozen_every"]))
+            config, concept = settings["apt"], settings["concept"]
+            call.ran.append((settings["method"], concept, json.dumps(config, sort_keys=True)))
             text = 0.6 if settings["method"] == "dreambooth" else 0.9 - 0.1 * config["frozen_every"]
-            text += 0.02 * settings["concept"]
+            # On concept 2 more is lost by it, and all is better.
+            text += concept * (0.02 - 0.01 * (config["frozen_every"] - 1))
             benchmark.append_line(log, json.dumps({**settings, **row(benchmark, text=text), "curve": {}}))
 
     def call(*options):
-        ran.clear()
+        call.ran = []
         monkeypatch.setattr(sys, "argv", ["apt_options.py", "--out", str(tmp_path), *options])
         module.main()
         return capsys.readouterr().out
 
     monkeypatch.setattr(benchmark, "run_group", run_group)
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
-    options = ("--options", "frozen_every,augment_border", "--concepts", "0,2")
-    said = call(*options)
-    # The preset is the first value of one option, and is made once.
-    each = [(*others, every) for others in (("apt", 0), ("apt", 2)) for every in (("learn", 1), ("learn", 2))]
-    assert len(ran) == len(set(ran)) + 2  # the border with more augmentation, which is not looked at here
-    assert {(method, concept, (border, every)) for method, concept, border, every in ran} >= set(each)
-    assert [method for method, *_ in ran].count("dreambooth") == 2
-    assert cells(said.splitlines()[3:], "frozen_every") == [
-        {
-            **dict.fromkeys(module.COLUMNS, "+0.000 ± 0.000"),
-            "option": "frozen_every",
-            "value": value,
-            "runs": "2",
-            "frechet": "+0 ± 0",
-            "text": f"{text:+.3f} ± 0.000",
-        }
-        for value, text in (("> 1", 0.2), ("2", 0.1), ("4", -0.1))
-    ]
-    assert "| augment_border, augment_max_probability = 0.4 | ignore | 2 |" in said
+    call.columns = list(module.COLUMNS)
+    return call
+
+
+def texts(said, option):
+    """Value and text of an option's rows, in the table of differences to DreamBooth and in that to the preset."""
+    tables = said.split("And to APT with")
+    return [[(found["value"], found["text"]) for found in cells(table.splitlines()[1:], option)] for table in tables]
+
+
+def test_each_value_of_an_option_of_apt_is_compared_to_dreambooth_and_to_the_preset(apt_options, tmp_path):
+    options = ("--options", "frozen_every,lambda_attn", "--concepts", "0,2")
+    said = apt_options(*options)
+    # On each concept DreamBooth, three and four values, of which the preset is both options': made once.
+    assert len(apt_options.ran) == len(set(apt_options.ran)) == 2 * (1 + 3 + 4 - 1)
+    to_dreambooth, to_preset = texts(said, "frozen_every")
+    assert to_dreambooth == [("> 1", "+0.200 ± 0.000"), ("2", "+0.090 ± 0.010"), ("4", "-0.130 ± 0.030")]
+    assert to_preset == [("2", "-0.110 ± 0.010"), ("4", "-0.330 ± 0.030")]
+    assert [value for value, _ in texts(said, "lambda_attn")[1]] == ["0.0", "0.3", "3.0"]
     assert (tmp_path / "options.png").stat().st_size > 0
-    call(*options, "--table-only")
-    assert ran == []
-    call(*options)
-    assert ran == []
-    for wrong, named in (("--options", "augment_borde"), ("--repeats", "0")):
-        with pytest.raises(SystemExit) as refused:
-            call(wrong, named)
-        assert wrong in str(refused.value) + capsys.readouterr().err
+    apt_options(*options, "--table-only")
+    apt_options(*options)
+    assert apt_options.ran == []
+
+
+def test_an_option_that_the_preset_has_otherwise_is_compared_to_its_first_value(apt_options):
+    said = apt_options("--options", "augment_border", "--concepts", "0")
+    found = texts(said, "augment_border, augment_max_probability = 0.4")
+    assert found == [[("learn", "+0.200"), ("ignore", "+0.200")], [("ignore", "+0.000")]]
+
+
+def test_the_error_of_an_options_value_on_one_concept_is_that_of_its_seeds(apt_options):
+    said = apt_options("--options", "frozen_every", "--concepts", "2", "--seeds", "0,1")
+    assert texts(said, "frozen_every")[1] == [("2", "-0.120 ± 0.000"), ("4", "-0.360 ± 0.000")]
+    assert "standard error over the seeds of one concept" in said
+
+
+def test_without_runs_there_are_dashes_and_no_picture_of_apts_options(apt_options, tmp_path):
+    assert "| frozen_every | > 1 | 0 | - |" in apt_options("--table-only", "--options", "frozen_every")
+    assert not (tmp_path / "options.png").exists()
+
+
+@pytest.mark.parametrize(("wrong", "named"), [("--options", "augment_borde"), ("--repeats", "0")])
+def test_wrong_options_of_apts_options_are_told(apt_options, wrong, named):
+    with pytest.raises(SystemExit, match=wrong):
+        apt_options(wrong, named)
 
 
 def test_interpolated_loras_change_each_weight_by_their_shares(tmp_path):
