@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,29 @@ def test_ranks_are_within_runs_and_over_all_of_them(tmp_path: Path) -> None:
     first.write_text(first.read_text().replace('"prompt_response": 0.9, ', ""))  # as an earlier apt-hooks wrote it
     cells = {row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]] for row in pick.ranks(tmp_path, rows)}
     assert cells["prompt response"][3] == "+1.00" and cells["step"][3] == "-0.48"
+
+
+def test_a_run_that_fails_is_told_after_the_table_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "4-0-0.003"
+    folder.mkdir()
+    lines = [line(300, 0.9, 0.8, 0.1), line(600, 1.0, 0.7, 0.2)]
+    (folder / "dreambooth-checkpoints.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+
+    def run(out: Path, log: Path, asked: dict[str, Any]) -> None:
+        if asked["concept"] == 5:
+            raise ValueError("no picture")
+        pick.append_line(log, json.dumps({**asked, "judged": {"ideal": IDEAL, "300": IDEAL, "600": IDEAL}}))
+
+    monkeypatch.setattr(pick, "train_and_judge", run)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", concurrent.futures.ThreadPoolExecutor)
+    options = ["--out", str(tmp_path), "--learning-rates", "3e-3"]
+    monkeypatch.setattr(sys, "argv", ["pick.py", *options, "--concepts", "4,5"])
+    with pytest.raises(SystemExit, match=r"made again by the same command: 5-0-0.003: ValueError\('no picture'\)"):
+        pick.main()
+    assert "| 4 | 0 | 0.003 | 300 | 1.000" in capsys.readouterr().out
+    for wrong, said in ((["--concepts", "99"], "--concepts takes 0, .*; found 99"), (["--scenes", "0"], "at least 1")):
+        monkeypatch.setattr(sys, "argv", ["pick.py", *options, *wrong])
+        with pytest.raises(SystemExit, match=said):
+            pick.main()
