@@ -178,9 +178,13 @@ class AptConfig:
             sections = ", ".join(f"[{name}]" for name, value in content.items() if isinstance(value, dict))
             found = f"{section} = {values!r}" if values is not None else sections or "no section at all"
             raise AptError(
-                f"{path}: looked for a section [{section}], found {found}; `apt-hooks presets apply` adds one"
+                f"{path}: looked for a section [{section}], found {found}; "
+                f"`apt-hooks presets apply NAME {path}` adds one"
             )
-        return cls.from_mapping(values)
+        try:
+            return cls.from_mapping(values)
+        except AptError as error:
+            raise AptError(f"{path}: {error}") from error
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> AptConfig:

@@ -267,7 +267,9 @@ def test_from_toml_without_the_section_says_what_was_found(tmp_path, text, found
     path.write_bytes(text)
     with pytest.raises(AptError) as caught:
         AptConfig.from_toml(path)
-    assert str(caught.value) == f"{path}: looked for a section [apt], found {found}; `apt-hooks presets apply` adds one"
+    assert str(caught.value) == (
+        f"{path}: looked for a section [apt], found {found}; `apt-hooks presets apply NAME {path}` adds one"
+    )
 
 
 @pytest.mark.parametrize("text", [b"[apt\n", b"[apt]\nnum_bins = \xff\n", b"\xef\xbb\xbf[apt]\nnum_bins = 4\n"])

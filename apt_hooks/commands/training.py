@@ -157,13 +157,13 @@ def demo(
     seed: Annotated[
         int, typer.Option(min=0, max=2**31 - 1, help="Random seed; the same seed gives the same numbers.")
     ] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each method.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each method; 600 if not given.")] = None,
     model: Annotated[str, typer.Option(help="The tiny world's model: unet, or transformer (flow matching).")] = "unet",
     methods: Annotated[
         str,
         typer.Option(
             help="Columns of the comparison: ideal, base, dreambooth, dco, l2-sp, prior, dop, t-lora, t-lora+ortho, "
-            "ata, ata+rs, apt, apt+prior, apt+dop, apt+t-lora."
+            "ata, ata+rs, apt, apt+prior, apt+dop, apt+t-lora. What each is: docs/rivals.md."
         ),
     ] = "ideal,base,dreambooth,apt",
     workers: Annotated[
@@ -171,7 +171,10 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures, numbers and LoRAs.")] = Path("apt-demo"),
 ) -> None:
-    """Personalize a tiny pretrained model with and without APT, and show the difference in pictures and numbers."""
+    """Personalize a tiny pretrained model with and without APT, and show the difference in pictures and numbers.
+
+    Takes about three minutes on two CPU cores.
+    """
     from apt_hooks.tinyworld.demo import run_demo
     from apt_hooks.tinyworld.personalize import Training
 
