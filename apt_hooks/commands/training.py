@@ -163,7 +163,7 @@ def demo(
         str,
         typer.Option(
             help="Columns of the comparison: ideal, base, dreambooth, dco, l2-sp, prior, dop, t-lora, t-lora+ortho, "
-            "ata, ata+rs, apt, apt+prior, apt+dop, apt+t-lora. What each is: docs/rivals.md."
+            "ata, ata+rs, apt, apt+prior, apt+dop, apt+t-lora."
         ),
     ] = "ideal,base,dreambooth,apt",
     workers: Annotated[
@@ -173,7 +173,7 @@ def demo(
 ) -> None:
     """Personalize a tiny pretrained model with and without APT, and show the difference in pictures and numbers.
 
-    Takes about three minutes on two CPU cores.
+    Takes about three minutes on two CPU cores. What each of the methods is: docs/rivals.md.
     """
     from apt_hooks.tinyworld.demo import run_demo
     from apt_hooks.tinyworld.personalize import Training
