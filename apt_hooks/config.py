@@ -201,7 +201,10 @@ class AptConfig:
                 )
         own = {key: value for key, value in values.items() if key != "preset"}
         if "preset" in values:
-            base = toml.loads(preset_text(values["preset"]))["apt"]
+            try:
+                base = toml.loads(preset_text(values["preset"]))["apt"]
+            except AptError as error:
+                raise AptError(f"[apt] {error}") from error
             config = cls(**{**base, **own}, preset_name=values["preset"])
         else:
             config = cls(**own)
@@ -268,7 +271,7 @@ def preset_text(name: Any) -> str:
     names = preset_names()
     if name not in names:
         listed = ", ".join(f'"{n}"' for n in names)
-        raise AptError(f"[apt] preset must be one of {listed}; found {name!r}{nearest(str(name), names)}")
+        raise AptError(f"preset must be one of {listed}; found {name!r}{nearest(str(name), names)}")
     return _preset_folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")
 
 

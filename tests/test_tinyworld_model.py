@@ -137,6 +137,13 @@ def test_all_parts_of_a_transformer_are_read_back(tmp_path, pipeline):
         )
 
 
+def test_the_transformer_s_pipeline_refuses_embeddings(tmp_path, pipeline):
+    save_denoiser(new_model(pipeline.tokenizer, TRANSFORMER), tmp_path)
+    ready = {"prompt_embeds": torch.zeros(1, 32, 128), "pooled_prompt_embeds": torch.zeros(1, 128)}
+    with pytest.raises(AptError, match="takes prompts as texts; found prompt_embeds, pooled_prompt_embeds"):
+        load_pipeline(tmp_path)(**ready)
+
+
 def test_sampling_with_the_transformer_is_euler_s_method_on_the_guided_velocity(tmp_path, pipeline):
     torch.manual_seed(0)
     parts = new_model(pipeline.tokenizer, TRANSFORMER)

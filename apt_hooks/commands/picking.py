@@ -26,7 +26,7 @@ def pick(
     context: typer.Context,
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN_DIR", help="Folder that a run has saved LoRAs in, or its NAME-checkpoints.jsonl."),
+        typer.Argument(metavar="RUN", help="A folder that a run has saved LoRAs in, or its RUN-checkpoints.jsonl."),
     ],
     judge: Annotated[
         bool, typer.Option("--judge", help="Draw with each checkpoint too, and judge it; needs the five options below.")

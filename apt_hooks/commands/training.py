@@ -196,7 +196,7 @@ def demo(
 def calibrate(
     log: Annotated[
         Path,
-        typer.Argument(metavar="RUN-apt.jsonl", help="The log of a run, with `monitor_only` or not; or its folder."),
+        typer.Argument(metavar="RUN", help="A log, RUN-apt.jsonl, with `monitor_only` or not; or its folder."),
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="PICTURE.png", help="Where to draw; RUN-apt-calibrate.png if not given.")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..errors import AptError
 from ..method.error_units import flow_error_scale
 from ..method.indicator import sigma_bins
 
@@ -313,9 +314,11 @@ class Transformer(Denoiser):
             prompt: str | list[str],
             negative_prompt: str | list[str] | None = None,
             num_images_per_prompt: int = 1,
-            **_of_other_encoders: Any,
+            **others: Any,
         ) -> tuple[Tensor, ...]:
             """As the pipeline's own method, which would take another encoder's hidden states and projections."""
+            if ready := [name for name, value in others.items() if name.endswith("_embeds") and value is not None]:
+                raise AptError(f"the tiny transformer's pipeline takes prompts as texts; found {', '.join(ready)}")
             prompts = [prompt] if isinstance(prompt, str) else prompt
             negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompts)
             told, untold = (self.condition(encode(pipeline, texts)) for texts in (prompts, negative))
