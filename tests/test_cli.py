@@ -584,6 +584,7 @@ def test_a_preset_whose_model_sd_scripts_does_not_train_names_the_scripts_that_d
         (("patch", "diffusers", "t.py", "--output", "nowhere/x.py"), "nowhere: cannot be written to: No such file"),
         (("patch", "diffusers", "t.py", "--output", "other.py"), "other.py: is there already, with edits of its own"),
         (("presets", "show", "sdx"), "error: preset must be one of"),
+        (("presets", "show", "sdx"), 'did you mean "sdxl"'),
         (("presets", "apply", "section.toml", "sdxl"), "goes first: `apt-hooks presets apply sdxl section.toml`"),
         (("presets", "apply", "sdxl", "nowhere.toml"), "nowhere.toml: cannot be read"),
         (("check", "nowhere.toml"), "nowhere.toml: cannot be read"),
