@@ -45,8 +45,15 @@ _NOT_APT = {
     "lambda_dist": 0.0,
     "lambda_attn": 0.0,
     "lambda_joint": 0.0,
-    "frozen_every": 1,
 }
+
+_OFF: dict[str, dict[str, Any]] = {
+    "apt": {},
+    "dco": {**_NOT_APT, "frozen_every": 1},  # its loss takes the frozen pass of every batch
+    "l2-sp": _NOT_APT,
+    "dreambooth": _NOT_APT,
+}
+"""What keys are with each objective, whatever was given."""
 
 _OF_OBJECTIVE = {"dco_beta": "dco", "lambda_offset": "l2-sp"}
 
@@ -138,9 +145,8 @@ class AptConfig:
             elif isinstance(field.default, float):
                 value = float(value)
             object.__setattr__(self, field.name, value)
-        if self.objective != "apt":
-            for name, off in _NOT_APT.items():
-                object.__setattr__(self, name, off)
+        for name, off in _OFF[self.objective].items():
+            object.__setattr__(self, name, off)
         if (self.identifier is None) != (self.class_word is None):
             given, missing = ("identifier", "class_word") if self.identifier else ("class_word", "identifier")
             raise AptError(f"[apt] {given} = {getattr(self, given)!r} needs {missing} too: give both or neither")
@@ -244,15 +250,16 @@ class AptConfig:
     @property
     def ignored(self) -> dict[str, Any]:
         """The keys given beside a preset (`from_mapping`) that the objective takes no notice of, as they were given."""
+        off = _OFF[self.objective]
         unused = {key for key, objective in _OF_OBJECTIVE.items() if self.objective != objective}
         if self.objective != "apt":
-            unused |= {*_NOT_APT, *_OF_ITS_TERMS}
-        return {key: value for key, value in self._given.items() if key in unused and _NOT_APT.get(key) != value}
+            unused |= {*off, *_OF_ITS_TERMS}
+        return {key: value for key, value in self._given.items() if key in unused and off.get(key) != value}
 
     def overrides(self) -> dict[str, Any]:
         """The keys whose value differs from the preset's, or from the defaults where no preset is named."""
         base = AptConfig.preset(self.preset_name) if self.preset_name else AptConfig()
-        ignored = {"preset_name", *(_NOT_APT if self.objective != "apt" else ())}
+        ignored = {"preset_name", *_OFF[self.objective]}
         names = [field.name for field in dataclasses.fields(self) if field.name not in ignored]
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(base, name)}
 

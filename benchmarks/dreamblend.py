@@ -7,7 +7,8 @@ the late one, together with the early one in three ways: blended, and by two tha
 and the early one for the first denoising steps, then the late one. Step 0 is the base model: weights between that and a
 checkpoint are the checkpoint at a lower strength. The attention shift of each (`apt-hooks maps
 --collapse`) is measured. As soon as something is measured, a line of JSON is appended to DIR/runs.jsonl, and it is not
-measured again. Then the means are printed, and drawn in the plane of text and identity score.
+measured again. Then means and paired differences are printed, and the means drawn in the plane of text and identity
+score.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import statistics
 import tempfile
@@ -27,12 +29,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tinyworld import (  # the benchmark beside this one
+    Scores,
     add_run_options,
     append_line,
     cell,
     check_at_least_one,
     check_listed,
+    differences,
     failures,
+    means_of_groups,
     numbers,
     read_rows,
     tell_failed,
@@ -54,6 +59,8 @@ from apt_hooks.tinyworld.model import load_pipeline
 from apt_hooks.tinyworld.personalize import Training, lora, method_config, reference_pictures, train
 
 OPTIONS = {"num_inference_steps": UNET.sampling_steps, "guidance_scale": UNET.guidance, "output_type": "pt"}
+
+DIFFERING = ("text", "identity")
 
 Row = dict[str, Any]
 Point = tuple[int | None, int, str]
@@ -106,9 +113,10 @@ def run(args: argparse.Namespace) -> None:
             failed = failures({pool.submit(measure, args, *one): "concept {}, seed {}".format(*one) for one in places})
     asked = [wanted for concept, seed in places for wanted in settings(args, concept, seed)]
     rows = [row for row in read_rows(args.out / "runs.jsonl") if any(w.items() <= row.items() for w in asked)]
-    points = means(rows)
+    points = by_point(rows)
     print_table(points)
     if points:
+        print_differences(points)
         draw(args.out / "dreamblend.png", points)
     tell_failed(failed)
 
@@ -226,32 +234,56 @@ def interpolated(early: Path | None, late: Path, share: float, folder: Path) -> 
     return folder / "mixed.safetensors"
 
 
-def means(rows: Iterable[Row]) -> dict[Point, dict[str, list[float]]]:
-    """By point and score, the concepts' means over their seeds: runs of one concept are not independent."""
-    found: dict[Point, dict[int, list[Row]]] = {}
+def by_point(rows: Iterable[Row]) -> dict[Point, Scores]:
+    """The scores of each concept and seed, those of single checkpoints first."""
+    found: dict[Point, Scores] = {}
     for row in rows:
-        found.setdefault((row["early"], row["late"], way_of(row)), {}).setdefault(row["concept"], []).append(row)
-    scores = ("text", "identity", "frechet", "attention_shift")
-    return {
-        point: {
-            name: [statistics.fmean(row[name] for row in own) for own in concepts.values()]
-            for name in scores
-            if all(name in row for own in concepts.values() for row in own)
-        }
-        for point, concepts in sorted(found.items(), key=lambda item: (item[0][0] is not None, item[0][2], item[0][1]))
-    }
+        found.setdefault((row["early"], row["late"], way_of(row)), {})[row["concept"], row["seed"]] = row
+    return dict(sorted(found.items(), key=lambda item: (item[0][0] is not None, item[0][2], item[0][1])))
 
 
-def print_table(points: Mapping[Point, Mapping[str, list[float]]]) -> None:
+def print_table(points: Mapping[Point, Scores]) -> None:
+    """Means of the concepts, each that of its seeds: runs of one concept are not independent."""
     columns = {"text": ".3f", "identity": ".3f", "frechet": ".0f", "attention_shift": ".3f"}
     print("| checkpoint | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
-    for (early, late, way), scores in points.items():
-        cells = [cell(scores[name], style) if name in scores else "" for name, style in columns.items()]
-        print(f"| {late if early is None else f'{early} + {late}, {way}'} | " + " | ".join(cells) + " |")
+    for point, scores in points.items():
+        cells = [
+            cell(means_of_groups(scores, name), style) if all(name in row for row in scores.values()) else ""
+            for name, style in columns.items()
+        ]
+        print(f"| {told(point)} | " + " | ".join(cells) + " |")
 
 
-def draw(path: Path, points: Mapping[Point, Mapping[str, list[float]]]) -> None:
-    at = {point: (statistics.fmean(s["identity"]), statistics.fmean(s["text"])) for point, s in points.items()}
+def print_differences(points: Mapping[Point, Scores]) -> None:
+    """Each checkpoint less the one before it; what two make, less the late one alone and less the checkpoint whose mean
+    text is nearest, beside which a gain of identity is one beyond the front of single checkpoints."""
+    singles = {point: scores for point, scores in points.items() if point[0] is None}
+    text = {point: statistics.fmean(means_of_groups(scores, "text")) for point, scores in points.items()}
+    pairs = [(later, earlier) for earlier, later in itertools.pairwise(singles)]
+    for point in points.keys() - singles.keys():
+        nearest = min(singles, key=lambda one: abs(text[one] - text[point]))
+        late = [one for one in singles if one[1] == point[1]]
+        pairs += [(point, one) for one in dict.fromkeys([*late, nearest])]
+    print("\nPaired by concept and seed:\n\n| checkpoint | less | runs | text | identity |\n|---|---|---|---|---|")
+    for point, other in sorted(pairs, key=lambda pair: list(points).index(pair[0])):
+        paired = differences(points[point], points[other], DIFFERING)
+        cells = [cell(means_of_groups(paired, name), ".3f", "+") for name in DIFFERING]
+        print(f"| {told(point)} | {told(other)} | {len(paired)} | " + " | ".join(cells) + " |")
+
+
+def told(point: Point) -> str:
+    early, late, way = point
+    return str(late) if early is None else f"{early} + {late}, {way}"
+
+
+def draw(path: Path, points: Mapping[Point, Scores]) -> None:
+    at = {
+        point: (
+            statistics.fmean(means_of_groups(scores, "identity")),
+            statistics.fmean(means_of_groups(scores, "text")),
+        )
+        for point, scores in points.items()
+    }
     singles = {str(late): xy for (early, late, _), xy in at.items() if early is None}
     blends: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
     for (early, late, way), xy in at.items():

@@ -185,10 +185,12 @@ OWN_TERMS = tuple(GIVEN)
 def test_with_another_objective_apts_own_terms_are_off_whatever_was_given(objective, values):
     config = AptConfig.from_mapping({**values, "objective": objective})
     terms = [getattr(config, name) for name in OWN_TERMS]
-    assert terms == [False, False, 0.0, 0.0, 0.0, 1]
+    # Each batch has a frozen pass where the loss is made of it; where it is for the log alone it can be spared.
+    kept = {} if objective == "dco" or "frozen_every" not in values else {"frozen_every": 5}
+    assert terms == [False, False, 0.0, 0.0, 0.0, kept.get("frozen_every", 1)]
     assert [type(term) for term in terms] == [bool, bool, float, float, float, int]
     # They follow from the objective, so that they are not told beside it.
-    assert config.overrides() == {"objective": objective}
+    assert config.overrides() == {"objective": objective, **kept}
 
 
 @pytest.mark.parametrize("objective", ["dco", "l2-sp", "dreambooth"])
@@ -198,6 +200,8 @@ def test_keys_of_the_users_own_that_the_objective_drops_are_told_and_no_others(o
     assert AptConfig.from_mapping({"preset": "sdxl", "objective": objective, **own}).ignored == dropped
     assert AptConfig.from_mapping({"preset": "sdxl", "objective": objective}).ignored == {}
     assert AptConfig.from_mapping({"preset": "sdxl", **own}).ignored == {}
+    spared = AptConfig.from_mapping({"frozen_every": 3, "objective": objective})
+    assert spared.ignored == ({"frozen_every": 3} if objective == "dco" else {})
     of_one = {"dco_beta": ("dco", 5), "lambda_offset": ("l2-sp", 0.5)}
     for key, (owner, value) in of_one.items():
         ignored = AptConfig.from_mapping({key: value, "objective": objective}).ignored

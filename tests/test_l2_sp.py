@@ -220,6 +220,21 @@ def test_a_step_is_plain_training_and_the_penalty_beside_it_for_what_counts(inst
     assert case.objective.capture is None and not case.objective.augments
 
 
+def test_with_frozen_every_the_penalty_is_of_each_step_and_the_frozen_pass_of_some():
+    case, passes = Case(frozen_every=3), []
+    predict = case.predict
+    case.predict = lambda: passes.append(torch.is_grad_enabled()) or predict()
+    for number in range(4):
+        passes.clear()
+        step, loss, gradient = case.step()
+        due = number % 3 == 0
+        assert passes == ([False] * due + [True]) and ("delta_noise" in step.values) == due
+        wanted_loss, wanted, penalty = case.written_out()
+        assert loss == pytest.approx(wanted_loss, rel=1e-6)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
+        assert float(step.values["l_offset"]) == pytest.approx(penalty, rel=1e-6) and penalty > 0
+
+
 def test_where_nothing_counts_there_is_no_penalty():
     step, _, _ = Case().step(torch.zeros(4, dtype=torch.bool))
     assert float(step.regularizer) == 0.0 and "l_offset" not in step.values

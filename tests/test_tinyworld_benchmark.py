@@ -435,11 +435,15 @@ def test_wrong_options_of_apts_options_are_told(apt_options, wrong, named):
         apt_options(wrong, named)
 
 
-def test_interpolated_loras_change_each_weight_by_their_shares(tmp_path):
+@pytest.fixture(scope="module")
+def blending():
+    with benchmarks_importable():
+        return importlib.import_module("dreamblend")
+
+
+def test_interpolated_loras_change_each_weight_by_their_shares(blending, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    with benchmarks_importable():
-        blending = importlib.import_module("dreamblend")
     changes = []
     for step in (10, 600):
         lora = {
@@ -453,3 +457,23 @@ def test_interpolated_loras_change_each_weight_by_their_shares(tmp_path):
     mixed = load_file(blending.interpolated(None, tmp_path / "600.safetensors", 0.25, tmp_path))
     found = mixed["unet.to_q.lora_B.weight"] @ mixed["unet.to_q.lora_A.weight"]
     torch.testing.assert_close(found, 0.25 * changes[1])
+
+
+def test_blends_are_paired_with_their_late_checkpoint_and_that_of_the_nearest_text(blending, capsys):
+    def rows(early, late, text, identity, **way):
+        # The second concept has its own level, and the second seed is there for some alone: neither tells anything.
+        for concept, seed, level in ((4, 0, 0.0), (5, 0, -0.2), (5, 1, -0.3)):
+            if seed == 0 or early is None:
+                row = {"concept": concept, "seed": seed, "early": early, "late": late, "frechet": 900.0, **way}
+                yield {**row, "text": text + level, "identity": identity + level}
+
+    every = [*rows(None, 600, 0.8, 0.5), *rows(75, 600, 0.92, 0.45, guidance_lr=1.0)]
+    every += [*rows(None, 75, 0.9, 0.4), *rows(75, 600, 0.82, 0.55, switch_at=3)]
+    blending.print_differences(blending.by_point(every))
+    table = capsys.readouterr().out.splitlines()[5:]
+    assert table == [
+        "| 600 | 75 | 3 | -0.100 ± 0.000 | +0.100 ± 0.000 |",
+        "| 75 + 600, blend | 600 | 2 | +0.120 ± 0.000 | -0.050 ± 0.000 |",
+        "| 75 + 600, blend | 75 | 2 | +0.020 ± 0.000 | +0.050 ± 0.000 |",
+        "| 75 + 600, late from step 3 | 600 | 2 | +0.020 ± 0.000 | +0.050 ± 0.000 |",
+    ]

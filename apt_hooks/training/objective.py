@@ -253,11 +253,13 @@ class AptObjective:
         if count:
             values["loss_weight"] = weight[here].mean()
         # The terms are means over the samples that count; the trainer's loss is a mean over the whole batch.
-        share = (self.config.frozen_every if passes.due else 0) * count / batch
+        share = count / batch
+        if self.config.objective == "l2-sp":
+            # Of the weights and not of a frozen pass, so that each batch has it.
+            terms = {"l_offset": self._weight_offset()} if count else {}
+        else:
+            terms, share = passes.terms, (self.config.frozen_every if passes.due else 0) * share
         regularizer = torch.zeros((), device=target.device)
-        terms = passes.terms
-        if self.config.objective == "l2-sp" and count:
-            terms = {**terms, "l_offset": self._weight_offset()}
         if not self.config.monitor_only:
             regularizer = self._regularizer(terms, share, regularizer)
         values.update({name: term.detach() for name, term in terms.items()})
