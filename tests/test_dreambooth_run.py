@@ -678,6 +678,19 @@ def test_l2_sp_adds_its_penalty_to_the_scripts_own_loss(train: Train, prior: tup
     assert found.lines[0]["l_offset"] == 0.0 < found.lines[-1]["l_offset"] and found.lines[-1]["l_attn"] is None
 
 
+@pytest.mark.parametrize("objective", ["l2-sp", "dreambooth"])
+def test_the_frozen_pass_that_only_the_log_needs_can_be_spared(train: Train, objective: str) -> None:
+    arguments = ("--max_train_steps", "5", "--learning_rate", "1e-2")
+    config = f'objective = "{objective}"\nlambda_offset = 0.7\n'
+    each = train("one_encoder", *arguments, config=config)
+    spared = train("one_encoder", *arguments, config=config + "frozen_every = 4")
+    assert spared.lora.keys() == each.lora.keys()
+    assert all(torch.equal(tensor, each.lora[key]) for key, tensor in spared.lora.items())
+    assert [line["gap"] for line in each.lines][:1] == [line["gap"] for line in spared.lines][:1]
+    assert [line["delta_noise"] is not None for line in spared.lines] == [True, False, False, False, True]
+    assert [line["l_offset"] for line in spared.lines] == [line["l_offset"] for line in each.lines]
+
+
 def test_l2_sp_holds_trained_text_encoders_too(train: Train) -> None:
     arguments = ("--train_text_encoder", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2")
     found = train("one_encoder", *arguments, config='objective = "l2-sp"\nlambda_offset = 100').lora

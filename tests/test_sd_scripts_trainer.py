@@ -801,6 +801,15 @@ def test_l2_sp_holds_the_whole_network_for_the_samples_that_count(train: Train, 
     assert run.log[-1]["l_offset"] == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("config", [L2_SP, {"objective": "dreambooth"}], ids=["l2-sp", "dreambooth"])
+def test_the_frozen_pass_that_only_the_log_needs_can_be_spared(train: Train, config: dict[str, Any]) -> None:
+    each, spared = train(config), train({**config, "frozen_every": 2}, name="spared")
+    weights, wanted = spared.saved()["weights"], each.saved()["weights"]
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[key], wanted[key]) for key in wanted)
+    assert [line["loss_frozen"] is not None for line in spared.log] == [True, False, True]
+    assert [line["l_offset"] for line in spared.log] == [line["l_offset"] for line in each.log]
+
+
 def test_l2_sp_under_accumulation_is_the_penalty_of_the_step(train: Train) -> None:
     options = {"subsets": (OWN,), "max_train_steps": 2}
     whole = train(L2_SP, train_batch_size=1, **options)
