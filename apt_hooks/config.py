@@ -89,7 +89,8 @@ class AptConfig:
 
     Defaults are those of the paper (arXiv 2507.02687) for SDXL; where the paper leaves a value open it is ours, and
     `presets/*.toml` says so beside it. The key `preset` is kept in `preset_name`. With another `objective` than "apt"
-    the keys that switch APT's own terms are off, whatever was given, so that a preset can serve for a baseline too;
+    the keys that switch APT's own terms are off, and with "dco" `frozen_every` is 1, whatever was given, so that a
+    preset can serve for a baseline too;
     `ignored` tells which of the user's own keys have come to nothing by that.
 
     Raises:

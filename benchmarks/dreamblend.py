@@ -18,7 +18,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import statistics
 import tempfile
@@ -48,6 +47,7 @@ from apt_hooks.integrations.sampling.collapse import attention_collapse
 from apt_hooks.integrations.sampling.denoising_steps import denoising_steps
 from apt_hooks.integrations.sampling.dreamblend import DreamBlend
 from apt_hooks.integrations.sampling.loras import Loras
+from apt_hooks.results.pareto_front import front
 from apt_hooks.results.pictures import draw_plane
 from apt_hooks.tinyworld.concepts import CONCEPTS
 from apt_hooks.tinyworld.denoisers import UNET
@@ -255,20 +255,29 @@ def print_table(points: Mapping[Point, Scores]) -> None:
 
 
 def print_differences(points: Mapping[Point, Scores]) -> None:
-    """Each checkpoint less the one before it; what two make, less the late one alone and less the checkpoint whose mean
-    text is nearest, beside which a gain of identity is one beyond the front of single checkpoints."""
-    singles = {point: scores for point, scores in points.items() if point[0] is None}
-    text = {point: statistics.fmean(means_of_groups(scores, "text")) for point, scores in points.items()}
-    pairs = [(later, earlier) for earlier, later in itertools.pairwise(singles)]
-    for point in points.keys() - singles.keys():
-        nearest = min(singles, key=lambda one: abs(text[one] - text[point]))
-        late = [one for one in singles if one[1] == point[1]]
-        pairs += [(point, one) for one in dict.fromkeys([*late, nearest])]
+    """Each late checkpoint less each before it; what two make, less the late one alone and less the one whose mean text
+    is nearest, of the single checkpoints' front."""
+    singles = [point for point in points if point[0] is None]
+    two = [point for point in points if point[0] is not None]
+    lates = [one for one in singles if one[1] in {late for _, late, _ in two}]
+    pairs = [(late, earlier) for late in lates for earlier in singles if earlier[1] < late[1]]
+    at = {point: _plane(scores) for point, scores in points.items()}
+    ahead = [point for point, better in front({one: at[one] for one in singles}).items() if better is None]
+    for point in two:
+        nearest = min(ahead, key=lambda one: abs(at[one][1] - at[point][1]), default=None)
+        alone = [one for one in singles if one[1] == point[1] or one == nearest]
+        pairs += [(point, one) for one in alone]
     print("\nPaired by concept and seed:\n\n| checkpoint | less | runs | text | identity |\n|---|---|---|---|---|")
-    for point, other in sorted(pairs, key=lambda pair: list(points).index(pair[0])):
+    for point, other in pairs:
         paired = differences(points[point], points[other], DIFFERING)
         cells = [cell(means_of_groups(paired, name), ".3f", "+") for name in DIFFERING]
         print(f"| {told(point)} | {told(other)} | {len(paired)} | " + " | ".join(cells) + " |")
+
+
+def _plane(scores: Scores) -> tuple[float, float]:
+    """Mean identity and text, as `draw_plane` has them."""
+    identity, text = (statistics.fmean(means_of_groups(scores, name)) for name in ("identity", "text"))
+    return identity, text
 
 
 def told(point: Point) -> str:
@@ -277,13 +286,7 @@ def told(point: Point) -> str:
 
 
 def draw(path: Path, points: Mapping[Point, Scores]) -> None:
-    at = {
-        point: (
-            statistics.fmean(means_of_groups(scores, "identity")),
-            statistics.fmean(means_of_groups(scores, "text")),
-        )
-        for point, scores in points.items()
-    }
+    at = {point: _plane(scores) for point, scores in points.items()}
     singles = {str(late): xy for (early, late, _), xy in at.items() if early is None}
     blends: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
     for (early, late, way), xy in at.items():

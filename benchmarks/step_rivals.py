@@ -3,10 +3,10 @@
     python benchmarks/step_rivals.py [--methods dreambooth,apt,...] [--steps 600]
 
 All methods are trained as `rivals.py` trains them, without any frozen pass that is for the log alone, each in a thread
-of its own, and after a step of one comes a step of the next, so that whatever else the machine does falls on all. The
-passes are counted at the denoiser. The times are those of blocks of steps, the ratios those of the same block; steps in
-which the benchmark itself measures something are left out. No pictures are drawn, but for the class pictures of prior
-preservation, which are no part of a step.
+of its own, and after a step of one comes a step of another, so that whatever else the machine does falls on all. The
+passes are counted at the denoiser. The times are those of blocks of steps, the ratios those of the same block, mean and
+standard error; steps in which the benchmark itself measures something are left out. No pictures are drawn, but for the
+class pictures of prior preservation, which are no part of a step.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import random
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from step import machine, percentiles, print_table  # the benchmarks beside this one
-from tinyworld import REFERENCE, check_at_least_one, check_listed, names
+from step import machine, print_table  # the benchmarks beside this one
+from tinyworld import REFERENCE, cell, check_at_least_one, check_listed, names
 
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
@@ -47,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", type=names, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=Training.steps)
-    parser.add_argument("--block", type=int, default=40, help="steps whose times are added up")
+    parser.add_argument("--block", type=int, default=20, help="steps whose times are added up")
     args = parser.parse_args()
     with errors_in_one_line():
         check_listed(args, methods=METHODS)
@@ -57,8 +58,9 @@ def main() -> None:
                 f"--steps must be at least {2 * MEASUREMENTS}, so that not all are measured; found {args.steps}"
             )
         timed = measure(list(dict.fromkeys([REFERENCE, *args.methods])), args.steps)
-        print_table(summarize(timed, args.block), ["method", "passes", "ms", "ratio", "ratio_p20", "ratio_p80"])
-        print(", ".join(f"{name} {value}" for name, value in machine(torch.device("cpu")).items() if value))
+        print_table(summarize(timed, args.block), ["method", "passes", "ms", "ratio", "blocks"])
+        with one_thread():
+            print(", ".join(f"{name} {value}" for name, value in machine(torch.device("cpu")).items() if value))
 
 
 @dataclasses.dataclass
@@ -71,24 +73,34 @@ class Step:
 
 
 class Turns:
-    """Lets threads run in turn, one at a time, each until it gives its turn away."""
+    """Lets threads run in turn, one at a time, each until it gives its turn away; every round in another order, so that
+    none always runs behind the same other."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._order, self._changed, self._over = collections.deque(names), threading.Condition(), False
+        self._names, self._round, self._over = list(names), list[str](), False
+        self._changed, self._random = threading.Condition(), random.Random(0)
+        with self._changed:
+            self._next()
+
+    def _next(self) -> None:
+        """The last of the round is the one whose turn it is."""
+        if not self._round:
+            self._round = self._random.sample(self._names, len(self._names))
+        self._changed.notify_all()
 
     @contextlib.contextmanager
     def taking_part(self, name: str) -> Iterator[Callable[[], None]]:
         """Inside, this thread has its turns; what is yielded gives one away, and comes back with the next."""
 
         def wait() -> None:
-            self._changed.wait_for(lambda: self._over or self._order[0] == name)
+            self._changed.wait_for(lambda: self._over or self._round[-1] == name)
             if self._over:
                 raise concurrent.futures.CancelledError
 
         def give_away() -> None:
             with self._changed:
-                self._order.rotate(-1)
-                self._changed.notify_all()
+                self._round.pop()
+                self._next()
                 wait()
 
         with self._changed:
@@ -96,12 +108,11 @@ class Turns:
         try:
             yield give_away
         finally:
-            self.leave(name)
-
-    def leave(self, name: str) -> None:
-        with self._changed:
-            self._order.remove(name)
-            self._changed.notify_all()
+            with self._changed:
+                self._names.remove(name)
+                if name in self._round:
+                    self._round.remove(name)
+                self._next()
 
     def end(self) -> None:
         """No thread has another turn."""
@@ -169,13 +180,14 @@ def train_in_turn(name: str, steps: int, turns: Turns) -> list[Step]:
 
 
 def summarize(timed: dict[str, list[Step]], block: int) -> list[dict[str, str]]:
-    """A row for each method: passes of a step, median time of a block's step, median and spread of the ratios."""
+    """A row for each method: passes of a step, median time of a block's step, the blocks' mean ratio and its error."""
     blocks = {name: _means_of_blocks([step.seconds for step in steps], block) for name, steps in timed.items()}
     rows = []
     for name, steps in timed.items():
         ratios = [own / other for own, other in zip(blocks[name], blocks[REFERENCE], strict=True)]
-        row = {"method": name, "passes": _passes(steps), "ms": f"{1000 * statistics.median(blocks[name]):.1f}"}
-        rows.append(row | {f"ratio{at}": f"{value:.2f}" for at, value in percentiles(ratios).items()})
+        milliseconds = f"{1000 * statistics.median(blocks[name]):.0f}"
+        told = {"ms": milliseconds, "ratio": cell(ratios, ".2f"), "blocks": str(len(ratios))}
+        rows.append({"method": name, "passes": _passes(steps), **told})
     return rows
 
 

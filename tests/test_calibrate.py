@@ -316,3 +316,13 @@ def test_no_scale_is_fitted_to_a_run_that_is_too_short(tmp_path: Path, bins: int
     lines = [{**line(i, gaps, 1000), "delta_noise": noise} for i in range(1, 21)]
     with pytest.raises(AptError, match=rf"a\.jsonl: too short to fit a scale to: {said}; log a run as long"):
         calibrate(write(tmp_path / "a.jsonl", lines), None, scale=None, say=print)
+
+
+def test_steps_without_the_base_model_do_not_make_a_run_long_enough(tmp_path: Path) -> None:
+    lines = [{**line(i, [0.0015] * 10, 1000), "delta_noise": None if i % 50 > 1 else 0.02} for i in range(1, 601)]
+    said = r"600 steps, the base model in 24 of them \(frozen_every\), and there are 10 bins of timesteps to be seen"
+    with pytest.raises(AptError, match=rf"a\.jsonl: too short to fit a scale to: {said}; log a run as long"):
+        calibrate(write(tmp_path / "a.jsonl", lines), None, scale=None, say=print)
+    assert read_log(tmp_path / "a.jsonl").compared == 24
+    lines = [{**line(i, [0.0015] * 10, 1000), "delta_noise": None if i % 12 else 0.02} for i in range(1, 601)]
+    assert calibrate(write(tmp_path / "b.jsonl", lines), None, scale=None, say=print) > 0

@@ -332,6 +332,16 @@ def test_a_rule_about_text_encoders_that_are_not_trained_is_told_once(
     assert told == ["apt-hooks: stop names text_drift, which is not measured here: that part of the rule holds never"]
 
 
+def test_delta_noise_is_of_the_last_fifty_steps_that_have_it(tmp_path: Path) -> None:
+    checkpoints, found = Checkpoints(tmp_path / "lora-checkpoints.jsonl"), []
+    for step in range(1, 132):  # a frozen pass in every 60th: 1, 61, 121; the first has nothing moved yet
+        value = step / 1000 if step % 60 == 1 else None
+        checkpoints.took({**step_line(), "delta_noise": value if step > 1 else 0.0})
+        if step in (1, 50, 51, 61, 110, 111, 131):
+            found.append(checkpoints.measure(step, [0.5], [0.1])["delta_noise"])
+    assert found == [0.0, 0.0, None, 0.061, 0.061, None, 0.121]
+
+
 def test_each_checkpoint_has_a_line_and_carries_it(tmp_path: Path) -> None:
     drifts, _, model = drifts_of()
     checkpoints = Checkpoints(tmp_path / "lora-checkpoints.jsonl", drifts)

@@ -263,6 +263,25 @@ def test_with_the_start_for_reference_the_offset_is_from_there():
         torch.optim.SGD(case.network.parameters(), lr=0.5).step()
 
 
+def test_a_loaded_start_holds_in_a_batch_without_a_frozen_pass_too():
+    case = Case(reference="start", frozen_every=3)
+    start = [change.detach().clone() for change in case.changes()]
+    begun = [(name, p.detach().clone()) for name, p in case.network.named_parameters()]
+    torch.optim.SGD(case.network.parameters(), lr=0.5).step(lambda: case.step()[1])
+    # As a resumed run has it: the weights of now, and those that the training began from waiting to be taken.
+    case.objective.reference.start, case.objective.reference.saved_start = None, begun
+    case.network.zero_grad()
+    passes = case.objective.passes()
+    assert not passes.due
+    prediction = passes.end_tuned(case.predict())  # in a script's own lines
+    step = passes.step(case.target, TIMESTEPS)
+    step.loss(case.per_sample(prediction)).backward()
+    gradient = case.network.gradient()
+    _, wanted, penalty = case.written_out(start=start)
+    assert float(step.values["l_offset"]) == pytest.approx(penalty, rel=1e-6) and penalty > 0
+    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
+
+
 def test_a_lora_that_the_objective_does_not_know_of_is_one_line():
     case = Case()
     case.objective.reference.modules = (case.unet,)

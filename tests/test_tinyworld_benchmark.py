@@ -459,21 +459,23 @@ def test_interpolated_loras_change_each_weight_by_their_shares(blending, tmp_pat
     torch.testing.assert_close(found, 0.25 * changes[1])
 
 
-def test_blends_are_paired_with_their_late_checkpoint_and_that_of_the_nearest_text(blending, capsys):
-    def rows(early, late, text, identity, **way):
+def test_blends_are_paired_with_their_late_checkpoint_and_that_of_the_nearest_text_on_the_front(blending, capsys):
+    def rows(early, late, text, identity, apart=0.0, **way):
         # The second concept has its own level, and the second seed is there for some alone: neither tells anything.
-        for concept, seed, level in ((4, 0, 0.0), (5, 0, -0.2), (5, 1, -0.3)):
+        for concept, seed, level, off in ((4, 0, 0.0, 0.0), (5, 0, -0.2, apart), (5, 1, -0.3, 0.0)):
             if seed == 0 or early is None:
                 row = {"concept": concept, "seed": seed, "early": early, "late": late, "frechet": 900.0, **way}
-                yield {**row, "text": text + level, "identity": identity + level}
+                yield {**row, "text": text + level + off, "identity": identity + level - off}
 
-    every = [*rows(None, 600, 0.8, 0.5), *rows(75, 600, 0.92, 0.45, guidance_lr=1.0)]
-    every += [*rows(None, 75, 0.9, 0.4), *rows(75, 600, 0.82, 0.55, switch_at=3)]
+    every = [*rows(None, 600, 0.8, 0.5), *rows(75, 600, 0.92, 0.45, 0.04, guidance_lr=1.0), *rows(None, 75, 0.9, 0.4)]
+    every += [*rows(75, 600, 0.82, 0.55, switch_at=3), *rows(None, 150, 0.82, 0.3)]  # the last is beaten by both
     blending.print_differences(blending.by_point(every))
     table = capsys.readouterr().out.splitlines()[5:]
     assert table == [
         "| 600 | 75 | 3 | -0.100 ± 0.000 | +0.100 ± 0.000 |",
-        "| 75 + 600, blend | 600 | 2 | +0.120 ± 0.000 | -0.050 ± 0.000 |",
-        "| 75 + 600, blend | 75 | 2 | +0.020 ± 0.000 | +0.050 ± 0.000 |",
+        "| 600 | 150 | 3 | -0.020 ± 0.000 | +0.200 ± 0.000 |",
+        # One concept's blend has .04 more text and as much less identity: a deviation of .02 * sqrt(2), over sqrt(2).
+        "| 75 + 600, blend | 75 | 2 | +0.040 ± 0.020 | +0.030 ± 0.020 |",
+        "| 75 + 600, blend | 600 | 2 | +0.140 ± 0.020 | -0.070 ± 0.020 |",
         "| 75 + 600, late from step 3 | 600 | 2 | +0.020 ± 0.000 | +0.050 ± 0.000 |",
     ]

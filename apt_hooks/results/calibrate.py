@@ -43,6 +43,7 @@ class LoggedIndicator:
         gaps: [steps, bins], `OverfittingIndicator.gaps` at these steps; NaN for a bin not seen yet.
         delta_noise: mean of the last tenth; NaN where the log has none.
         total: how many steps the log has, of which these are an evenly chosen part.
+        compared: and how many of them ran the base model (`frozen_every`), of a very long log about how many.
         dropout: probabilities of the LoRA's dropout by what they are of, at the end of the run; empty in older logs.
     """
 
@@ -51,6 +52,7 @@ class LoggedIndicator:
     gaps: Tensor
     delta_noise: float = math.nan
     total: int = 0
+    compared: int = 0
     dropout: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -87,8 +89,12 @@ def read_log(path: Path, scale: float | None = None) -> LoggedIndicator:
     from_gamma = -torch.log1p(-run.gammas) / (scale or 1.0)
     dropout = run.starts[-1].get("dropout", {}) if run.starts else {}
     gaps = torch.where(without[:, None], from_gamma, run.gaps)
-    delta_noise = float(_last_tenth(run.values["delta_noise"]).nanmean())
-    return LoggedIndicator(run.steps, run.gammas, gaps, delta_noise, run.total, dropout)
+    noise = run.values["delta_noise"]
+    share = float((~noise.isnan()).double().mean()) or 1.0  # an older log has none
+    compared = round(share * run.total)
+    return LoggedIndicator(
+        run.steps, run.gammas, gaps, float(_last_tenth(noise).nanmean()), run.total, compared, dropout
+    )
 
 
 def gaps_at_end(gaps: Tensor) -> Tensor:
@@ -150,7 +156,7 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
     if picture.suffix.lower() != ".png":
         raise AptError(f"--out must name a .png file; found {picture}")
     unseen = int(run.gaps.isnan().all(dim=0).sum())
-    too_short = why_too_short(run.total, run.gaps.shape[1], unseen, run.delta_noise)
+    too_short = why_too_short(run.total, run.gaps.shape[1], unseen, run.delta_noise, run.compared)
     if too_short:
         raise AptError(f"{log}: too short to fit a scale to: {too_short}; log a run as long as the training is to be")
     try:

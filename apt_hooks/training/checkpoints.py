@@ -98,7 +98,7 @@ class Checkpoints:
             held_out=held_out is not None,
         )
         self._gammas: list[float] = []
-        self._delta_noise: list[float] = []
+        self._delta_noise: list[float | None] = []
         self._last = time.perf_counter()
         self._cost = 0.0
         self._begun = self._told = False
@@ -126,8 +126,7 @@ class Checkpoints:
         """A step's line of the step log (`StepLog`), each of them once."""
         known = [g for g, gap in zip(line["gamma"], line["gap"], strict=True) if g is not None and gap is not None]
         self._gammas.append(sum(known) / len(known) if known else math.nan)
-        if line["delta_noise"] is not None:
-            self._delta_noise.append(line["delta_noise"])
+        self._delta_noise.append(line["delta_noise"])
 
     def measure(self, step: int, gammas: Sequence[float], gaps: Sequence[float]) -> dict[str, Any]:
         """The line of the LoRA as it is.
@@ -137,7 +136,7 @@ class Checkpoints:
             gammas, gaps: [bins], the indicator's; a gap is NaN for a bin not seen yet.
         """
         started = time.perf_counter()
-        recent = self._delta_noise[-50:]
+        recent = [value for value in self._delta_noise[-50:] if value is not None]  # None: no frozen pass there
         line: dict[str, Any] = {
             "step": step,
             "gamma": [None if gap != gap else round(gamma, 6) for gamma, gap in zip(gammas, gaps, strict=True)],

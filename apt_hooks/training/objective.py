@@ -287,6 +287,7 @@ class AptObjective:
         """How far the LoRA has gone from the reference (`weight_offset`)."""
         if self._pairs is None:
             self._pairs = lora_pairs(self.reference.modules, self.reference.named_trained())
+        self.reference.keep_start()  # which a batch without a frozen pass may not have done, behind a loaded state
         if self.reference.start is None:
             return weight_offset(self._pairs)
         first = self.reference.start.by_parameter()

@@ -52,7 +52,7 @@ class Passes:
             `AptStep.prediction` no gradient there. None: all.
 
     Attributes:
-        due: whether this batch has a frozen pass; in others no regularizer acts.
+        due: whether this batch has a frozen pass; in others no term that compares the models acts.
         tuned_prediction, frozen_prediction: [batch, ...]; the latter None without a frozen pass.
         terms: `l_mu`, `l_sigma`, `l_attn`, `l_joint`, those that are on; scalars that reach the LoRA.
     """
