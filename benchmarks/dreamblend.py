@@ -60,6 +60,7 @@ from apt_hooks.tinyworld.personalize import Training, lora, method_config, refer
 
 OPTIONS = {"num_inference_steps": UNET.sampling_steps, "guidance_scale": UNET.guidance, "output_type": "pt"}
 
+BLEND = "blend"
 DIFFERING = ("text", "identity")
 
 Row = dict[str, Any]
@@ -149,7 +150,7 @@ def way_of(row: Row) -> str:
     """How the two checkpoints of a row are brought together."""
     if "interpolate" in row:
         return f"weights, {row['interpolate']:g} of the late"
-    return f"late from step {row['switch_at']}" if "switch_at" in row else "blend"
+    return f"late from step {row['switch_at']}" if "switch_at" in row else BLEND
 
 
 def measure(args: argparse.Namespace, concept: int, seed: int) -> None:
@@ -256,7 +257,7 @@ def print_table(points: Mapping[Point, Scores]) -> None:
 
 def print_differences(points: Mapping[Point, Scores]) -> None:
     """Each late checkpoint less each before it; what two make, less the late one alone and less the one whose mean text
-    is nearest, of the single checkpoints' front."""
+    is nearest, of the single checkpoints' front; a blend less what the late one makes by the ways that cost nothing."""
     singles = [point for point in points if point[0] is None]
     two = [point for point in points if point[0] is not None]
     lates = [one for one in singles if one[1] in {late for _, late, _ in two}]
@@ -266,7 +267,8 @@ def print_differences(points: Mapping[Point, Scores]) -> None:
     for point in two:
         nearest = min(ahead, key=lambda one: abs(at[one][1] - at[point][1]), default=None)
         alone = [one for one in singles if one[1] == point[1] or one == nearest]
-        pairs += [(point, one) for one in alone]
+        rivals = [one for one in two if one[1] == point[1] and one[2] != BLEND == point[2]]
+        pairs += [(point, one) for one in alone + rivals]
     print("\nPaired by concept and seed:\n\n| checkpoint | less | runs | text | identity |\n|---|---|---|---|---|")
     for point, other in pairs:
         paired = differences(points[point], points[other], DIFFERING)

@@ -477,5 +477,6 @@ def test_blends_are_paired_with_their_late_checkpoint_and_that_of_the_nearest_te
         # One concept's blend has .04 more text and as much less identity: a deviation of .02 * sqrt(2), over sqrt(2).
         "| 75 + 600, blend | 75 | 2 | +0.040 ± 0.020 | +0.030 ± 0.020 |",
         "| 75 + 600, blend | 600 | 2 | +0.140 ± 0.020 | -0.070 ± 0.020 |",
+        "| 75 + 600, blend | 75 + 600, late from step 3 | 2 | +0.120 ± 0.020 | -0.120 ± 0.020 |",
         "| 75 + 600, late from step 3 | 600 | 2 | +0.020 ± 0.000 | +0.050 ± 0.000 |",
     ]
