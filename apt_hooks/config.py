@@ -55,7 +55,8 @@ _OFF: dict[str, dict[str, Any]] = {
 }
 """What keys are with each objective, whatever was given."""
 
-_OF_OBJECTIVE = {"dco_beta": "dco", "lambda_offset": "l2-sp"}
+OF_OBJECTIVE = {"dco_beta": "dco", "lambda_offset": "l2-sp"}
+"""Keys that one objective alone takes notice of."""
 
 _OF_ITS_TERMS = (
     *("augment_max_probability", "zoom_out", "rotation_degrees", "augment_space", "augment_border"),
@@ -252,7 +253,7 @@ class AptConfig:
     def ignored(self) -> dict[str, Any]:
         """The keys given beside a preset (`from_mapping`) that the objective takes no notice of, as they were given."""
         off = _OFF[self.objective]
-        unused = {key for key, objective in _OF_OBJECTIVE.items() if self.objective != objective}
+        unused = {key for key, objective in OF_OBJECTIVE.items() if self.objective != objective}
         if self.objective != "apt":
             unused |= {*off, *_OF_ITS_TERMS}
         return {key: value for key, value in self._given.items() if key in unused and off.get(key) != value}

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tinyworld import (  # the benchmark beside this one
     Scores,
+    acting,
     add_run_options,
     append_line,
     cell,
@@ -142,7 +143,7 @@ def training_of(args: argparse.Namespace) -> Training:
 
 def made_by(args: argparse.Namespace) -> str:
     """What the LoRAs depend on beside concept, seed and method, short: their files and rows are of no other setting."""
-    about = [dataclasses.asdict(training_of(args)), dataclasses.asdict(method_config(args.method))]
+    about = [dataclasses.asdict(training_of(args)), acting(method_config(args.method))]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 
 

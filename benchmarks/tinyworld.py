@@ -29,6 +29,7 @@ import diffusers
 import torch
 from rich.progress import track
 
+from apt_hooks.config import OF_OBJECTIVE, AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.results.pictures import draw_curves
 from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
@@ -165,13 +166,18 @@ class Comparison:
         for name in methods:
             own: Settings = {"method": name, **shared, "apt": {}}
             if name not in UNTRAINED:
-                # As the method will have it, so that a change of the preset is one too; through JSON: it has no tuples.
-                config = dataclasses.asdict(method_config(name, self.overrides, denoiser))
-                own["apt"] = json.loads(json.dumps(config))
+                # As the method will have it, so that a change of the preset is one too.
+                own["apt"] = acting(method_config(name, self.overrides, denoiser))
                 # Where it does anything: rows of those that do not are found as they are.
                 own |= {"beside": does} if (does := METHODS[name].beside) else {}
             asked[name] = {(c, s): {"concept": c, "seed": s, **own} for c, s in places}
         return asked
+
+
+def acting(config: AptConfig) -> Settings:
+    """The keys of a configuration without those of other objectives, as JSON has them: it knows no tuples."""
+    keys = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {key: value for key, value in keys.items() if OF_OBJECTIVE.get(key, config.objective) == config.objective}
 
 
 def make(log: Path, wanted: Iterable[tuple[Comparison, Asked]], workers: int) -> list[str]:
@@ -254,9 +260,14 @@ def read_rows(log: Path) -> list[dict[str, Any]]:
 
 
 def find(rows: list[dict[str, Any]], asked: Asked) -> dict[str, Scores]:
-    """The rows that have the asked settings, by method; whatever else is in the file."""
+    """The rows that have the asked settings, by method; whatever else is in the file, or in a row."""
+
+    def fits(wanted: Settings, row: Settings) -> bool:
+        apt = row.get("apt", {})
+        return {**wanted, "apt": apt}.items() <= row.items() and wanted["apt"].items() <= apt.items()
+
     return {
-        name: {place: row for place, wanted in places.items() for row in rows if wanted.items() <= row.items()}
+        name: {place: row for place, wanted in places.items() for row in rows if fits(wanted, row)}
         for name, places in asked.items()
     }
 

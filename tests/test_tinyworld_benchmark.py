@@ -179,6 +179,18 @@ def test_an_override_is_another_setting_for_the_methods_that_it_changes(bench, b
     assert bench("--set", f"lambda_attn={own + 1}") == [(4, 0, "apt")]
 
 
+def test_a_key_of_another_objective_is_no_setting_of_a_method(bench, benchmark):
+    bench("--methods", "dreambooth,apt,dco,l2-sp")
+    assert bench("--methods", "dreambooth,apt,dco,l2-sp", "--set", "lambda_offset=0.7") == [(4, 0, "l2-sp")]
+    assert bench("--methods", "dreambooth,apt,dco,l2-sp", "--set", "dco_beta=7") == [(4, 0, "dco")]
+    # Rows that have such keys all the same are found.
+    rows = [
+        {**row, "apt": {"dco_beta": 3.0, "lambda_offset": 3.0, **row["apt"]}} for row in benchmark.read_rows(bench.log)
+    ]
+    bench.log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert bench("--methods", "dreambooth,apt,dco,l2-sp") == []
+
+
 def test_other_weights_are_another_setting(bench, benchmark, monkeypatch, tmp_path):
     bench()
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
