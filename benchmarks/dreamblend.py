@@ -258,7 +258,8 @@ def print_table(points: Mapping[Point, Scores]) -> None:
 
 def print_differences(points: Mapping[Point, Scores]) -> None:
     """Each late checkpoint less each before it; what two make, less the late one alone and less the one whose mean text
-    is nearest, of the single checkpoints' front; a blend less what the late one makes by the ways that cost nothing."""
+    is nearest, of the single checkpoints' front; a blend less all of that front, and less what the late one makes by
+    the ways that cost nothing."""
     singles = [point for point in points if point[0] is None]
     two = [point for point in points if point[0] is not None]
     lates = [one for one in singles if one[1] in {late for _, late, _ in two}]
@@ -266,10 +267,12 @@ def print_differences(points: Mapping[Point, Scores]) -> None:
     at = {point: _plane(scores) for point, scores in points.items()}
     ahead = [point for point, better in front({one: at[one] for one in singles}).items() if better is None]
     for point in two:
-        nearest = min(ahead, key=lambda one: abs(at[one][1] - at[point][1]), default=None)
-        alone = [one for one in singles if one[1] == point[1] or one == nearest]
-        rivals = [one for one in two if one[1] == point[1] and one[2] != BLEND == point[2]]
-        pairs += [(point, one) for one in alone + rivals]
+        late, others = point[1], []
+        beside = [min(ahead, key=lambda one: abs(at[one][1] - at[point][1]))] if ahead else []
+        if point[2] == BLEND:
+            beside, others = ahead, [one for one in two if one[1] == late and one[2] != BLEND]
+        alone = [one for one in singles if one[1] == late or one in beside]
+        pairs += [(point, one) for one in alone + others]
     print("\nPaired by concept and seed:\n\n| checkpoint | less | runs | text | identity |\n|---|---|---|---|---|")
     for point, other in pairs:
         paired = differences(points[point], points[other], DIFFERING)
