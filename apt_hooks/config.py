@@ -55,8 +55,8 @@ _OFF: dict[str, dict[str, Any]] = {
 }
 """What keys are with each objective, whatever was given."""
 
-OF_OBJECTIVE = {"dco_beta": "dco", "lambda_offset": "l2-sp"}
-"""Keys that one objective alone takes notice of."""
+OF_OBJECTIVES = {"dco_beta": ("dco",), "lambda_offset": ("l2-sp", "apt")}
+"""Keys that only some objectives take notice of."""
 
 _OF_ITS_TERMS = (
     *("augment_max_probability", "zoom_out", "rotation_degrees", "augment_space", "augment_border"),
@@ -72,8 +72,13 @@ def _flag(default: bool) -> Any:
     return _key(default, "true or false", lambda v: isinstance(v, bool))
 
 
-def _at_least_zero(default: float) -> Any:
-    return _key(default, "a number, 0 or larger (0 switches it off)", lambda v: _is_number(v) and v >= 0)
+def _at_least_zero(default: float | None) -> Any:
+    """None: may be left open, for what depends on other keys."""
+    return _key(
+        default,
+        "a number, 0 or larger (0 switches it off)",
+        lambda v: v is default is None or (_is_number(v) and v >= 0),
+    )
 
 
 def _choice(default: str, *choices: str) -> Any:
@@ -102,7 +107,7 @@ class AptConfig:
     enabled: bool = _flag(True)
     objective: Literal["apt", "dco", "l2-sp", "dreambooth"] = _choice("apt", "apt", "dco", "l2-sp", "dreambooth")
     dco_beta: float = _key(1000.0, "a number above 0", lambda v: _is_number(v) and v > 0)
-    lambda_offset: float = _at_least_zero(0.001)
+    lambda_offset: float | None = _at_least_zero(None)
     monitor_only: bool = _flag(False)
     reference: Literal["base", "start"] = _choice("base", "base", "start")
     num_bins: int = _key(10, "a whole number from 1 to 1000", lambda v: _is_count(v, 1) and v <= 1000)
@@ -250,10 +255,23 @@ class AptConfig:
         return self.lambda_attn > 0 and self.regularizer == "separate"
 
     @property
+    def offset_weight(self) -> float:
+        """Weight of L2-SP's penalty: `lambda_offset`, and where that is left open 0.001 where nothing else is held."""
+        if self.objective not in OF_OBJECTIVES["lambda_offset"]:
+            return 0.0
+        alone = self.objective == "l2-sp"
+        return (0.001 if alone else 0.0) if self.lambda_offset is None else float(self.lambda_offset)
+
+    @property
+    def measures_offset(self) -> bool:
+        """Whether the weights' offset is measured, for which the network has to be a plain LoRA."""
+        return self.objective == "l2-sp" or self.offset_weight > 0
+
+    @property
     def ignored(self) -> dict[str, Any]:
         """The keys given beside a preset (`from_mapping`) that the objective takes no notice of, as they were given."""
         off = _OFF[self.objective]
-        unused = {key for key, objective in OF_OBJECTIVE.items() if self.objective != objective}
+        unused = {key for key, objectives in OF_OBJECTIVES.items() if self.objective not in objectives}
         if self.objective != "apt":
             unused |= {*off, *_OF_ITS_TERMS}
         return {key: value for key, value in self._given.items() if key in unused and off.get(key) != value}

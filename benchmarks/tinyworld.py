@@ -29,7 +29,7 @@ import diffusers
 import torch
 from rich.progress import track
 
-from apt_hooks.config import OF_OBJECTIVE, AptConfig
+from apt_hooks.config import OF_OBJECTIVES, AptConfig
 from apt_hooks.errors import AptError, errors_in_one_line
 from apt_hooks.results.pictures import draw_curves
 from apt_hooks.tinyworld.concepts import CONCEPTS, REPORTED
@@ -177,7 +177,9 @@ class Comparison:
 def acting(config: AptConfig) -> Settings:
     """The keys of a configuration without those of other objectives, as JSON has them: it knows no tuples."""
     keys = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {key: value for key, value in keys.items() if OF_OBJECTIVE.get(key, config.objective) == config.objective}
+    return {
+        key: value for key, value in keys.items() if config.objective in OF_OBJECTIVES.get(key, (config.objective,))
+    }
 
 
 def make(log: Path, wanted: Iterable[tuple[Comparison, Asked]], workers: int) -> list[str]:

@@ -11,7 +11,7 @@ WRONG_VALUES = {
     "enabled": ["yes", 1, None],
     "objective": ["APT", "dpo", "", 1, True, ["dco"], None],
     "dco_beta": [0, 0.0, -1, "1000", True, math.nan, math.inf, None],
-    "lambda_offset": [-0.1, "1", True, math.nan, math.inf, None],
+    "lambda_offset": [-0.1, "1", True, math.nan, math.inf],
     "monitor_only": ["no", 0, None],
     "reference": ["lora", "", None],
     "num_bins": [0, -1, 2.0, "10", True, None],
@@ -206,6 +206,25 @@ def test_keys_of_the_users_own_that_the_objective_drops_are_told_and_no_others(o
     for key, (owner, value) in of_one.items():
         ignored = AptConfig.from_mapping({key: value, "objective": objective}).ignored
         assert ignored == ({} if objective == owner else {key: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "weight", "measured"),
+    [
+        ({}, 0.0, False),
+        ({"lambda_offset": 0}, 0.0, False),
+        ({"lambda_offset": 2}, 2.0, True),
+        ({"preset": "sdxl"}, 0.0, False),
+        ({"objective": "l2-sp"}, 0.001, True),
+        ({"objective": "l2-sp", "lambda_offset": 0}, 0.0, True),
+        ({"objective": "l2-sp", "lambda_offset": 0.5}, 0.5, True),
+        ({"objective": "dco", "lambda_offset": 0.5}, 0.0, False),
+        ({"objective": "dreambooth", "lambda_offset": 0.5}, 0.0, False),
+    ],
+)
+def test_the_weights_offset_is_held_beside_apt_where_asked_and_by_l2_sp_always(values, weight, measured):
+    config = AptConfig.from_mapping(values)
+    assert (config.offset_weight, type(config.offset_weight), config.measures_offset) == (weight, float, measured)
 
 
 def test_with_apt_as_the_objective_its_own_terms_are_what_was_given():

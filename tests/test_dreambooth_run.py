@@ -678,6 +678,20 @@ def test_l2_sp_adds_its_penalty_to_the_scripts_own_loss(train: Train, prior: tup
     assert found.lines[0]["l_offset"] == 0.0 < found.lines[-1]["l_offset"] and found.lines[-1]["l_attn"] is None
 
 
+def test_beside_apt_lambda_offset_adds_its_penalty(train: Train) -> None:
+    arguments = ("--max_train_steps", "6", "--learning_rate", "1e-2")
+    apt = train("one_encoder", *arguments, config="lambda_offset = 0")
+    held = train("one_encoder", *arguments, config="lambda_offset = 0.7")
+    assert held.lines[0]["l_offset"] == 0.0 < held.lines[-1]["l_offset"] and held.lines[-1]["l_attn"] > 0
+    assert apt.lines[-1]["l_offset"] is None
+
+    def offset(lora: dict[str, Tensor]) -> float:
+        ups = {key: tensor for key, tensor in lora.items() if "lora_B" in key}
+        return sum(float((up @ lora[key.replace("lora_B", "lora_A")]).square().sum()) for key, up in ups.items())
+
+    assert offset(held.lora) < 0.9 * offset(apt.lora)
+
+
 @pytest.mark.parametrize("objective", ["l2-sp", "dreambooth"])
 def test_the_frozen_pass_that_only_the_log_needs_can_be_spared(train: Train, objective: str) -> None:
     arguments = ("--max_train_steps", "5", "--learning_rate", "1e-2")

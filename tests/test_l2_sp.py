@@ -177,7 +177,7 @@ class Case:
         self.unet.double()
         self.network.double()
         self.x, _, self.context, self.target = (t.detach().double() for t in make_batch(self.unet, batch=4))
-        config = AptConfig(objective="l2-sp", lambda_offset=0.3, **config)
+        config = AptConfig(**{"objective": "l2-sp", "lambda_offset": 0.3, **config})
         self.objective = AptObjective(config, self.unet, self.network.off, also_frozen=[self.network])
         self.objective.reference.trained = list(self.network.named_parameters())
 
@@ -233,6 +233,25 @@ def test_with_frozen_every_the_penalty_is_of_each_step_and_the_frozen_pass_of_so
         assert loss == pytest.approx(wanted_loss, rel=1e-6)
         torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
         assert float(step.values["l_offset"]) == pytest.approx(penalty, rel=1e-6) and penalty > 0
+
+
+@pytest.mark.parametrize("regularizer", ["separate", "joint"])
+@pytest.mark.parametrize("instances", [None, torch.tensor([True, False, False, True])], ids=["all", "half"])
+def test_beside_apt_it_is_one_more_term_of_each_batch(instances, regularizer):
+    own = {"objective": "apt", "frozen_every": 2, "regularizer": regularizer, "loss_weighting": False}
+    apt, both = Case(**own, lambda_offset=0), Case(**own)
+    for number in range(3):
+        step, _, gradient = apt.step(instances)
+        found, _, with_offset = both.step(instances)
+        half = 1.0 if instances is None else 0.5
+        both.network.zero_grad()
+        (0.3 * half * sum(change.square().sum() for change in both.changes())).backward()
+        torch.testing.assert_close(with_offset - gradient, both.network.gradient(), rtol=1e-6, atol=1e-9)
+        penalty = float(sum(change.square().sum() for change in both.changes()))
+        assert float(found.values.pop("l_offset")) == pytest.approx(penalty, rel=1e-6)
+        assert float(found.regularizer - step.regularizer) == pytest.approx(0.3 * half * penalty, rel=1e-6)
+        assert found.values.keys() == step.values.keys()
+        assert (("l_joint" if regularizer == "joint" else "l_attn") in step.values) == (number != 1)
 
 
 def test_where_nothing_counts_there_is_no_penalty():

@@ -810,6 +810,20 @@ def test_the_frozen_pass_that_only_the_log_needs_can_be_spared(train: Train, con
     assert [line["l_offset"] for line in spared.log] == [line["l_offset"] for line in each.log]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_beside_apt_the_whole_network_is_held(train: Train, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"kind": kind, "network_train_unet_only": False, "train_batch_size": 3}
+    run = train(
+        {"num_bins": 4, "lambda_offset": 0.02}, spy=Spy, subsets=(OWN, {**REG, "captions": ["a dog"]}), **options
+    )
+    assert ", weights' offset (L2-SP) times 0.02" in capsys.readouterr().out
+    for seen, line in zip(run.trainer.seen, run.log, strict=True):
+        terms = line["l_mu"] + line["l_sigma"] + line["l_attn"] + 0.02 * line["l_offset"]
+        assert line["l_offset"] > 0 and line["l_attn"] is not None
+        assert seen.regularizer == pytest.approx(terms * 2 / 3, rel=1e-5)
+    assert any(name.startswith("loras.te0") for name in run.saved()["weights"])
+
+
 def test_l2_sp_under_accumulation_is_the_penalty_of_the_step(train: Train) -> None:
     options = {"subsets": (OWN,), "max_train_steps": 2}
     whole = train(L2_SP, train_batch_size=1, **options)

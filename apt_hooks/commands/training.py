@@ -163,7 +163,7 @@ def demo(
         str,
         typer.Option(
             help="Columns of the comparison: ideal, base, dreambooth, dco, l2-sp, prior, dop, t-lora, t-lora+ortho, "
-            "ata, ata+rs, apt, apt+prior, apt+dop, apt+t-lora."
+            "ata, ata+rs, apt, apt+prior, apt+dop, apt+l2-sp, apt+t-lora."
         ),
     ] = "ideal,base,dreambooth,apt",
     workers: Annotated[

@@ -35,9 +35,9 @@ def lora_pairs(modules: Iterable[nn.Module], trained: Iterable[tuple[str, nn.Par
         of = f"{len(others)} of {len(names)} trained parameters are of none" if others else "nothing is trained"
         some = f" ({', '.join(sorted(others)[:3])}{', ...' if len(others) > 3 else ''})" if others else ""
         raise AptError(
-            '[apt] objective = "l2-sp" is for plain LoRAs: looked for pairs of lora_down and lora_up, or of peft\'s '
-            f"lora_A and lora_B, and {of}{some}; train no other kind of network, no DoRA and nothing beside the LoRA, "
-            "in a loop of your own give AptObjective the LoRA's modules (also_frozen=), or choose another objective"
+            '[apt] lambda_offset or objective = "l2-sp" is for plain LoRAs: looked for pairs of lora_down and lora_up, '
+            f"or of peft's lora_A and lora_B, and {of}{some}; train no other kind of network, no DoRA, nothing beside "
+            "the LoRA, in a loop of your own give AptObjective the LoRA's modules (also_frozen=), or leave that key out"
         )
     return pairs
 

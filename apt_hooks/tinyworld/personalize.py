@@ -61,9 +61,9 @@ class Trained:
 def method_config(
     name: str, overrides: Mapping[str, Any] = MappingProxyType({}), denoiser: Denoiser = UNET
 ) -> AptConfig:
-    """The preset of the tiny world's model, the overrides, and over both what makes the method."""
+    """The preset of the tiny world's model, the method's strengths, the overrides, and over all what makes it."""
     preset = read_toml(Path(__file__).with_name(denoiser.preset))["apt"]
-    return AptConfig.from_mapping({**preset, **overrides, **METHODS[name].keys})
+    return AptConfig.from_mapping({**preset, **METHODS[name].strengths, **overrides, **METHODS[name].keys})
 
 
 def reference_pictures(concept: Concept, seed: int = 0, take: str = "") -> Tensor:

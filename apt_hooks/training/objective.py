@@ -39,7 +39,7 @@ class AptObjective:
         num_train_timesteps: T of the noise schedule.
         also_frozen: further modules whose adapters `adapters_off` switches, e.g. trained text encoders; with
             `reference = "start"` also the LoRA itself where it is no part of them, for the sake of its dropout, and
-            with `objective = "l2-sp"`, whose pairs are looked for in it.
+            with `lambda_offset` or `objective = "l2-sp"`, whose pairs are looked for in it.
         bin_of: as in `OverfittingIndicator`, for timesteps that are no whole numbers, such as sigmas.
         layout: where to hook a denoiser of no known architecture, in place of the keys `blocks` and
             `representation_source`.
@@ -254,14 +254,14 @@ class AptObjective:
             values["loss_weight"] = weight[here].mean()
         # The terms are means over the samples that count; the trainer's loss is a mean over the whole batch.
         share = count / batch
-        if self.config.objective == "l2-sp":
+        shares = dict.fromkeys(passes.terms, (self.config.frozen_every if passes.due else 0) * share)
+        terms = passes.terms
+        if self.config.measures_offset and count:
             # Of the weights and not of a frozen pass, so that each batch has it.
-            terms = {"l_offset": self._weight_offset()} if count else {}
-        else:
-            terms, share = passes.terms, (self.config.frozen_every if passes.due else 0) * share
+            terms, shares = {**terms, "l_offset": self._weight_offset()}, {**shares, "l_offset": share}
         regularizer = torch.zeros((), device=target.device)
         if not self.config.monitor_only:
-            regularizer = self._regularizer(terms, share, regularizer)
+            regularizer = self._regularizer(terms, shares, regularizer)
         values.update({name: term.detach() for name, term in terms.items()})
         prediction = tuned if covered is None else scale_gradient(tuned, covered)
         return AptStep(prediction, weight, regularizer, gammas, gaps, count, values)
@@ -276,12 +276,12 @@ class AptObjective:
             weight[here] = 1.0 - self.indicator.gamma(timesteps)[here]
         return weight
 
-    def _regularizer(self, terms: dict[str, Tensor], share: float, nothing: Tensor) -> Tensor:
-        """The terms by their lambdas, as they are added to a mean over the whole batch."""
+    def _regularizer(self, terms: dict[str, Tensor], shares: dict[str, float], nothing: Tensor) -> Tensor:
+        """The terms by their lambdas, as they are added to a mean over the whole batch, each by its share in that."""
         dist, attn, joint = self.config.lambda_dist, self.config.lambda_attn, self.config.lambda_joint
-        offset = self.config.lambda_offset
+        offset = self.config.offset_weight
         lambdas = {"l_mu": dist, "l_sigma": dist, "l_attn": attn, "l_joint": joint, "l_offset": offset}
-        return sum((lambdas[name] * share * term.to(nothing.device) for name, term in terms.items()), nothing)
+        return sum((lambdas[name] * shares[name] * term.to(nothing.device) for name, term in terms.items()), nothing)
 
     def _weight_offset(self) -> Tensor:
         """How far the LoRA has gone from the reference (`weight_offset`)."""

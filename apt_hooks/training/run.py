@@ -86,7 +86,8 @@ class AptRun:
         config, capture = self.objective.config, self.objective.capture
         overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.overrides().items())
         ignored = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.ignored.items())
-        regularizers = "weights' offset (L2-SP)" if config.objective == "l2-sp" else "no regularizers"
+        offset = f"weights' offset (L2-SP) times {config.offset_weight:g}" if config.measures_offset else ""
+        regularizers = offset or "no regularizers"
         if capture is not None:
             blocks = f"{capture.layout.noun} {', '.join(map(str, capture.layout.blocks))}"
             regularizers = (
@@ -94,6 +95,7 @@ class AptRun:
             )
             if config.regularizer == "joint":
                 regularizers = f"{blocks}: {len(capture.hidden)} outputs of cross-attention"
+            regularizers += f", {offset}" if offset else ""
         parts = [
             f"apt-hooks {version()} {'monitors only' if config.monitor_only else 'is on'}",
             f"preset {config.preset_name}" + (", the model's" if config.preset_is_the_models else "")

@@ -20,9 +20,9 @@ class AptStep:
             trainer's loss from this tensor.
         weight: [batch], the factor of each sample's loss: `1 - gamma` of a sample that counts, else 1; with the
             objective "dco" `dco_weight`.
-        regularizer: scalar, `lambda_dist * (l_mu + l_sigma) + lambda_attn * l_attn` or `lambda_joint * l_joint`, with
-            the objective "l2-sp" `lambda_offset * l_offset`, to be added to the mean loss. Terms that compare the
-            models are multiplied by `frozen_every`, as they are 0 in the batches between.
+        regularizer: scalar, `lambda_dist * (l_mu + l_sigma) + lambda_attn * l_attn` or `lambda_joint * l_joint`, and
+            `lambda_offset * l_offset`, to be added to the mean loss. Terms that compare the models are multiplied by
+            `frozen_every`, as they are 0 in the batches between.
         gammas: [num_bins], as this step used them, that is before its own update.
         gaps: [num_bins], the indicator's gaps behind `gammas`; NaN for a bin never seen.
         instances: number of samples that APT acts on.
