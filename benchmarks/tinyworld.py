@@ -4,9 +4,9 @@
 
 Every method has the same steps, learning rate, samples, timesteps and noise. As soon as a run is done, a line of JSON
 is appended to DIR/runs.jsonl: its settings, its scores and the machine. A run that is there with the same settings, on
-any machine, is not made again. Then the tables of what was asked for: each method, its difference to DreamBooth, in how
-many pairs all that is asked of APT holds, and how many pairs half of a difference would take. With `--checkpoints` the
-scores over the steps are drawn into DIR/curves.png.
+any machine, is not made again. Then the tables of what was asked for: each method, its difference to DreamBooth, or to
+what `--less` names, in how many pairs all that is asked of APT holds, and how many pairs half of a difference would
+take. With `--checkpoints` the first two of each earlier step too, and the scores over the steps in DIR/curves.png.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=Training.learning_rate)
     parser.add_argument("--rank", type=int, default=Training.rank)
     parser.add_argument("--checkpoints", type=numbers, default=[], help="earlier steps that are judged as well")
+    parser.add_argument("--less", choices=METHODS, default=REFERENCE, help="what the others are compared to")
     parser.add_argument("--scenes", type=int, default=24, help="prompts that are judged")
     parser.add_argument("--repeats", type=int, default=8, help="pictures a prompt")
     parser.add_argument("--set", type=_override, action="append", default=[], metavar="KEY=VALUE", help="in [apt]")
@@ -135,11 +136,19 @@ def run(args: argparse.Namespace) -> None:
     log, failed = args.out / "runs.jsonl", []
     if not args.table_only:
         failed = make(log, [(comparison, comparison.asked(args.methods, places))], args.workers)
-    found = find(read_rows(log), comparison.asked((*args.methods, REFERENCE), places))
-    print("\n".join(tables(found, args.methods, by_concept=len(args.concepts) > 1)))
+    found = find(read_rows(log), comparison.asked((*args.methods, args.less), places))
+    by_concept = len(args.concepts) > 1
+    print("\n".join(tables(found, args.methods, by_concept, args.less)))
+    for step in args.checkpoints:
+        earlier = {
+            name: {place: row["curve"][str(step)] for place, row in scores.items() if row.get("curve")}
+            for name, scores in found.items()
+        }
+        print(
+            "\n".join(["", f"After {step} steps:", *_two_tables(earlier, args.methods, by_concept, args.less, METRICS)])
+        )
     if args.checkpoints:
-        curves = {name: found[name] for name in args.methods}
-        _draw_curves(args.out / "curves.png", curves, by_concept=len(args.concepts) > 1)
+        _draw_curves(args.out / "curves.png", {name: found[name] for name in args.methods}, by_concept)
     tell_failed(failed)
 
 
@@ -274,18 +283,15 @@ def find(rows: list[dict[str, Any]], asked: Asked) -> dict[str, Scores]:
     }
 
 
-def tables(found: Mapping[str, Scores], methods: list[str], by_concept: bool) -> list[str]:
-    """Markdown: the scores of each method, their differences to DreamBooth's, and how sure these are.
+def tables(found: Mapping[str, Scores], methods: list[str], by_concept: bool, less: str = REFERENCE) -> list[str]:
+    """Markdown: the scores of each method, their differences to those of `less`, and how sure these are.
 
     The runs of one concept are not independent, so standard errors are those of the concepts' means; of one concept
     alone, of its runs.
     """
-    over = "concepts, each the mean of its seeds" if by_concept else "the seeds of one concept"
-    paired = {name: differences(found[name], found[REFERENCE]) for name in methods if name != REFERENCE}
-    lines = [f"Mean ± standard error over {over}:", "", *_table({name: found[name] for name in methods}, by_concept)]
-    lines += ["", f"Difference to {REFERENCE}, paired by concept and seed, of frechet in percent; errors as above:", ""]
-    lines += _table(paired, by_concept, sign="+")
-    lines += ["", f"Pairs in which a method is better than {REFERENCE}; identity: at most {CLOSE} lower:", ""]
+    paired = {name: differences(found[name], found[less]) for name in methods if name != less}
+    lines = _two_tables(found, methods, by_concept, less, COLUMNS)
+    lines += ["", f"Pairs in which a method is better than {less}; identity: at most {CLOSE} lower:", ""]
     lines += _wins(paired)
     lines += [
         "",
@@ -293,6 +299,17 @@ def tables(found: Mapping[str, Scores], methods: list[str], by_concept: bool) ->
         "",
     ]
     return lines + _needed(paired)
+
+
+def _two_tables(
+    found: Mapping[str, Scores], methods: list[str], by_concept: bool, less: str, columns: Iterable[str]
+) -> list[str]:
+    over = "concepts, each the mean of its seeds" if by_concept else "the seeds of one concept"
+    paired = {name: differences(found[name], found[less], columns) for name in methods if name != less}
+    lines = [f"Mean ± standard error over {over}:", ""]
+    lines += _table({name: found[name] for name in methods}, by_concept, columns)
+    lines += ["", f"Difference to {less}, paired by concept and seed, of frechet in percent; errors as above:", ""]
+    return lines + _table(paired, by_concept, columns, sign="+")
 
 
 ASKED = {
@@ -370,10 +387,11 @@ def differences(scores: Scores, reference: Scores, columns: Iterable[str] = COLU
     return paired
 
 
-def _table(methods: Mapping[str, Scores], by_concept: bool, sign: str = "") -> list[str]:
-    lines = ["| method | runs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+def _table(methods: Mapping[str, Scores], by_concept: bool, columns: Iterable[str], sign: str = "") -> list[str]:
+    columns = list(columns)
+    lines = ["| method | runs | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, scores in methods.items():
-        cells = [cell(means_of_groups(scores, column, by_concept), style, sign) for column, style in COLUMNS.items()]
+        cells = [cell(means_of_groups(scores, column, by_concept), COLUMNS[column], sign) for column in columns]
         lines.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
     return lines
 

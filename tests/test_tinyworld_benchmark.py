@@ -117,6 +117,27 @@ def test_curves_are_drawn_of_the_steps_that_all_runs_have(benchmark, tmp_path, m
     assert drawn["APT"][9] == {"text": pytest.approx((0.8, 0.1)), "identity": pytest.approx((0.4, 0), abs=1e-12)}
 
 
+def test_earlier_steps_have_their_tables_and_the_reference_may_be_another(benchmark, tmp_path, monkeypatch, capsys):
+    comparison = benchmark.Comparison(benchmark.Training(), checkpoints=[300])
+    rows = []
+    for name, text in (("dreambooth", 0.7), ("apt", 0.8), ("l2-sp", 0.9)):
+        for concept in (4, 5):
+            (settings,) = comparison.asked([name], [(concept, 0)])[name].values()
+            earlier = {key: value for key, value in row(benchmark).items() if key != "delta_noise"}
+            earlier["text"] = text - 0.1 * (concept == 5 and name == "l2-sp")
+            rows.append({**settings, **row(benchmark, text=text), "curve": {"300": earlier}})
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    options = ["--methods", "apt,l2-sp", "--less", "apt", "--concepts", "4,5", "--seeds", "0", "--checkpoints", "300"]
+    monkeypatch.setattr(sys, "argv", ["tinyworld.py", "--out", str(tmp_path), "--table-only", *options])
+    monkeypatch.setattr(benchmark, "draw_curves", lambda *_: None)
+    benchmark.main()
+    last, earlier = capsys.readouterr().out.split("After 300 steps:")
+    assert "Difference to apt" in last and "Difference to apt" in earlier and "dreambooth" not in last + earlier
+    assert [each["text"] for each in cells(last.splitlines(), "l2-sp")] == ["0.900 ± 0.000", "+0.100 ± 0.000"]
+    assert [each["text"] for each in cells(earlier.splitlines(), "l2-sp")] == ["0.850 ± 0.050", "+0.050 ± 0.050"]
+    assert [each["text"] for each in cells(earlier.splitlines(), "apt")] == ["0.800 ± 0.000"]
+
+
 # What is run.
 
 
