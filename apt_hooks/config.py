@@ -149,7 +149,7 @@ class AptConfig:
                 value = tuple(value)
             if field.name == "zoom_out":
                 value = (float(value[0]), float(value[1]))
-            elif isinstance(field.default, float):
+            elif isinstance(field.default, float) or (field.name == "lambda_offset" and value is not None):
                 value = float(value)
             object.__setattr__(self, field.name, value)
         for name, off in _OFF[self.objective].items():
@@ -260,7 +260,7 @@ class AptConfig:
         if self.objective not in OF_OBJECTIVES["lambda_offset"]:
             return 0.0
         alone = self.objective == "l2-sp"
-        return (0.001 if alone else 0.0) if self.lambda_offset is None else float(self.lambda_offset)
+        return (0.001 if alone else 0.0) if self.lambda_offset is None else self.lambda_offset
 
     @property
     def measures_offset(self) -> bool:

@@ -47,7 +47,8 @@ from apt_hooks.tinyworld.methods import METHODS
 from apt_hooks.tinyworld.model import PIPELINES
 from apt_hooks.tomlread import read_toml
 
-CHOICES = [name for name, method in METHODS.items() if not method.beside]  # what a script trains by [apt] alone
+# What a script trains by [apt] alone, and with strengths that are not of the tiny world: APT's is for --apt to give.
+CHOICES = [name for name, method in METHODS.items() if not method.beside and (method.keys or name == "apt")]
 LIVE = ("cat", "dog")  # classes that DreamBooth's prompts for animals are for; all others are objects
 SMOKE_STEPS = 50
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "apt-hooks", "torch-fidelity")

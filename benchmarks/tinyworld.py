@@ -186,9 +186,15 @@ class Comparison:
 def acting(config: AptConfig) -> Settings:
     """The keys of a configuration without those of other objectives, as JSON has them: it knows no tuples."""
     keys = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {
-        key: value for key, value in keys.items() if config.objective in OF_OBJECTIVES.get(key, (config.objective,))
-    }
+    del keys["lambda_offset"]  # which may be left open
+    own = {key: value for key, value in keys.items() if config.objective in OF_OBJECTIVES.get(key, (config.objective,))}
+    return {**own, "offset_weight": config.offset_weight}
+
+
+def _as_acting(apt: Settings) -> Settings:
+    """Of a row, also of an older one: that has `lambda_offset`, which did nothing but for L2-SP."""
+    alone = apt.get("lambda_offset", 0.0) if apt.get("objective") == "l2-sp" else 0.0
+    return {"offset_weight": alone, **apt}
 
 
 def make(log: Path, wanted: Iterable[tuple[Comparison, Asked]], workers: int) -> list[str]:
@@ -275,7 +281,7 @@ def find(rows: list[dict[str, Any]], asked: Asked) -> dict[str, Scores]:
 
     def fits(wanted: Settings, row: Settings) -> bool:
         apt = row.get("apt", {})
-        return {**wanted, "apt": apt}.items() <= row.items() and wanted["apt"].items() <= apt.items()
+        return {**wanted, "apt": apt}.items() <= row.items() and wanted["apt"].items() <= _as_acting(apt).items()
 
     return {
         name: {place: row for place, wanted in places.items() for row in rows if fits(wanted, row)}

@@ -259,8 +259,13 @@ def test_where_nothing_counts_there_is_no_penalty():
     assert float(step.regularizer) == 0.0 and "l_offset" not in step.values
 
 
-def test_monitor_only_tells_it_and_changes_nothing():
-    case = Case(monitor_only=True)
+ALONE = [{}, {"objective": "apt", "lambda_dist": 0, "lambda_attn": 0, "loss_weighting": False}]
+alone = pytest.mark.parametrize("own", ALONE, ids=["l2-sp", "apt"])
+
+
+@alone
+def test_monitor_only_tells_it_and_changes_nothing(own):
+    case = Case(monitor_only=True, **own)
     step, loss, gradient = case.step()
     case.network.zero_grad()
     plain = case.per_sample(case.predict()).mean()
@@ -269,8 +274,9 @@ def test_monitor_only_tells_it_and_changes_nothing():
     assert float(step.values["l_offset"]) > 0 and not step.regularizer.requires_grad
 
 
-def test_with_the_start_for_reference_the_offset_is_from_there():
-    case = Case(reference="start")
+@alone
+def test_with_the_start_for_reference_the_offset_is_from_there(own):
+    case = Case(reference="start", **own)
     start = [change.detach().clone() for change in case.changes()]
     for number in range(2):
         step, loss, gradient = case.step()
@@ -282,8 +288,9 @@ def test_with_the_start_for_reference_the_offset_is_from_there():
         torch.optim.SGD(case.network.parameters(), lr=0.5).step()
 
 
-def test_a_loaded_start_holds_in_a_batch_without_a_frozen_pass_too():
-    case = Case(reference="start", frozen_every=3)
+@alone
+def test_a_loaded_start_holds_in_a_batch_without_a_frozen_pass_too(own):
+    case = Case(reference="start", frozen_every=3, **own)
     start = [change.detach().clone() for change in case.changes()]
     begun = [(name, p.detach().clone()) for name, p in case.network.named_parameters()]
     torch.optim.SGD(case.network.parameters(), lr=0.5).step(lambda: case.step()[1])
@@ -301,8 +308,9 @@ def test_a_loaded_start_holds_in_a_batch_without_a_frozen_pass_too():
     torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
 
 
-def test_a_lora_that_the_objective_does_not_know_of_is_one_line():
-    case = Case()
+@alone
+def test_a_lora_that_the_objective_does_not_know_of_is_one_line(own):
+    case = Case(**own)
     case.objective.reference.modules = (case.unet,)
     with (
         pytest.raises(AptError, match=r"trained parameters are of none .*also_frozen"),

@@ -343,6 +343,7 @@ def test_a_folder_with_runs_of_other_settings_is_refused(bench, options, key):
     ("options", "said"),
     [
         (("--methods", "apt,prior"), "--methods takes dreambooth, dco, .*; found 'prior'"),
+        (("--methods", "apt,apt+l2-sp"), r"--methods takes dreambooth, dco, .*; found 'apt\+l2-sp'"),
         (("--subjects", "can,vase"), "--subjects: 'vase' has no folder in .*data, or no class"),
         (("--data", "nowhere"), "--data nowhere: has no prompts_and_classes.txt that can be read"),
         (("--model", "nowhere"), "--model nowhere: no such folder or file"),

@@ -40,7 +40,7 @@ from apt_hooks.results.report.figures import (
 )
 from apt_hooks.results.report.samples import SIDE, read_samples
 from apt_hooks.results.report.saved import Saved, read_saved
-from apt_hooks.results.report.summary import in_words, summarize
+from apt_hooks.results.report.summary import how_trained, in_words, summarize
 from apt_hooks.results.verdict import verdict
 from apt_hooks.training.step import AptStep
 from apt_hooks.training.steplog import StepLog
@@ -296,12 +296,26 @@ def test_of_many_bins_the_highest_and_the_lowest_are_named(tmp_path: Path) -> No
         ({"objective": "dreambooth"}, {}, "Plain training (objective dreambooth)"),
         ({"objective": "dco"}, {"loss_weight": 123.4}, "DCO's factor was 123 there"),
         ({}, {"loss_weight": 1.0, "augmented": 0.0}, "Neither was the loss turned down there, nor were any images"),
+        (
+            {"lambda_offset": 3e-5},
+            {"l_offset": 2.0},
+            "The weights were held to the base model's (lambda_offset 3.00e-05).",
+        ),
         ({}, {"delta_noise": 0.0}, "delta noise was 0: the LoRA has learned nothing, or is not off"),
         ({}, {"gap": [None] * 3, "gamma": [0.0] * 3}, "no bin of timesteps had been seen, so there is no gamma"),
     ],
 )
 def test_words_tell_what_apt_did(tmp_path: Path, config: dict[str, Any], values: dict[str, Any], expected: str) -> None:
     assert expected in words(write(tmp_path / "a-apt.jsonl", [start(config=config), step(1) | values]))
+
+
+def test_an_older_log_has_the_key_of_a_penalty_that_had_no_part(tmp_path: Path) -> None:
+    lines = [start(config={"lambda_offset": 0.001}), step(1)]
+    assert "held to" not in words(write(tmp_path / "a-apt.jsonl", lines))
+    run = read_run(
+        write(tmp_path / "b-apt.jsonl", [start(config={"lambda_offset": 0.002}), step(1) | {"l_offset": 1.0}])
+    )
+    assert run is not None and "lambda_offset 0.002" in how_trained(run)
 
 
 def test_bins_without_a_gap_have_no_gamma(tmp_path: Path) -> None:

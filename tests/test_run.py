@@ -385,3 +385,11 @@ def test_metadata_is_text_from_which_the_configuration_can_be_had_again(tmp_path
         "",
     )
     assert json.loads(metadata["ss_apt_gamma"]) == pytest.approx([1 - math.exp(-0.5)] + [0.0] * 9, abs=1e-4)
+
+
+def test_the_weight_of_l2_sps_penalty_is_told_where_it_was_left_open(tmp_path):
+    for config, weight in (({"objective": "l2-sp"}, 0.001), ({"lambda_offset": 2}, 2.0), ({}, None)):
+        run = make_run(tmp_path, **config)
+        assert json.loads(run.metadata()["ss_apt_config"]).get("lambda_offset") == weight
+        assert ("weights' offset (L2-SP) times" in run.start_line()) == (weight is not None)
+        run.close()

@@ -201,16 +201,19 @@ def test_an_override_is_another_setting_for_the_methods_that_it_changes(bench, b
 
 
 def test_a_key_of_another_objective_is_no_setting_of_a_method(bench, benchmark):
-    bench("--methods", "dreambooth,apt,dco,l2-sp")
-    set_offset = bench("--methods", "dreambooth,apt,dco,l2-sp", "--set", "lambda_offset=0.7")
-    assert set_offset == [(4, 0, "apt"), (4, 0, "l2-sp")]
-    assert bench("--methods", "dreambooth,apt,dco,l2-sp", "--set", "dco_beta=7") == [(4, 0, "dco")]
-    # Rows that have such keys all the same are found.
-    rows = [
-        {**row, "apt": {"dco_beta": 3.0, "lambda_offset": 3.0, **row["apt"]}} for row in benchmark.read_rows(bench.log)
-    ]
+    four = ("--methods", "dreambooth,apt,dco,l2-sp")
+    bench(*four)
+    rows = benchmark.read_rows(bench.log)
+    assert bench(*four, "--set", "lambda_offset=0.7") == [(4, 0, "apt"), (4, 0, "l2-sp")]
+    assert bench(*four, "--set", "dco_beta=7") == [(4, 0, "dco")]
+    # Older rows have all keys, and `lambda_offset` for what it comes to, which was nothing but for L2-SP.
+    for row in rows:
+        assert row["apt"].pop("offset_weight") == (3e-5 if row["method"] == "l2-sp" else 0)
+        row["apt"] = {"dco_beta": 3.0, **row["apt"], "lambda_offset": 3e-5}
     bench.log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert bench("--methods", "dreambooth,apt,dco,l2-sp") == []
+    assert bench(*four) == []
+    assert bench("--methods", "apt,l2-sp", "--set", "lambda_offset=3e-5") == [(4, 0, "apt")]
+    assert bench("--methods", "apt", "--set", "lambda_offset=0") == []
 
 
 def test_other_weights_are_another_setting(bench, benchmark, monkeypatch, tmp_path):

@@ -142,6 +142,8 @@ def check(config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Th
     typer.echo(f"{config}: [apt] is valid, {preset}")
     for key in AptConfig.key_names():
         value = None if key == "preset" else getattr(found, key)
+        if key == "lambda_offset" and found.measures_offset:
+            value = found.offset_weight  # also where it was left open
         if value is not None:
             typer.echo(f"  {key} = {json.dumps(value)}{'  # override' if key in overrides else ''}")
     for key, value in found.ignored.items():

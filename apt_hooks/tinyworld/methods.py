@@ -50,7 +50,7 @@ class Method:
 
 
 _PLAIN = {"objective": "dreambooth"}
-_OFFSET = {"lambda_offset": 3e-5}  # the better of this and 3e-4 (docs/rivals.md)
+_OFFSET = {"lambda_offset": 3e-5}  # of L2-SP alone the better of this and 3e-4 (docs/rivals.md)
 
 METHODS: dict[str, Method] = {
     "dreambooth": Method("DreamBooth", _PLAIN),

@@ -206,6 +206,8 @@ class AptRun:
 
     def _config(self) -> dict[str, Any]:
         config = dataclasses.asdict(self.objective.config)
+        if self.objective.config.measures_offset:
+            config["lambda_offset"] = self.objective.config.offset_weight  # also where it was left open
         return {key: value for key, value in config.items() if key != "preset_name" and value is not None}
 
     def _about(self, trainer: str) -> dict[str, Any]:

@@ -82,9 +82,21 @@ def how_trained(run: RunLog) -> str:
     parts = [f"preset {preset}" if preset else "no preset"]
     if objective != "apt":
         parts.append(f"objective {objective}")
+    if (offset := _offset_beside_apt(run)) is not None:
+        parts.append(f"lambda_offset {number(offset)}")
     if config.get("monitor_only"):
         parts.append("monitor_only")
     return ", ".join(parts)
+
+
+def _offset_beside_apt(run: RunLog) -> float | None:
+    """The weight of L2-SP's penalty beside APT's terms; None where it had no part: an older log has the key all the
+    same, but no `l_offset`."""
+    config = run.starts[-1].get("config", {}) if run.starts else {}
+    if config.get("objective", "apt") != "apt" or bool(run.values["l_offset"].isnan().all()):
+        return None
+    weight: float | None = config.get("lambda_offset")
+    return weight
 
 
 def number(value: float) -> str:
@@ -140,8 +152,10 @@ def _of_apt(run: RunLog, found: Summary) -> list[str]:
     if config.get("objective") == "l2-sp":
         return ["Plain training with a penalty on the weights' offset (objective l2-sp)."]
     weight, augmented, parts = found.values["loss_weight"], found.augmented, []
+    offset = _offset_beside_apt(run)
+    held = [] if offset is None else [f"The weights were held to the base model's (lambda_offset {number(offset)})."]
     if weight == 1 and not augmented > 0:
-        return ["Neither was the loss turned down there, nor were any images augmented."]
+        return ["Neither was the loss turned down there, nor were any images augmented.", *held]
     if not math.isnan(weight):
         dco = config.get("objective") == "dco"
         parts.append(
@@ -150,7 +164,7 @@ def _of_apt(run: RunLog, found: Summary) -> list[str]:
     if not math.isnan(augmented):
         parts.append(f"{share(augmented)} of all images were augmented")
     text = " and ".join(parts)
-    return [f"{text[0].upper()}{text[1:]}."] if text else []
+    return ([f"{text[0].upper()}{text[1:]}."] if text else []) + held
 
 
 def _of_breaks(run: RunLog, found: Summary) -> list[str]:
