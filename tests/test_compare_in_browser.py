@@ -215,3 +215,47 @@ def test_a_browser_that_keeps_nothing_says_so_and_votes_can_be_saved(
     failure = driver.find_element(By.CSS_SELECTOR, "#ask .failure")
     assert failure.text == "This browser keeps nothing: save your votes before you close this page."
     assert [chosen(vote) for vote in save(driver, tmp_path / "votes-max.jsonl", plan)] == [1]
+
+
+def test_votes_that_cannot_be_read_again_are_not_written_over_and_the_rater_is_told(
+    driver: Any, url: str, plan: RatingPlan, tmp_path: Path
+) -> None:
+    driver.get(url)
+    cut_off = '{"cut off'
+    driver.execute_script("rater = 'sue'; localStorage.setItem(drawer(), arguments[0])", cut_off)
+    driver.refresh()
+    begin(driver, "sue")
+    told = "This browser keeps nothing: save your votes before you close this page."
+    assert shown(driver) == "page 1 of 5, subject"
+    assert driver.find_element(By.CSS_SELECTOR, "#ask .failure").text == told
+    press(driver, "3")
+    assert shown(driver) == "page 1 of 5, prompt"
+    assert driver.find_element(By.CSS_SELECTOR, "#ask .failure").text == told
+    assert driver.execute_script("return localStorage.getItem(drawer())") == cut_off
+    assert [chosen(vote) for vote in save(driver, tmp_path / "votes-sue.jsonl", plan)] == [3]
+
+
+def test_votes_of_the_same_rater_in_two_tabs_are_all_kept(
+    driver: Any, url: str, plan: RatingPlan, tmp_path: Path
+) -> None:
+    driver.get(url)
+    begin(driver, "liz")
+    shown(driver)
+    first = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    try:
+        driver.get(url)
+        begin(driver, "liz")
+        for answer in ("1", "2", "3"):
+            shown(driver)
+            press(driver, answer)
+        assert shown(driver) == "page 2 of 5, subject"
+        save(driver, tmp_path / "votes-liz.jsonl", plan)
+        driver.close()
+    finally:
+        driver.switch_to.window(first)
+    press(driver, "0")  # the first question, which is here still open, and later
+    assert shown(driver) == "page 2 of 5, subject"
+    assert [chosen(vote) for vote in save(driver, tmp_path / "votes-liz.jsonl", plan)] == [0, 2, 3]
+    driver.refresh()
+    assert shown(driver) == "page 2 of 5, subject"

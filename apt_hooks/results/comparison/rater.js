@@ -21,19 +21,29 @@ function fail(message) {
 
 const drawer = () => `apt-hooks ${data.id} ${rater}`;
 
-function keep() {
-  try {
-    localStorage.setItem(drawer(), JSON.stringify(Object.fromEntries(form.map(({ prior, answers }) => [prior, answers]))));
-  } catch {
-    fail("This browser keeps nothing: save your votes before you close this page.");
+/** Answers by prior, then criterion: {} where none are kept; throws where that cannot be read. */
+const kept = () => JSON.parse(localStorage.getItem(drawer())) ?? {};
+
+const tellNothingKept = () => fail("This browser keeps nothing: save your votes before you close this page.");
+
+/** Of each question the later answer of two. */
+function latest(one, other) {
+  const both = { ...one, ...other };
+  for (const criterion of Object.keys(both)) {
+    if (one[criterion]?.time > both[criterion].time) both[criterion] = one[criterion];
   }
+  return both;
 }
 
-function kept() {
+/** Whether that could be done. */
+function keep() {
   try {
-    return JSON.parse(localStorage.getItem(drawer())) ?? {};
+    const before = kept(); // read again: the same rater may have voted in another tab
+    for (const item of form) item.answers = latest(before[item.prior] ?? {}, item.answers);
+    localStorage.setItem(drawer(), JSON.stringify(Object.fromEntries(form.map(({ prior, answers }) => [prior, answers]))));
+    return true;
   } catch {
-    return {};
+    return false;
   }
 }
 
@@ -160,8 +170,9 @@ function vote(choice) {
   if (!loaded) return;
   form[place.page].answers[data.questions[place.question].criterion] = { choice, time: new Date().toISOString() };
   unsaved = true;
+  const isKept = keep();
   goOn();
-  keep();
+  if (!isKept) tellNothingKept();
 }
 
 function goOn() {
@@ -201,17 +212,23 @@ function leave() {
 function begin(name) {
   rater = name.trim().replace(/\s+/g, " ");
   if (!rater) return;
-  const before = kept();
+  let before;
+  try {
+    before = kept();
+  } catch {
+    before = null;
+  }
   form = data.orders[orderOf(rater)].map(([number, places]) => {
     const { prompt, reference, prior, candidates } = data.items[number];
     const shown = places.map((index) => candidates[index]);
-    return { prompt, reference, prior, candidates: shown, answers: before[prior] ?? {} };
+    return { prompt, reference, prior, candidates: shown, answers: before?.[prior] ?? {} };
   });
   find("#rater").textContent = rater;
   find("#file").textContent = fileName();
   location.hash = encodeURIComponent(rater);
   place = { page: 0, question: 0 };
   goOn();
+  if (!before) tellNothingKept();
 }
 
 find("#start form").onsubmit = (event) => {
