@@ -11,6 +11,7 @@ done, a line of JSON is appended to DIR/runs.jsonl, as by `tinyworld.py`, and it
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from tinyworld import (  # the benchmark beside this one
     Comparison,
     Scores,
     Settings,
+    acting,
     add_run_options,
     cell,
     check_at_least_one,
@@ -40,18 +42,36 @@ from tinyworld import (  # the benchmark beside this one
 from apt_hooks.errors import errors_in_one_line
 from apt_hooks.files import write_figure
 from apt_hooks.tinyworld.concepts import CONCEPTS
-from apt_hooks.tinyworld.denoisers import UNET
 from apt_hooks.tinyworld.personalize import Training, method_config
 
-OPTIONS: dict[str, tuple[Settings, tuple[Any, ...]]] = {
-    "augment_max_probability": ({}, (0.0, 0.05, 0.2, 0.4)),
-    "augment_border": ({"augment_max_probability": 0.4}, ("learn", "ignore")),
-    "frozen_every": ({}, (1, 2, 4)),
-    "lambda_joint": ({"regularizer": "joint"}, (0.01, 0.1)),
-    "lambda_attn": ({}, (0.0, 0.3, 1.0, 3.0)),
-    "lambda_dist": ({}, (0.0, 0.03, 0.1)),
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A key of [apt], values of it, and what else is set with each."""
+
+    key: str
+    values: tuple[Any, ...]
+    beside: Settings = dataclasses.field(default_factory=dict)
+
+    def overrides(self, value: Any) -> Settings:
+        return {**self.beside, self.key: value}
+
+    def told(self) -> str:
+        return ", ".join([self.key, *(f"{key} = {value}" for key, value in self.beside.items())])
+
+
+OFFSET = {"lambda_offset": 3e-5}
+OPTIONS = {
+    "augment_max_probability": Option("augment_max_probability", (0.0, 0.05, 0.2, 0.4)),
+    "augment_border": Option("augment_border", ("learn", "ignore"), {"augment_max_probability": 0.4}),
+    "frozen_every": Option("frozen_every", (1, 2, 4)),
+    "lambda_joint": Option("lambda_joint", (0.01, 0.1), {"regularizer": "joint"}),
+    "lambda_attn": Option("lambda_attn", (0.0, 0.3, 1.0, 3.0)),
+    "lambda_dist": Option("lambda_dist", (0.0, 0.03, 0.1)),
+    "lambda_offset": Option("lambda_offset", (0.0, 1e-5, 3e-5, 1e-4)),
+    "lambda_attn+offset": Option("lambda_attn", (0.0, 0.3, 1.0), OFFSET),
+    "lambda_dist+offset": Option("lambda_dist", (0.0, 0.03), OFFSET),
 }
-"""What else is set, and the values."""
 COLUMNS = {"frechet": ".0f", "recall": ".3f", "text": ".3f", "identity": ".3f", "black_frames": ".3f"}
 DRAWN = ("text", "identity")
 Point = tuple[str, Any]  # an option and a value of it
@@ -77,9 +97,9 @@ def run(args: argparse.Namespace) -> None:
     log, places = args.out / "runs.jsonl", [(concept, seed) for concept in args.concepts for seed in args.seeds]
     plain = _comparison(args, {})
     asked = [(plain, plain.asked([REFERENCE], places))]
-    points = [(option, value) for option in args.options for value in OPTIONS[option][1]]
+    points = [(option, value) for option in args.options for value in OPTIONS[option].values]
     for option, value in points:
-        comparison = _comparison(args, {**OPTIONS[option][0], option: value})
+        comparison = _comparison(args, OPTIONS[option].overrides(value))
         asked.append((comparison, comparison.asked(["apt"], places)))
     failed = [] if args.table_only else make(log, asked, args.workers)
     rows = read_rows(log)
@@ -92,8 +112,8 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(_table({point: differences(scores, reference) for point, scores in found.items()}, by_concept)))
     of_option = {}
     for option in args.options:
-        values = OPTIONS[option][1]
-        base = found[option, next((value for value in values if _is_preset(option, value)), values[0])]
+        key, values = OPTIONS[option].key, OPTIONS[option].values
+        base = found[option, next((value for value in values if _as_preset({key: value})), values[0])]
         others = [value for value in values if found[option, value] is not base]
         of_option |= {(option, value): differences(found[option, value], base) for value in others}
     print("\nAnd to APT with the preset's value, or the option's first:\n")
@@ -112,17 +132,17 @@ def _table(paired: Mapping[Point, Scores], by_concept: bool) -> list[str]:
     for (option, value), scores in paired.items():
         cells = [cell(means_of_groups(scores, column, by_concept), style, "+") for column, style in COLUMNS.items()]
         mark = "> " if _is_preset(option, value) else ""
-        lines.append(f"| {_told(option)} | {mark}{value} | {len(scores)} | {' | '.join(cells)} |")
+        lines.append(f"| {OPTIONS[option].told()} | {mark}{value} | {len(scores)} | {' | '.join(cells)} |")
     return lines
 
 
-def _told(option: str) -> str:
-    return ", ".join([option, *(f"{key} = {value}" for key, value in OPTIONS[option][0].items())])
-
-
 def _is_preset(option: str, value: Any) -> bool:
-    preset = method_config("apt", denoiser=UNET)
-    return all(getattr(preset, key) == own for key, own in {**OPTIONS[option][0], option: value}.items())
+    return _as_preset(OPTIONS[option].overrides(value))
+
+
+def _as_preset(overrides: Settings) -> bool:
+    """Whether they change nothing."""
+    return acting(method_config("apt", overrides)) == acting(method_config("apt"))
 
 
 def _draw(path: Path, paired: Mapping[Point, Scores], by_concept: bool) -> None:
@@ -139,13 +159,13 @@ def _draw(path: Path, paired: Mapping[Point, Scores], by_concept: bool) -> None:
             ax.axis("off")
             continue
         for column in DRAWN:
-            points = [_point(paired.get((option, v)), column, by_concept) for v in OPTIONS[option][1]]
+            points = [_point(paired.get((option, v)), column, by_concept) for v in OPTIONS[option].values]
             means, errors = zip(*points, strict=True)
-            labels = [f"{v}\n(preset)" if _is_preset(option, v) else f"{v}" for v in OPTIONS[option][1]]
+            labels = [f"{v}\n(preset)" if _is_preset(option, v) else f"{v}" for v in OPTIONS[option].values]
             ax.errorbar(labels, means, errors, fmt="o-", capsize=3, label=column)
         ax.axhline(0, color="#999999", linewidth=1)
         ax.margins(x=0.15)
-        ax.set_title("\n".join(_told(option).split(", ")), fontsize=9)
+        ax.set_title("\n".join(OPTIONS[option].told().split(", ")), fontsize=9)
     for ax in fields[::across]:
         ax.set_ylabel("difference, paired")
     fields[0].legend(fontsize=8)
