@@ -217,6 +217,11 @@ def test_a_browser_that_keeps_nothing_says_so_and_votes_can_be_saved(
     assert [chosen(vote) for vote in save(driver, tmp_path / "votes-max.jsonl", plan)] == [1]
 
 
+def failure(driver: Any) -> str:
+    text: str = driver.find_element(By.CSS_SELECTOR, "#ask .failure").text
+    return text
+
+
 def test_votes_that_cannot_be_read_again_are_not_written_over_and_the_rater_is_told(
     driver: Any, url: str, plan: RatingPlan, tmp_path: Path
 ) -> None:
@@ -225,37 +230,63 @@ def test_votes_that_cannot_be_read_again_are_not_written_over_and_the_rater_is_t
     driver.execute_script("rater = 'sue'; localStorage.setItem(drawer(), arguments[0])", cut_off)
     driver.refresh()
     begin(driver, "sue")
-    told = "This browser keeps nothing: save your votes before you close this page."
-    assert shown(driver) == "page 1 of 5, subject"
-    assert driver.find_element(By.CSS_SELECTOR, "#ask .failure").text == told
+    told = "What this browser has kept of this name cannot be read: take another, or save before you close this page."
+    assert shown(driver) == "page 1 of 5, subject" and failure(driver) == told
     press(driver, "3")
-    assert shown(driver) == "page 1 of 5, prompt"
-    assert driver.find_element(By.CSS_SELECTOR, "#ask .failure").text == told
+    assert shown(driver) == "page 1 of 5, prompt" and failure(driver) == told
+    press(driver, Keys.ARROW_LEFT)
+    assert shown(driver) == "page 1 of 5, subject" and failure(driver) == told
+    driver.find_element(By.ID, "rater").click()
+    assert "and this browser does not keep them" in driver.switch_to.alert.text
+    driver.switch_to.alert.dismiss()
     assert driver.execute_script("return localStorage.getItem(drawer())") == cut_off
     assert [chosen(vote) for vote in save(driver, tmp_path / "votes-sue.jsonl", plan)] == [3]
+    driver.find_element(By.ID, "rater").click()
+    begin(driver, "sam")
+    assert shown(driver) == "page 1 of 5, subject" and failure(driver) == ""
 
 
-def test_votes_of_the_same_rater_in_two_tabs_are_all_kept(
-    driver: Any, url: str, plan: RatingPlan, tmp_path: Path
-) -> None:
-    driver.get(url)
-    begin(driver, "liz")
-    shown(driver)
+@pytest.fixture
+def tabs(driver: Any) -> Iterator[tuple[str, str]]:
     first = driver.current_window_handle
     driver.switch_to.new_window("tab")
-    try:
+    second = driver.current_window_handle
+    driver.switch_to.window(first)
+    yield first, second
+    driver.switch_to.window(second)
+    driver.close()
+    driver.switch_to.window(first)
+
+
+def test_votes_of_the_same_rater_in_two_tabs_are_all_kept_and_the_later_counts(
+    driver: Any, url: str, plan: RatingPlan, tmp_path: Path, tabs: tuple[str, str]
+) -> None:
+    first, second = tabs
+    file = tmp_path / "votes-liz.jsonl"
+
+    def answers() -> list[tuple[str, int]]:
+        return [(vote.criterion, chosen(vote)) for vote in save(driver, file, plan)]
+
+    for tab in tabs:
+        driver.switch_to.window(tab)
         driver.get(url)
         begin(driver, "liz")
-        for answer in ("1", "2", "3"):
-            shown(driver)
-            press(driver, answer)
+        assert shown(driver) == "page 1 of 5, subject"
+    for answer in ("1", "2"):
+        shown(driver)
+        press(driver, answer)
+    assert shown(driver) == "page 1 of 5, prior"
+    driver.switch_to.window(first)  # in which nothing has been answered
+    assert answers() == [("subject", 1), ("prompt", 2)]
+    press(driver, "0")
+    assert shown(driver) == "page 1 of 5, prior"
+    driver.switch_to.window(second)  # that knows the first tab's answer as soon as it saves, or has one of its own
+    press(driver, "3")
+    assert shown(driver) == "page 2 of 5, subject"
+    wanted = [("subject", 0), ("prompt", 2), ("prior", 3)]
+    assert answers() == wanted
+    for tab in tabs:
+        driver.switch_to.window(tab)
+        assert answers() == wanted
+        driver.refresh()
         assert shown(driver) == "page 2 of 5, subject"
-        save(driver, tmp_path / "votes-liz.jsonl", plan)
-        driver.close()
-    finally:
-        driver.switch_to.window(first)
-    press(driver, "0")  # the first question, which is here still open, and later
-    assert shown(driver) == "page 2 of 5, subject"
-    assert [chosen(vote) for vote in save(driver, tmp_path / "votes-liz.jsonl", plan)] == [0, 2, 3]
-    driver.refresh()
-    assert shown(driver) == "page 2 of 5, subject"

@@ -8,9 +8,11 @@ let rater;
 let place = { page: 0, question: 0 };
 let loaded = false; // the page's pictures are there
 let unsaved = false; // there are answers that are in no file yet
+let unkept = ""; // why they are not kept in this browser either
 
 function view(id) {
   for (const main of views) main.hidden = main.id !== id;
+  fail(id === "start" ? "" : unkept);
 }
 
 function fail(message) {
@@ -21,10 +23,14 @@ function fail(message) {
 
 const drawer = () => `apt-hooks ${data.id} ${rater}`;
 
-/** Answers by prior, then criterion: {} where none are kept; throws where that cannot be read. */
-const kept = () => JSON.parse(localStorage.getItem(drawer())) ?? {};
-
-const tellNothingKept = () => fail("This browser keeps nothing: save your votes before you close this page.");
+/** What is kept, by prior and criterion; null where that cannot be read. */
+function parsed(text) {
+  try {
+    return JSON.parse(text) ?? {};
+  } catch {
+    return null;
+  }
+}
 
 /** Of each question the later answer of two. */
 function latest(one, other) {
@@ -35,21 +41,29 @@ function latest(one, other) {
   return both;
 }
 
-/** Whether that could be done. */
+/** Keeps the answers, together with what another tab has kept of this rater; `unkept` tells where that cannot be. */
 function keep() {
+  unkept = "This browser keeps nothing: save your votes before you close this page.";
   try {
-    const before = kept(); // read again: the same rater may have voted in another tab
+    const before = parsed(localStorage.getItem(drawer()));
+    if (!before) {
+      unkept = "What this browser has kept of this name cannot be read: take another, or save before you close this page.";
+      return;
+    }
     for (const item of form) item.answers = latest(before[item.prior] ?? {}, item.answers);
-    localStorage.setItem(drawer(), JSON.stringify(Object.fromEntries(form.map(({ prior, answers }) => [prior, answers]))));
-    return true;
+    const answered = form.filter(({ answers }) => Object.keys(answers).length);
+    const all = Object.fromEntries(answered.map(({ prior, answers }) => [prior, answers]));
+    if (answered.length) localStorage.setItem(drawer(), JSON.stringify(all));
+    unkept = "";
   } catch {
-    return false;
+    // as `unkept` says
   }
 }
 
 const fileName = () => `votes-${rater.replace(/[^\p{L}\p{N}]+/gu, "_")}.jsonl`;
 
 function save() {
+  keep();
   const lines = form.flatMap(({ candidates, answers }) =>
     Object.entries(answers).map(([criterion, { choice, time }]) =>
       JSON.stringify({ rater, criterion, shown: candidates, chosen: choice, time }),
@@ -94,7 +108,6 @@ function nextOpen() {
 function show(there) {
   const newPage = !isInside(there) || there.page !== place.page || find("#page").hidden;
   place = there;
-  fail("");
   view("page");
   if (newPage) {
     showPictures(form[place.page]);
@@ -170,9 +183,8 @@ function vote(choice) {
   if (!loaded) return;
   form[place.page].answers[data.questions[place.question].criterion] = { choice, time: new Date().toISOString() };
   unsaved = true;
-  const isKept = keep();
+  keep();
   goOn();
-  if (!isKept) tellNothingKept();
 }
 
 function goOn() {
@@ -200,11 +212,11 @@ function forward() {
 }
 
 function leave() {
-  if (unsaved && !confirm("Your votes are in no file yet, but this browser keeps them. Go on to another rater?")) return;
+  const where = unkept ? "and this browser does not keep them" : "but this browser keeps them";
+  if (unsaved && !confirm(`Your votes are in no file yet, ${where}. Go on to another rater?`)) return;
   unsaved = false;
   location.hash = "";
   find("#name").value = "";
-  fail("");
   view("start");
   find("#name").focus();
 }
@@ -212,23 +224,17 @@ function leave() {
 function begin(name) {
   rater = name.trim().replace(/\s+/g, " ");
   if (!rater) return;
-  let before;
-  try {
-    before = kept();
-  } catch {
-    before = null;
-  }
   form = data.orders[orderOf(rater)].map(([number, places]) => {
     const { prompt, reference, prior, candidates } = data.items[number];
     const shown = places.map((index) => candidates[index]);
-    return { prompt, reference, prior, candidates: shown, answers: before?.[prior] ?? {} };
+    return { prompt, reference, prior, candidates: shown, answers: {} };
   });
+  keep();
   find("#rater").textContent = rater;
   find("#file").textContent = fileName();
   location.hash = encodeURIComponent(rater);
   place = { page: 0, question: 0 };
   goOn();
-  if (!before) tellNothingKept();
 }
 
 find("#start form").onsubmit = (event) => {
