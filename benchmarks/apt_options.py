@@ -3,9 +3,9 @@
     python benchmarks/apt_options.py --out DIR [--options lambda_attn,...] [--concepts 0,2,3] [--seeds 0]
 
 Trained as the demo is, with the preset but for the option (`OPTIONS`), and compared on the same concept and seed, in
-two tables: to DreamBooth, and to the option's value of the preset (to its first one, where the preset has none of
-them), which tells what the option does; DIR/options.png draws the latter for text and identity. As soon as a run is
-done, a line of JSON is appended to DIR/runs.jsonl, as by `tinyworld.py`, and it is not made again.
+two tables: to DreamBooth, and to the option's value of the preset, with the same keys beside it, which tells what the
+option does; DIR/options.png draws the latter for text and identity. As soon as a run is done, a line of JSON is
+appended to DIR/runs.jsonl, as by `tinyworld.py`, and it is not made again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from apt_hooks.tinyworld.personalize import Training, method_config
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A key of [apt], values of it, and what else is set with each."""
+    """A key of [apt], values of it, the preset's among them, and what else is set with each."""
 
     key: str
     values: tuple[Any, ...]
@@ -113,10 +113,10 @@ def run(args: argparse.Namespace) -> None:
     of_option = {}
     for option in args.options:
         key, values = OPTIONS[option].key, OPTIONS[option].values
-        base = found[option, next((value for value in values if _as_preset({key: value})), values[0])]
+        base = found[option, next(value for value in values if _as_preset({key: value}))]
         others = [value for value in values if found[option, value] is not base]
         of_option |= {(option, value): differences(found[option, value], base) for value in others}
-    print("\nAnd to APT with the preset's value, or the option's first:\n")
+    print("\nAnd to APT with the preset's value of the option:\n")
     print("\n".join(_table(of_option, by_concept)))
     if any(of_option.values()):
         _draw(args.out / "options.png", of_option, by_concept)

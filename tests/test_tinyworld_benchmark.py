@@ -449,10 +449,17 @@ def test_each_value_of_an_option_of_apt_is_compared_to_dreambooth_and_to_the_pre
     assert apt_options.ran == []
 
 
-def test_an_option_that_the_preset_has_otherwise_is_compared_to_its_first_value(apt_options):
+def test_an_option_with_other_keys_beside_it_is_compared_to_the_presets_value_with_these(apt_options):
     said = apt_options("--options", "augment_border", "--concepts", "0")
     found = texts(said, "augment_border, augment_max_probability = 0.4")
     assert found == [[("learn", "+0.200"), ("ignore", "+0.200")], [("ignore", "+0.000")]]
+    said = apt_options("--options", "lambda_offset,lambda_attn+offset", "--concepts", "0")
+    with_offset = [[value for value, _ in table] for table in texts(said, "lambda_attn, lambda_offset = 3e-05")]
+    assert with_offset == [["0.0", "0.3", "1.0"], ["0.0", "0.3"]]
+    assert [[value for value, _ in table] for table in texts(said, "lambda_offset")] == [
+        ["> 0.0", "1e-05", "3e-05", "0.0001"],
+        ["1e-05", "3e-05", "0.0001"],
+    ]
 
 
 def test_the_error_of_an_options_value_on_one_concept_is_that_of_its_seeds(apt_options):
