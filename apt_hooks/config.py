@@ -264,8 +264,13 @@ class AptConfig:
 
     @property
     def measures_offset(self) -> bool:
-        """Whether the weights' offset is measured, for which the network has to be a plain LoRA."""
+        """Whether the weights' offset is asked for, for which the network has to be a plain LoRA."""
         return self.objective == "l2-sp" or self.offset_weight > 0
+
+    @property
+    def may_measure_offset(self) -> bool:
+        """Whether the weights' offset is measured of a plain LoRA: `monitor_only` tells it unasked."""
+        return self.measures_offset or self.monitor_only
 
     @property
     def ignored(self) -> dict[str, Any]:

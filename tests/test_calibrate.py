@@ -16,7 +16,15 @@ from typer.testing import CliRunner
 from apt_hooks import AptConfig, AptError, AptObjective
 from apt_hooks.cli import app
 from apt_hooks.method.indicator import gamma_of_gap
-from apt_hooks.results.calibrate import GAMMA_AT_END, calibrate, gaps_at_end, propose_scale, read_log
+from apt_hooks.results.calibrate import (
+    GAMMA_AT_END,
+    OFFSET_SHARE,
+    calibrate,
+    gaps_at_end,
+    propose_offset_weight,
+    propose_scale,
+    read_log,
+)
 from apt_hooks.training.run import AptRun
 
 NAN = math.nan
@@ -302,6 +310,61 @@ def test_without_matplotlib_the_scale_is_said_and_how_to_get_the_picture(
     assert said[-1].startswith("no picture, which needs matplotlib") and said[-1].endswith(
         'pip install "apt-hooks[demo]"'
     )
+
+
+def watched(path: Path, offset: float | None, *monitor_only: bool, gain: float = 0.05, every: int = 1) -> Path:
+    """A log of forty steps: the last tenth gains that, before it was 0.01; one or two starts."""
+    logged = []
+    for i in range(1, 41):
+        losses = {"loss_tuned": 0.1, "loss_frozen": 0.11 if i <= 36 else 0.1 + gain}
+        losses = losses if i % every == 0 else dict.fromkeys(losses)
+        logged.append(line(i, [0.002], 1000) | losses | {"l_offset": offset and offset * i})
+    starts = [{"run": {"config": {"monitor_only": given, "lambda_offset": 0.001}}} for given in monitor_only]
+    return write(path, [*starts[:1], *logged[:20], *starts[1:], *logged[20:]])
+
+
+def said_of(log: Path) -> list[str]:
+    said: list[str] = []
+    calibrate(log, None, scale=None, say=said.append)
+    return [text for text in said if "lambda_offset" in text]
+
+
+@pytest.mark.parametrize(
+    ("every", "given", "seen"), [(1, (True,), 385), (2, (True, True), 385)], ids=["each step", "resumed, every second"]
+)
+def test_the_weight_of_the_offset_is_proposed_of_a_run_that_was_watched(
+    tmp_path: Path, every: int, given: tuple[bool, ...], seen: int
+) -> None:
+    # Steps 37 to 40: 385 in the mean; 0.2 * 0.05 / 385 = 2.597e-5.
+    assert said_of(watched(tmp_path / "a.jsonl", 10.0, *given, every=every)) == [
+        f"over the same steps l_offset is {seen} and loss_frozen - loss_tuned 0.05; rule: lambda_offset * l_offset is "
+        "0.2 of that, as where it was good on the tiny world",
+        "to hold the weights as well, write into [apt]: lambda_offset = 2.6e-05",
+    ]
+    AptConfig(lambda_offset=2.6e-5)
+    assert propose_offset_weight(0.05, 385.0) == pytest.approx(OFFSET_SHARE * 0.05 / 385)
+
+
+@pytest.mark.parametrize("given", [(), (False,), (True, False), (False, True)])
+def test_of_a_run_on_which_a_penalty_may_have_acted_no_weight_is_proposed(
+    tmp_path: Path, given: tuple[bool, ...]
+) -> None:
+    assert said_of(watched(tmp_path / "a.jsonl", 10.0, *given)) == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "gain", "found"),
+    [
+        (None, 0.05, "l_offset nan, loss_frozen - loss_tuned 0.05"),
+        (0.0, 0.05, "l_offset 0, loss_frozen - loss_tuned 0.05"),
+        (10.0, -0.02, "l_offset 385, loss_frozen - loss_tuned -0.02"),
+    ],
+)
+def test_where_no_weight_follows_it_is_said_why(tmp_path: Path, offset: float | None, gain: float, found: str) -> None:
+    assert said_of(watched(tmp_path / "a.jsonl", offset, True, gain=gain)) == [
+        "no lambda_offset follows from this log, which needs both above 0 and a plain LoRA "
+        f"({found}; nan: not in the log)"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -678,6 +678,14 @@ def test_l2_sp_adds_its_penalty_to_the_scripts_own_loss(train: Train, prior: tup
     assert found.lines[0]["l_offset"] == 0.0 < found.lines[-1]["l_offset"] and found.lines[-1]["l_attn"] is None
 
 
+def test_monitor_only_tells_the_weights_offset_unasked(train: Train) -> None:
+    arguments = ("--max_train_steps", "4", "--learning_rate", "1e-2", "--train_text_encoder")
+    asked = train("one_encoder", *arguments, config='monitor_only = true\nobjective = "l2-sp"')
+    found = train("one_encoder", *arguments, config="monitor_only = true")
+    assert found.lines[0]["l_offset"] == 0.0 < found.lines[-1]["l_offset"]
+    assert [line["l_offset"] for line in found.lines] == [line["l_offset"] for line in asked.lines]
+
+
 def test_beside_apt_lambda_offset_adds_its_penalty(train: Train) -> None:
     arguments = ("--max_train_steps", "6", "--learning_rate", "1e-2")
     apt = train("one_encoder", *arguments, config="lambda_offset = 0")

@@ -88,6 +88,17 @@ def test_value_and_gradient_are_those_of_the_whole_changes_written_out(kind):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "scale", [None, torch.ones(3), nn.Identity(), "auto"], ids=["none", "vector", "module", "text"]
+)
+def test_what_has_no_number_for_a_scale_is_no_pair(scale):
+    model = nn.ModuleDict({"linear": KohyaPair(BASE["linear"])})
+    del model["linear"].scale
+    model["linear"].scale = scale
+    with pytest.raises(AptError, match="2 of 2 trained parameters are of none"):
+        lora_pairs([model], trained(model))
+
+
 def test_it_passes_gradcheck():
     down, up = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5), (4, 2)))
     torch.autograd.gradcheck(lambda down, up: weight_offset([LowRank(down, up, 0.7)]), (down, up))
@@ -264,7 +275,12 @@ alone = pytest.mark.parametrize("own", ALONE, ids=["l2-sp", "apt"])
 
 
 @alone
-def test_monitor_only_tells_it_and_changes_nothing(own):
+def test_monitor_only_tells_it_and_changes_nothing(own, monkeypatch):
+    def offset(pairs):
+        assert not torch.is_grad_enabled()  # no graph over the whole LoRA, while the pass holds its own
+        return weight_offset(pairs)
+
+    monkeypatch.setattr("apt_hooks.training.objective.weight_offset", offset)
     case = Case(monitor_only=True, **own)
     step, loss, gradient = case.step()
     case.network.zero_grad()
@@ -272,6 +288,24 @@ def test_monitor_only_tells_it_and_changes_nothing(own):
     plain.backward()
     assert loss == float(plain.detach()) and torch.equal(gradient, case.network.gradient())
     assert float(step.values["l_offset"]) > 0 and not step.regularizer.requires_grad
+
+
+@pytest.mark.parametrize("objective", ["apt", "dco", "dreambooth"])
+def test_monitor_only_tells_it_unasked_where_the_network_is_a_plain_lora(objective):
+    case = Case(monitor_only=True, objective=objective, lambda_offset=None)
+    for _ in range(2):
+        step, _, gradient = case.step()
+        wanted = sum(change.square().sum() for change in case.changes())
+        assert float(step.values["l_offset"]) == pytest.approx(float(wanted.detach()), rel=1e-6) and wanted > 0
+        case.network.zero_grad()
+        case.per_sample(case.predict()).mean().backward()
+        assert torch.equal(gradient, case.network.gradient())
+    other = Case(monitor_only=True, objective=objective, lambda_offset=None)
+    other.objective.reference.trained += list(loha().named_parameters())
+    for _ in range(2):
+        step, _, _ = other.step()
+        assert "l_offset" not in step.values and "delta_noise" in step.values
+    assert "l_offset" not in Case(objective=objective, lambda_offset=None).step()[0].values
 
 
 @alone

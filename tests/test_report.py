@@ -316,6 +316,10 @@ def test_an_older_log_has_the_key_of_a_penalty_that_had_no_part(tmp_path: Path) 
         write(tmp_path / "b-apt.jsonl", [start(config={"lambda_offset": 0.002}), step(1) | {"l_offset": 1.0}])
     )
     assert run is not None and "lambda_offset 0.002" in how_trained(run)
+    # Watched, and gone on with.
+    lines = [start(config={"lambda_offset": 0.0}), step(1) | {"l_offset": 1.0}]
+    run = read_run(write(tmp_path / "c-apt.jsonl", lines))
+    assert run is not None and "lambda_offset" not in how_trained(run) and "held to" not in words(run.path)
 
 
 def test_bins_without_a_gap_have_no_gamma(tmp_path: Path) -> None:

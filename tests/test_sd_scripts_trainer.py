@@ -801,6 +801,17 @@ def test_l2_sp_holds_the_whole_network_for_the_samples_that_count(train: Train, 
     assert run.log[-1]["l_offset"] == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_monitor_only_tells_the_weights_offset_unasked(train: Train, kind: str) -> None:
+    options = {"kind": kind, "network_train_unet_only": False}
+    asked = train({**L2_SP, "monitor_only": True}, **options)
+    unasked = train({"monitor_only": True}, **options, name="unasked")
+    found = [line["l_offset"] for line in unasked.log]
+    assert min(found) > 0 and found == [line["l_offset"] for line in asked.log]
+    weights, wanted = unasked.saved()["weights"], train(None, **options, name="plain").saved()["weights"]
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[key], wanted[key]) for key in wanted)
+
+
 @pytest.mark.parametrize("config", [L2_SP, {"objective": "dreambooth"}], ids=["l2-sp", "dreambooth"])
 def test_the_frozen_pass_that_only_the_log_needs_can_be_spared(train: Train, config: dict[str, Any]) -> None:
     each, spared = train(config), train({**config, "frozen_every": 2}, name="spared")

@@ -211,6 +211,8 @@ def calibrate(
 
     Under the proposed scale the run ends (mean of its last tenth) with the upper quartile of its bins at gamma 0.97, as
     the paper's SDXL run did. So let the run be as long as the training is to be.
+
+    Of a run with `monitor_only` and a plain LoRA a `lambda_offset` is proposed as well, to hold the weights.
     """
     from apt_hooks.results.calibrate import calibrate
 

@@ -62,8 +62,10 @@ def _pairs_of(module: nn.Module) -> Iterator[LowRank]:
 
 def _pair(down: nn.Module, up: nn.Module, scale: Any) -> Iterator[LowRank]:
     one, other = getattr(down, "weight", None), getattr(up, "weight", None)
-    if scale is None:
+    try:
+        scale = float(scale)
+    except (TypeError, ValueError):  # none, or no number: not what this is about
         return
     # A projection up with a kernel of its own, or in groups, is no product of two matrices.
     if isinstance(one, nn.Parameter) and isinstance(other, nn.Parameter) and other.flatten(1).shape[1] == len(one):
-        yield LowRank(one, other, float(scale))
+        yield LowRank(one, other, scale)

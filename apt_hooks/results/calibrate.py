@@ -1,4 +1,4 @@
-"""`apt-hooks calibrate`: an `indicator_scale` that fits the model, from the gaps that a run has logged.
+"""`apt-hooks calibrate`: `indicator_scale` and `lambda_offset` that fit the model, from what a run has logged.
 
 The size of the loss gap depends on the model, so the scale S of `gamma = 1 - exp(-S * gap)` has to as well (the paper
 took 1000 for SDXL, 100 for SD 2.1). The rule, which is ours: a run should end as overfitted as the paper's did. Its
@@ -11,6 +11,13 @@ A quartile: one noisy bin can hardly move it, nor, with a gap below 0, leave the
 would with a mean of gammas. The upper one: gamma is there for the bins that overfit most; which these are depends on
 what the model predicts, so no bins are named. The scale holds for runs of about that length. Where APT acts, the gaps
 grow more slowly than in a run with `monitor_only`; the log of such a run can be read in its turn.
+
+A weight of L2-SP's penalty has to fit as well: `l_offset` is a sum over all layers, and grows with learning rate and
+steps. The rule, ours too: over the last tenth of a run with `monitor_only`, as a penalty that acts makes it smaller,
+
+    lambda_offset * l_offset = 0.2 * (loss of base - loss of LoRA)
+
+That is what 3e-5 comes to on the tiny world's two models, on which it was good (docs/rivals.md, "How strongly").
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ from .too_short import why_too_short
 
 QUANTILE = 0.75
 GAMMA_AT_END = 0.97  # that quantile of the paper's four published bins: 0.969, read off a plot
+OFFSET_SHARE = 0.2  # of 3e-5 on the tiny world; docs/rivals.md has the runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,9 @@ class LoggedIndicator:
         gammas: [steps, bins], as the steps used them, under the run's own scale.
         gaps: [steps, bins], `OverfittingIndicator.gaps` at these steps; NaN for a bin not seen yet.
         delta_noise: mean of the last tenth; NaN where the log has none.
+        gain: loss of the base model less that of the LoRA, as trained on, mean of the last tenth; NaN likewise.
+        offset: squared distance of the weights (`l_offset`), mean of the last tenth; NaN where it was not measured.
+        watched: whether all of the run was with `monitor_only`, so that nothing has acted on the offset.
         total: how many steps the log has, of which these are an evenly chosen part.
         compared: and how many of them ran the base model (`frozen_every`), of a very long log about how many.
         dropout: probabilities of the LoRA's dropout by what they are of, at the end of the run; empty in older logs.
@@ -51,6 +62,9 @@ class LoggedIndicator:
     gammas: Tensor
     gaps: Tensor
     delta_noise: float = math.nan
+    gain: float = math.nan
+    offset: float = math.nan
+    watched: bool = False
     total: int = 0
     compared: int = 0
     dropout: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -92,8 +106,18 @@ def read_log(path: Path, scale: float | None = None) -> LoggedIndicator:
     noise = run.values["delta_noise"]
     share = float((~noise.isnan()).double().mean()) or 1.0  # an older log has none
     compared = round(share * run.total)
+    monitored = [bool(start.get("config", {}).get("monitor_only")) for start in run.starts]
     return LoggedIndicator(
-        run.steps, run.gammas, gaps, float(_last_tenth(noise).nanmean()), run.total, compared, dropout
+        run.steps,
+        run.gammas,
+        gaps,
+        delta_noise=float(_last_tenth(noise).nanmean()),
+        gain=float(_last_tenth(run.values["loss_frozen"] - run.values["loss_tuned"]).nanmean()),
+        offset=float(_last_tenth(run.values["l_offset"]).nanmean()),
+        watched=bool(monitored) and all(monitored),
+        total=run.total,
+        compared=compared,
+        dropout=dropout,
     )
 
 
@@ -128,8 +152,21 @@ def propose_scale(gaps: Tensor) -> float:
     return -math.log1p(-GAMMA_AT_END) / gap
 
 
+def propose_offset_weight(gain: float, offset: float) -> float | None:
+    """The `lambda_offset` under which the penalty would have ended at `OFFSET_SHARE` of the gain.
+
+    Args:
+        gain, offset: as in `LoggedIndicator`.
+
+    Returns:
+        Exact; None where the log does not tell: no offset, or no gain.
+    """
+    return OFFSET_SHARE * gain / offset if gain > 0 and offset > 0 else None
+
+
 def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Callable[[str], None]) -> float:
-    """Propose an `indicator_scale` for a logged run, and draw its gammas under both scales.
+    """Propose an `indicator_scale` for a logged run, and draw its gammas under both scales; of a run that was only
+    watched a `lambda_offset` too.
 
     Args:
         log: the run's step log, or a folder that has no other.
@@ -178,6 +215,8 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
         say(f"note: the run's LoRA had dropout ({kinds}), which makes gaps smaller; the scale holds for that dropout")
     if not 10 <= proposed <= 10000:
         say("note: that is far from the paper's 100 to 1000; is the run as long as the training is to be?")
+    if run.watched:
+        _say_offset_weight(run, say)
     try:
         _draw(run, proposed, picture)
     except ImportError as error:  # the advice has been given
@@ -185,6 +224,19 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
     else:
         say(f"gamma per bin, as it was and under the proposed scale: {picture}")
     return proposed
+
+
+def _say_offset_weight(run: LoggedIndicator, say: Callable[[str], None]) -> None:
+    weight = propose_offset_weight(run.gain, run.offset)
+    if weight is None:
+        found = f"l_offset {run.offset:.3g}, loss_frozen - loss_tuned {run.gain:.3g}; nan: not in the log"
+        say(f"no lambda_offset follows from this log, which needs both above 0 and a plain LoRA ({found})")
+        return
+    say(
+        f"over the same steps l_offset is {run.offset:.3g} and loss_frozen - loss_tuned {run.gain:.3g}; rule: "
+        f"lambda_offset * l_offset is {OFFSET_SHARE:g} of that, as where it was good on the tiny world"
+    )
+    say(f"to hold the weights as well, write into [apt]: lambda_offset = {float(f'{weight:.2g}'):g}")
 
 
 def _last_tenth(rows: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class AptObjective:
         num_train_timesteps: T of the noise schedule.
         also_frozen: further modules whose adapters `adapters_off` switches, e.g. trained text encoders; with
             `reference = "start"` also the LoRA itself where it is no part of them, for the sake of its dropout, and
-            with `lambda_offset` or `objective = "l2-sp"`, whose pairs are looked for in it.
+            with `lambda_offset`, `objective = "l2-sp"` or `monitor_only`, whose pairs are looked for in it.
         bin_of: as in `OverfittingIndicator`, for timesteps that are no whole numbers, such as sigmas.
         layout: where to hook a denoiser of no known architecture, in place of the keys `blocks` and
             `representation_source`.
@@ -256,9 +256,9 @@ class AptObjective:
         share = count / batch
         shares = dict.fromkeys(passes.terms, (self.config.frozen_every if passes.due else 0) * share)
         terms = passes.terms
-        if self.config.measures_offset and count:
+        if count and (pairs := self._offset_pairs()):
             # Of the weights and not of a frozen pass, so that each batch has it.
-            terms, shares = {**terms, "l_offset": self._weight_offset()}, {**shares, "l_offset": share}
+            terms, shares = {**terms, "l_offset": self._weight_offset(pairs)}, {**shares, "l_offset": share}
         regularizer = torch.zeros((), device=target.device)
         if not self.config.monitor_only:
             regularizer = self._regularizer(terms, shares, regularizer)
@@ -283,16 +283,28 @@ class AptObjective:
         lambdas = {"l_mu": dist, "l_sigma": dist, "l_attn": attn, "l_joint": joint, "l_offset": offset}
         return sum((lambdas[name] * shares[name] * term.to(nothing.device) for name, term in terms.items()), nothing)
 
-    def _weight_offset(self) -> Tensor:
-        """How far the LoRA has gone from the reference (`weight_offset`)."""
+    def _offset_pairs(self) -> list[LowRank]:
+        """The LoRA's pairs, whose offset is measured; none where it is not."""
+        if not self.config.may_measure_offset:
+            return []
         if self._pairs is None:
-            self._pairs = lora_pairs(self.reference.modules, self.reference.named_trained())
+            try:
+                self._pairs = lora_pairs(self.reference.modules, self.reference.named_trained())
+            except AptError:
+                if self.config.measures_offset:
+                    raise
+                self._pairs = []  # another kind of network, which is watched without
+        return self._pairs
+
+    def _weight_offset(self, pairs: list[LowRank]) -> Tensor:
+        """How far the LoRA has gone from the reference (`weight_offset`)."""
         self.reference.keep_start()  # which a batch without a frozen pass may not have done, behind a loaded state
-        if self.reference.start is None:
-            return weight_offset(self._pairs)
-        first = self.reference.start.by_parameter()
-        began = (LowRank(first.get(down, down), first.get(up, up), scale) for down, up, scale in self._pairs)
-        return weight_offset([difference(now, then) for now, then in zip(self._pairs, began, strict=True)])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.monitor_only):
+            if self.reference.start is None:
+                return weight_offset(pairs)
+            first = self.reference.start.by_parameter()
+            began = (LowRank(first.get(down, down), first.get(up, up), scale) for down, up, scale in pairs)
+            return weight_offset([difference(now, then) for now, then in zip(pairs, began, strict=True)])
 
     def verify(self) -> None:
         """Check that the last backward pass carried the regularizers' gradient (`FeatureCapture.verify`), and what the

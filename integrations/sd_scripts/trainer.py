@@ -505,7 +505,7 @@ class AptTrainer:
         self._switch = LoraSwitch(self._switched, self._network, network)
         # And nothing else, though a text encoder's embeddings require a gradient for the sake of its checkpointing.
         objective.reference.trained = list(network.named_parameters())
-        if self.apt_config.reference == "start" or self.apt_config.measures_offset:
+        if self.apt_config.reference == "start" or self.apt_config.may_measure_offset:
             objective.reference.modules = (*objective.reference.modules, network)
         self.apt.has_dropout(dropout(network))
         self._measured.begin(network)

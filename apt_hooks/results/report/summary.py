@@ -91,12 +91,12 @@ def how_trained(run: RunLog) -> str:
 
 def _offset_beside_apt(run: RunLog) -> float | None:
     """The weight of L2-SP's penalty beside APT's terms; None where it had no part: an older log has the key all the
-    same, but no `l_offset`."""
+    same, but no `l_offset`, and one that was only watched has that without a weight."""
     config = run.starts[-1].get("config", {}) if run.starts else {}
     if config.get("objective", "apt") != "apt" or bool(run.values["l_offset"].isnan().all()):
         return None
     weight: float | None = config.get("lambda_offset")
-    return weight
+    return weight or None
 
 
 def number(value: float) -> str:
