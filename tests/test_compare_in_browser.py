@@ -171,6 +171,13 @@ def test_raters_of_other_names_see_other_orders(driver: Any, url: str) -> None:
     assert {*map(int, taken)} == {*range(ORDERS)}
 
 
+def test_an_address_that_ends_in_no_name_begins_with_the_first_view(driver: Any, url: str) -> None:
+    driver.get(f"{url}#%E0%A4%A")
+    assert driver.find_element(By.ID, "name").is_displayed() and errors(driver) == []
+    begin(driver, "kim")
+    assert shown(driver) == "page 1 of 5, subject"
+
+
 def test_a_click_enlarges_a_picture_and_keys_rest_meanwhile(driver: Any, url: str) -> None:
     resize(driver, 1400, 900)
     driver.get(url)
@@ -230,7 +237,10 @@ def test_votes_that_cannot_be_read_again_are_not_written_over_and_the_rater_is_t
     driver.execute_script("rater = 'sue'; localStorage.setItem(drawer(), arguments[0])", cut_off)
     driver.refresh()
     begin(driver, "sue")
-    told = "What this browser has kept of this name cannot be read: take another, or save before you close this page."
+    told = (
+        "What this browser has kept of this name cannot be read: go on under another (the button with your name), or "
+        "save your votes before you close this page."
+    )
     assert shown(driver) == "page 1 of 5, subject" and failure(driver) == told
     press(driver, "3")
     assert shown(driver) == "page 1 of 5, prompt" and failure(driver) == told
@@ -244,6 +254,25 @@ def test_votes_that_cannot_be_read_again_are_not_written_over_and_the_rater_is_t
     driver.find_element(By.ID, "rater").click()
     begin(driver, "sam")
     assert shown(driver) == "page 1 of 5, subject" and failure(driver) == ""
+
+
+def test_what_is_kept_and_is_no_vote_of_this_page_is_left_as_it_is(driver: Any, url: str) -> None:
+    driver.get(url)
+    begin(driver, "ida")
+    shown(driver)
+    press(driver, "2")
+    shown(driver)
+    script = "const text = JSON.stringify(arguments[0]); localStorage.setItem(drawer(), text); keep(); "
+    script += "return [localStorage.getItem(drawer()) === text, unkept !== '']"
+    prior, answers = next(iter(driver.execute_script("return JSON.parse(localStorage.getItem(drawer()))").items()))
+    ((criterion, vote),) = answers.items()
+    strange: list[Any] = ["hello", 5, [1, 2], {prior: "abc"}, {prior: [vote]}, {prior: {criterion: None}}]
+    strange += [{prior: {criterion: {**vote, "choice": "bogus"}}}, {prior: {criterion: {"choice": vote["choice"]}}}]
+    strange += [{prior: {"bogus": vote}}, {"zzz": answers}, {prior: answers, "zzz": answers}]
+    for kept in strange:
+        assert driver.execute_script(script, kept) == [True, True], kept
+    for kept in (None, {}, {prior: answers}, {prior: {criterion: {**vote, "choice": None}}}):
+        assert driver.execute_script(script, kept)[1] is False, kept
 
 
 @pytest.fixture

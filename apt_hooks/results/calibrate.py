@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from .too_short import why_too_short
 QUANTILE = 0.75
 GAMMA_AT_END = 0.97  # that quantile of the paper's four published bins: 0.969, read off a plot
 OFFSET_SHARE = 0.2  # of 3e-5 on the tiny world; docs/rivals.md has the runs
+MOST_ERROR = 1 / 3  # standard error of the gain, as a share of it, up to which a weight is proposed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,10 @@ class LoggedIndicator:
         gammas: [steps, bins], as the steps used them, under the run's own scale.
         gaps: [steps, bins], `OverfittingIndicator.gaps` at these steps; NaN for a bin not seen yet.
         delta_noise: mean of the last tenth; NaN where the log has none.
-        gain: loss of the base model less that of the LoRA, as trained on, mean of the last tenth; NaN likewise.
+        gains: loss of the base model less that of the LoRA, of the last tenth's steps that have both.
         offset: squared distance of the weights (`l_offset`), mean of the last tenth; NaN where it was not measured.
-        watched: whether all of the run was with `monitor_only`, so that nothing has acted on the offset.
+        watched: whether all of the run was with `monitor_only`, so that nothing has acted on the offset; None where an
+            older log does not say.
         total: how many steps the log has, of which these are an evenly chosen part.
         compared: and how many of them ran the base model (`frozen_every`), of a very long log about how many.
         dropout: probabilities of the LoRA's dropout by what they are of, at the end of the run; empty in older logs.
@@ -62,12 +65,22 @@ class LoggedIndicator:
     gammas: Tensor
     gaps: Tensor
     delta_noise: float = math.nan
-    gain: float = math.nan
+    gains: Sequence[float] = ()
     offset: float = math.nan
-    watched: bool = False
+    watched: bool | None = None
     total: int = 0
     compared: int = 0
     dropout: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def gain(self) -> float:
+        """Mean of the gains; NaN of none."""
+        return statistics.fmean(self.gains) if self.gains else math.nan
+
+    @property
+    def gain_error(self) -> float:
+        """Its standard error; NaN of fewer than two."""
+        return statistics.stdev(self.gains) / len(self.gains) ** 0.5 if len(self.gains) > 1 else math.nan
 
     @property
     def scale(self) -> float | None:
@@ -106,15 +119,16 @@ def read_log(path: Path, scale: float | None = None) -> LoggedIndicator:
     noise = run.values["delta_noise"]
     share = float((~noise.isnan()).double().mean()) or 1.0  # an older log has none
     compared = round(share * run.total)
+    gains = _last_tenth(run.values["loss_frozen"] - run.values["loss_tuned"])
     monitored = [bool(start.get("config", {}).get("monitor_only")) for start in run.starts]
     return LoggedIndicator(
         run.steps,
         run.gammas,
         gaps,
         delta_noise=float(_last_tenth(noise).nanmean()),
-        gain=float(_last_tenth(run.values["loss_frozen"] - run.values["loss_tuned"]).nanmean()),
+        gains=gains[~gains.isnan()].tolist(),
         offset=float(_last_tenth(run.values["l_offset"]).nanmean()),
-        watched=bool(monitored) and all(monitored),
+        watched=all(monitored) if monitored else None,
         total=run.total,
         compared=compared,
         dropout=dropout,
@@ -212,11 +226,14 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
     say(f"write into [apt]: indicator_scale = {_text(proposed)}")
     if run.dropout:
         kinds = ", ".join(f"{kind} = {p:g}" for kind, p in run.dropout.items())
-        say(f"note: the run's LoRA had dropout ({kinds}), which makes gaps smaller; the scale holds for that dropout")
+        say(
+            f"note: the run's LoRA had dropout ({kinds}), which makes gaps smaller; what is proposed here holds for "
+            "that dropout"
+        )
     if not 10 <= proposed <= 10000:
         say("note: that is far from the paper's 100 to 1000; is the run as long as the training is to be?")
-    if run.watched:
-        _say_offset_weight(run, say)
+    if run.watched is not None:
+        say(_offset_weight_in_words(run))
     try:
         _draw(run, proposed, picture)
     except ImportError as error:  # the advice has been given
@@ -226,17 +243,26 @@ def calibrate(log: Path, picture: Path | None, *, scale: float | None, say: Call
     return proposed
 
 
-def _say_offset_weight(run: LoggedIndicator, say: Callable[[str], None]) -> None:
-    weight = propose_offset_weight(run.gain, run.offset)
-    if weight is None:
-        found = f"l_offset {run.offset:.3g}, loss_frozen - loss_tuned {run.gain:.3g}; nan: not in the log"
-        say(f"no lambda_offset follows from this log, which needs both above 0 and a plain LoRA ({found})")
-        return
-    say(
-        f"over the same steps l_offset is {run.offset:.3g} and loss_frozen - loss_tuned {run.gain:.3g}; rule: "
-        f"lambda_offset * l_offset is {OFFSET_SHARE:g} of that, as where it was good on the tiny world"
+def _offset_weight_in_words(run: LoggedIndicator) -> str:
+    """What follows for `lambda_offset`, or why nothing does."""
+    gain, error, steps = run.gain, run.gain_error, len(run.gains)
+    told = f"loss_frozen - loss_tuned {gain:.2g} ± {error:.1g} in {steps} steps of the last tenth"
+    why = ""
+    if not run.watched:
+        why = "not all of the run was with monitor_only, without which the offset may have been held"
+    elif not run.offset > 0:
+        why = "the log has no l_offset above 0, as that of an older apt-hooks or of no plain LoRA (DoRA, LoHa, LoKr)"
+    elif not error <= MOST_ERROR * abs(gain):
+        why = f"{told} is too uncertain; log more steps, or the base model in more of them (frozen_every)"
+    elif not gain > 0:
+        why = f"the LoRA is not ahead of the base model ({told})"
+    weight = propose_offset_weight(gain, run.offset)
+    if why or weight is None:
+        return f"no lambda_offset is proposed: {why}"
+    return (
+        f'to hold the weights, with objective = "l2-sp" or beside APT: lambda_offset = {float(f"{weight:.2g}"):g} at '
+        f"most; rule: {OFFSET_SHARE:g} of {told}, over l_offset {run.offset:.3g}"
     )
-    say(f"to hold the weights as well, write into [apt]: lambda_offset = {float(f'{weight:.2g}'):g}")
 
 
 def _last_tenth(rows: Tensor) -> Tensor:

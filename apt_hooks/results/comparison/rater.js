@@ -23,10 +23,18 @@ function fail(message) {
 
 const drawer = () => `apt-hooks ${data.id} ${rater}`;
 
-/** What is kept, by prior and criterion; null where that cannot be read. */
+const isMap = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+
+/** What is kept, by prior and criterion; null where it is no votes of this page. */
 function parsed(text) {
+  const criteria = data.questions.map(({ criterion }) => criterion);
+  const choices = new Map(form.map(({ prior, candidates }) => [prior, [null, ...candidates]]));
+  const isVote = (vote, prior) => isMap(vote) && typeof vote.time === "string" && choices.get(prior)?.includes(vote.choice);
+  const areAnswers = ([prior, answers]) =>
+    isMap(answers) && Object.entries(answers).every(([name, vote]) => criteria.includes(name) && isVote(vote, prior));
   try {
-    return JSON.parse(text) ?? {};
+    const found = JSON.parse(text) ?? {};
+    return isMap(found) && Object.entries(found).every(areAnswers) ? found : null;
   } catch {
     return null;
   }
@@ -47,7 +55,9 @@ function keep() {
   try {
     const before = parsed(localStorage.getItem(drawer()));
     if (!before) {
-      unkept = "What this browser has kept of this name cannot be read: take another, or save before you close this page.";
+      unkept =
+        "What this browser has kept of this name cannot be read: go on under another (the button with your name), " +
+        "or save your votes before you close this page.";
       return;
     }
     for (const item of form) item.answers = latest(before[item.prior] ?? {}, item.answers);
@@ -237,6 +247,14 @@ function begin(name) {
   goOn();
 }
 
+function nameInAddress() {
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {
+    return ""; // it is no text
+  }
+}
+
 find("#start form").onsubmit = (event) => {
   event.preventDefault();
   begin(find("#name").value);
@@ -264,7 +282,5 @@ addEventListener("beforeunload", (event) => {
 });
 
 // After a reload of the page the rater goes on without the first view.
-if (location.hash.length > 1) {
-  find("#name").value = decodeURIComponent(location.hash.slice(1));
-  begin(find("#name").value);
-}
+find("#name").value = nameInAddress();
+begin(find("#name").value);
