@@ -142,6 +142,9 @@ def test_the_scale_is_that_of_the_end_and_unknown_where_gamma_does_not_tell(tmp_
     path = write(tmp_path / "a.jsonl", [line(1, [0.001], 1000), line(2, [0.001], 50), line(3, [-0.1], 50)])
     assert read_log(path).scale == 50
     assert read_log(write(path, [line(1, [0.5, -0.5, None], 1000)])).scale is None
+    start = {"run": {"config": {"indicator_scale": 1000.0}}}
+    assert read_log(write(path, [start, line(1, [0.5, -0.5, None], 1000)])).scale == 1000
+    assert read_log(write(path, [start, line(1, [0.001], 50)])).scale == 50
 
 
 @pytest.mark.parametrize("end", ["", '{"step": 21, "gamma": [0.1', "\x00\x00"])

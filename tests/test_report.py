@@ -316,6 +316,10 @@ def test_an_older_log_has_the_key_of_a_penalty_that_had_no_part(tmp_path: Path) 
         write(tmp_path / "b-apt.jsonl", [start(config={"lambda_offset": 0.002}), step(1) | {"l_offset": 1.0}])
     )
     assert run is not None and "lambda_offset 0.002" in how_trained(run)
+    for objective, told in (("l2-sp", "objective l2-sp, lambda_offset 0.002"), ("dreambooth", "objective dreambooth")):
+        config = {"objective": objective, "lambda_offset": 0.002}
+        run = read_run(write(tmp_path / "d-apt.jsonl", [start(config=config), step(1) | {"l_offset": 1.0}]))
+        assert run is not None and how_trained(run).endswith(told)
     # Watched, and gone on with.
     lines = [start(config={"lambda_offset": 0.0}), step(1) | {"l_offset": 1.0}]
     run = read_run(write(tmp_path / "c-apt.jsonl", lines))

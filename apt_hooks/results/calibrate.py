@@ -58,6 +58,7 @@ class LoggedIndicator:
             older log does not say.
         total: how many steps the log has, of which these are an evenly chosen part.
         compared: and how many of them ran the base model (`frozen_every`), of a very long log about how many.
+        configured_scale: `indicator_scale` at the last start; None in older logs.
         dropout: probabilities of the LoRA's dropout by what they are of, at the end of the run; empty in older logs.
     """
 
@@ -71,6 +72,7 @@ class LoggedIndicator:
     total: int = 0
     compared: int = 0
     dropout: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    configured_scale: float | None = None
 
     @property
     def gain(self) -> float:
@@ -84,10 +86,11 @@ class LoggedIndicator:
 
     @property
     def scale(self) -> float | None:
-        """S of the run, at its end where it changed on resuming; None where every gamma is 0 or next to 1."""
+        """S of the run, at its end where it changed on resuming, from gammas and gaps; where every gamma is 0 or near
+        to 1, that of its configuration, which an older log does not tell: None."""
         telling = (self.gammas > 0) & (self.gammas < 0.9) & (self.gaps > 0)  # nearer to 1 too few digits are left
         scales = -torch.log1p(-self.gammas[telling]) / self.gaps[telling]
-        return float(f"{float(scales[-1]):.6g}") if len(scales) else None
+        return float(f"{float(scales[-1]):.6g}") if len(scales) else self.configured_scale
 
 
 def read_log(path: Path, scale: float | None = None) -> LoggedIndicator:
@@ -120,6 +123,7 @@ def read_log(path: Path, scale: float | None = None) -> LoggedIndicator:
     share = float((~noise.isnan()).double().mean()) or 1.0  # an older log has none
     compared = round(share * run.total)
     gains = _last_tenth(run.values["loss_frozen"] - run.values["loss_tuned"])
+    configured = run.starts[-1].get("config", {}).get("indicator_scale") if run.starts else None
     monitored = [bool(start.get("config", {}).get("monitor_only")) for start in run.starts]
     return LoggedIndicator(
         run.steps,
@@ -132,6 +136,7 @@ def read_log(path: Path, scale: float | None = None) -> LoggedIndicator:
         total=run.total,
         compared=compared,
         dropout=dropout,
+        configured_scale=float(configured) if isinstance(configured, (int, float)) else None,
     )
 
 

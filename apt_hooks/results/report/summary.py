@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt_hooks.config import OF_OBJECTIVES
 from apt_hooks.results.read_steplog import RunLog
 
 from .curves import timesteps_of
@@ -82,18 +83,20 @@ def how_trained(run: RunLog) -> str:
     parts = [f"preset {preset}" if preset else "no preset"]
     if objective != "apt":
         parts.append(f"objective {objective}")
-    if (offset := _offset_beside_apt(run)) is not None:
+    if (offset := _offset_weight(run)) is not None:
         parts.append(f"lambda_offset {number(offset)}")
     if config.get("monitor_only"):
         parts.append("monitor_only")
     return ", ".join(parts)
 
 
-def _offset_beside_apt(run: RunLog) -> float | None:
-    """The weight of L2-SP's penalty beside APT's terms; None where it had no part: an older log has the key all the
-    same, but no `l_offset`, and one that was only watched has that without a weight."""
+def _offset_weight(run: RunLog) -> float | None:
+    """The weight of L2-SP's penalty, alone or beside APT's terms; None where it had no part: an older log has the key
+    all the same, but no `l_offset`, and one that was only watched has that without a weight."""
     config = run.starts[-1].get("config", {}) if run.starts else {}
-    if config.get("objective", "apt") != "apt" or bool(run.values["l_offset"].isnan().all()):
+    if config.get("objective", "apt") not in OF_OBJECTIVES["lambda_offset"] or bool(
+        run.values["l_offset"].isnan().all()
+    ):
         return None
     weight: float | None = config.get("lambda_offset")
     return weight or None
@@ -152,7 +155,7 @@ def _of_apt(run: RunLog, found: Summary) -> list[str]:
     if config.get("objective") == "l2-sp":
         return ["Plain training with a penalty on the weights' offset (objective l2-sp)."]
     weight, augmented, parts = found.values["loss_weight"], found.augmented, []
-    offset = _offset_beside_apt(run)
+    offset = _offset_weight(run)
     held = [] if offset is None else [f"The weights were held to the base model's (lambda_offset {number(offset)})."]
     if weight == 1 and not augmented > 0:
         return ["Neither was the loss turned down there, nor were any images augmented.", *held]
