@@ -393,3 +393,7 @@ def test_the_weight_of_l2_sps_penalty_is_told_where_it_was_left_open(tmp_path):
         assert json.loads(run.metadata()["ss_apt_config"]).get("lambda_offset") == weight
         assert ("weights' offset (L2-SP) times" in run.start_line()) == (weight is not None)
         run.close()
+        watched = make_run(tmp_path, **config, monitor_only=True)  # which adds no penalty
+        assert " times " not in watched.start_line()
+        assert ("weights' offset" in watched.start_line()) == (weight is not None)
+        watched.close()

@@ -86,7 +86,9 @@ class AptRun:
         config, capture = self.objective.config, self.objective.capture
         overrides = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.overrides().items())
         ignored = ", ".join(f"{key} = {json.dumps(value)}" for key, value in config.ignored.items())
-        offset = f"weights' offset (L2-SP) times {config.offset_weight:g}" if config.measures_offset else ""
+        offset = "weights' offset" if config.measures_offset else ""
+        if offset and not config.monitor_only:
+            offset += f" (L2-SP) times {config.offset_weight:g}"
         regularizers = offset or "no regularizers"
         if capture is not None:
             blocks = f"{capture.layout.noun} {', '.join(map(str, capture.layout.blocks))}"
