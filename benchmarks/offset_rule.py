@@ -15,6 +15,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import track
 from tinyworld import check_at_least_one, check_listed, names, numbers  # the benchmark beside this one
 
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     with concurrent.futures.ProcessPoolExecutor(args.workers) as pool:
         runs = [(model, concept) for model in args.models for concept in args.concepts]
         futures = [pool.submit(learn, *of, training) for of in runs]
-        ends = [future.result() for future in track(futures)]
+        bar = track(futures, console=Console(stderr=True))  # beside a table in a file
+        ends = [future.result() for future in bar]
     print(f"| model | concept | offset | gain | share of {WEIGHT:g} | proposed |", "|---" * 6 + "|", sep="\n")
     for (model, concept), (gain, offset) in zip(runs, ends, strict=True):
         print(f"| {model} | {concept} | {_cells(gain, offset)} |")
