@@ -117,13 +117,13 @@ def read_log(path: Path, scale: float | None = None) -> LoggedIndicator:
             "gamma, give the run's indicator_scale as --scale"
         )
     from_gamma = -torch.log1p(-run.gammas) / (scale or 1.0)
-    dropout = run.starts[-1].get("dropout", {}) if run.starts else {}
+    dropout = run.about.get("dropout", {})
     gaps = torch.where(without[:, None], from_gamma, run.gaps)
     noise = run.values["delta_noise"]
     share = float((~noise.isnan()).double().mean()) or 1.0  # an older log has none
     compared = round(share * run.total)
     gains = _last_tenth(run.values["loss_frozen"] - run.values["loss_tuned"])
-    configured = run.starts[-1].get("config", {}).get("indicator_scale") if run.starts else None
+    configured = run.config.get("indicator_scale")
     monitored = [bool(start.get("config", {}).get("monitor_only")) for start in run.starts]
     return LoggedIndicator(
         run.steps,

@@ -73,6 +73,17 @@ class RunLog:
     written: datetime.datetime
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What the log says of the run where it was started last; empty in older logs."""
+        return self.starts[-1] if self.starts else {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration that it was started with last; empty in older logs."""
+        config: dict[str, Any] = self.about.get("config", {})
+        return config
+
+    @property
     def resumptions(self) -> list[int]:
         """The steps behind which the run was resumed."""
         return resumptions(self.starts)

@@ -182,7 +182,7 @@ class _Page:
                 said.append(f"{what} ended lowest in {lowest} ({text(low)}), highest in {highest} ({text(high)})")
         if not said:
             return ""
-        scales = {str(run.starts[-1].get("config", {}).get("indicator_scale")) for run in self.runs if run.starts}
+        scales = {str(run.config.get("indicator_scale")) for run in self.runs if run.starts}
         other = " Their indicator_scale is not the same: compare gaps, not gammas." if len(scales) > 1 else ""
         ends = " They ended at different steps." if len({one.last for one in self.found}) > 1 else ""
         return f"<p>Of these runs, {escape('; '.join(said))}.{ends}{other}</p>"

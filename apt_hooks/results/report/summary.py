@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,9 +76,8 @@ def how_trained(run: RunLog) -> str:
     """Preset and method of a run in a few words; empty where its log does not say."""
     if not run.starts:
         return ""
-    about = run.starts[-1]
-    config: dict[str, Any] = about.get("config", {})
-    preset, objective = about.get("preset"), config.get("objective", "apt")
+    config = run.config
+    preset, objective = run.about.get("preset"), config.get("objective", "apt")
     parts = [f"preset {preset}" if preset else "no preset"]
     if objective != "apt":
         parts.append(f"objective {objective}")
@@ -93,7 +91,7 @@ def how_trained(run: RunLog) -> str:
 def _offset_weight(run: RunLog) -> float | None:
     """The weight of L2-SP's penalty, alone or beside APT's terms; None where it had no part: an older log has the key
     all the same, but no `l_offset`, and one that was only watched has that without a weight."""
-    config = run.starts[-1].get("config", {}) if run.starts else {}
+    config = run.config
     if config.get("objective", "apt") not in OF_OBJECTIVES["lambda_offset"] or bool(
         run.values["l_offset"].isnan().all()
     ):
@@ -147,7 +145,7 @@ def _of_difference(found: Summary) -> list[str]:
 
 
 def _of_apt(run: RunLog, found: Summary) -> list[str]:
-    config = run.starts[-1].get("config", {}) if run.starts else {}
+    config = run.config
     if config.get("monitor_only"):
         return ["APT only watched (monitor_only): it changed nothing."]
     if config.get("objective") == "dreambooth":

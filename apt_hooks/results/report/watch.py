@@ -236,7 +236,7 @@ class Watched:
     def _take_over(self, run: RunLog) -> None:
         """A log that was there before: of a long one a part is read, as for the report."""
         self._end, self._lines = run.end, run.lines
-        self.start = run.starts[-1] if run.starts else {}
+        self.start = run.about
         for name, history in self.histories.items():
             for value in run.values[name].tolist():
                 history.add(value, run.every)
